@@ -1,0 +1,46 @@
+# Each target does its own set-up: in a fresh clone, `make demo` or `make test` is all there is to type.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help venv demo test lint clean
+
+help:
+	@echo "make demo   the demo model finds a passkey far past its training window"
+	@echo "make test   all tests                        (WORKERS=$(WORKERS) processes, PYTEST_ARGS=...)"
+	@echo "make lint   ruff and mypy --strict"
+	@echo "make venv   only the virtual environment     (PYTHON=$(PYTHON))"
+	@echo "make clean  removes what the other targets made, the virtual environment too"
+
+venv: $(INSTALLED)
+
+# pip is the last thing that venv puts there, so an interrupted one is made again.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# The packages are installed again when what they follow from changes.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install -c constraints.txt setuptools
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python scripts/demo.py
+
+# One thread for each process: the models are small, and the processes share the cores.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations 10 $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Thin commands: the `mesart` command line and the scripts of its maintainers."""
