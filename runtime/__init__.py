@@ -1,1 +1,7 @@
-"""From a bundle to tokens."""
+"""From a bundle to tokens: backends, bucket dispatch, cache, generation. Imports neither torch nor transformers."""
+
+from mesart.runtime.backends import backend_names, present_backends
+from mesart.runtime.model import MesaModel
+from mesart.runtime.sampling import SamplingConfig
+
+__all__ = ["MesaModel", "SamplingConfig", "backend_names", "present_backends"]

@@ -1,0 +1,58 @@
+"""Fixed shapes: from the symbolic graph to one for a role and bucket, as engines with static shapes want it."""
+
+from __future__ import annotations
+
+import copy
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from mesart.export.trace import fold
+
+
+def specialise(symbolic: ir.Model, sizes: dict[str, int]) -> ir.Model:
+    """A copy of a graph with the axes B, S, P and M fixed; an axis of size 0 takes its tensors out of the graph.
+
+    Args:
+        symbolic: a graph of :func:`~mesart.export.trace.trace_roles`.
+        sizes: the extent of each named axis.
+    """
+    model = symbolic.clone()
+    for value in [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([_fixed(dim, sizes) for dim in value.shape])
+    _drop_empty(model)
+    fold(model)
+    return model
+
+
+def _fixed(dim: int | ir.SymbolicDim, sizes: dict[str, int]) -> int | ir.SymbolicDim | None:
+    if isinstance(dim, ir.SymbolicDim):
+        return sizes.get(str(dim.value)) if dim.value is not None else None
+    return dim
+
+
+def _drop_empty(model: ir.Model) -> None:
+    """Removes tensors without elements: joining something with them is the thing itself."""
+    for node in list(model.graph):
+        if node.op_type != "Concat":
+            continue
+        kept = [value for value in node.inputs if value is not None and not _is_empty(value)]
+        if len(kept) == len(node.inputs):
+            continue
+        if len(kept) == 1:
+            ir.convenience.replace_all_uses_with(node.outputs[0], kept[0])
+        else:
+            joined = ir.node("Concat", kept, attributes=copy.copy(node.attributes))
+            joined.outputs[0].shape, joined.outputs[0].dtype = node.outputs[0].shape, node.outputs[0].dtype
+            model.graph.insert_before(node, joined)
+            ir.convenience.replace_all_uses_with(node.outputs[0], joined.outputs[0])
+        model.graph.remove(node, safe=True)
+    passes.RemoveUnusedNodesPass()(model)
+    for value in list(model.graph.inputs):
+        if _is_empty(value) and not value.uses():
+            model.graph.inputs.remove(value)
+
+
+def _is_empty(value: ir.Value) -> bool:
+    return value.shape is not None and any(dim == 0 for dim in value.shape)

@@ -1,0 +1,203 @@
+"""torch -> ONNX: one symbolic graph that computes every role.
+
+The model's own code is traced by ``torch.export`` and translated by torch's ONNX exporter into standard operators.
+Axes are symbolic: B batch, S new tokens, P past tokens, M tokens whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnxscript import optimizer, rewriter
+from torch import nn
+
+from mesart.graphs.errors import MesaError
+from mesart.graphs.role import RoleModule
+
+OPSET = 23
+IR_VERSION = 11
+"""onnxruntime 1.31 reads up to IR version 12; 11 is the one that opset 23 came with."""
+
+_FOLD_BYTES = 1024
+"""Constants larger than this are not folded."""
+
+_SMALL = 16
+"""Elements of the largest constants that are merged when equal: shapes and scalars, not weights."""
+
+
+def trace_roles(module: RoleModule) -> ir.Model:
+    """The symbolic graph of a model, weights attached as initializers under the checkpoint's names.
+
+    Inputs: ``input_ids``, ``position_ids``, ``past_mask``, ``new_mask``, ``query_scale``, ``logits_at`` and
+    ``past_key_values.N.key`` / ``.value``; outputs: ``logits`` and ``present.N.key`` / ``.value`` (see ``RoleModule``).
+
+    Raises:
+        MesaError: torch cannot trace the architecture; the message carries torch's reason.
+    """
+    layers = module.layers
+    dtype = next(module.parameters()).dtype
+    batch, new, past, wanted = 2, 5, 7, 3  # any sizes above 1 that differ
+    past_keys = [torch.zeros(batch, s.kv_heads, past, s.key_size, dtype=dtype) for s in layers]
+    past_values = [torch.zeros(batch, s.kv_heads, past, s.value_size, dtype=dtype) for s in layers]
+    example = (
+        torch.zeros(batch, new, dtype=torch.int64),
+        torch.zeros(batch, new, dtype=torch.int64),
+        torch.zeros(batch, 1, 1, past),
+        torch.zeros(batch, 1, new, new),
+        torch.ones(batch, 1, new, 1),
+        torch.zeros(wanted, dtype=torch.int64),
+        past_keys,
+        past_values,
+    )
+    any_size = torch.export.Dim.DYNAMIC
+    per_layer = [{0: any_size, 2: any_size}] * len(layers)
+    shapes = (
+        {0: any_size, 1: any_size},
+        {0: any_size, 1: any_size},
+        {0: any_size, 3: any_size},
+        {0: any_size, 2: any_size, 3: any_size},
+        {0: any_size, 2: any_size},
+        {0: any_size},
+        per_layer,
+        per_layer,
+    )
+    count = range(len(layers))
+    inputs = ["input_ids", "position_ids", "past_mask", "new_mask", "query_scale", "logits_at"]
+    inputs += [f"past_key_values.{i}.key" for i in count] + [f"past_key_values.{i}.value" for i in count]
+    outputs = ["logits"] + [f"present.{i}.key" for i in count] + [f"present.{i}.value" for i in count]
+    model = _to_onnx(module, example, shapes)
+    _rename(model, inputs, outputs)
+    _name_axes(model)
+    return _tidy(model)
+
+
+def trace_place(module: nn.Module, kv_heads: int, key_size: int, dtype: torch.dtype) -> ir.Model:
+    """The graph of :class:`~mesart.graphs.rotary.Place`: inputs ``key``, ``from_ids``, ``to_ids``; output ``moved``."""
+    any_size = torch.export.Dim.DYNAMIC
+    from_ids, to_ids = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64)
+    example = (torch.zeros(2, kv_heads, 5, key_size, dtype=dtype), from_ids, to_ids)
+    shapes = ({0: any_size, 2: any_size}, {0: any_size, 1: any_size}, {0: any_size, 1: any_size})
+    model = _to_onnx(module, example, shapes)
+    _rename(model, ["key", "from_ids", "to_ids"], ["moved"])
+    _rename_axes(model, dict(zip(_axes(model.graph.inputs[1]), ("B", "S"), strict=True)))
+    return _tidy(model)
+
+
+def _to_onnx(module: nn.Module, example: tuple[object, ...], shapes: tuple[object, ...]) -> ir.Model:
+    with _quiet():
+        try:
+            program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+            translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+        except MesaError:
+            raise
+        except Exception as error:  # torch raises many kinds; all mean the same to the user
+            reason = str(error).strip().splitlines()
+            raise MesaError(
+                f"{type(getattr(module, 'model', module)).__name__} cannot be traced: {reason[0] if reason else error!r}"
+            ) from error
+    if translated is None:
+        raise MesaError(f"{type(module).__name__} cannot be traced: the ONNX exporter returned nothing")
+    return translated.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter warns about packages that it does not need here."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _rename(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
+    for value, name in zip(model.graph.inputs, inputs, strict=True):
+        value.name = name
+    # A value may be an output and an input's alias; outputs get a node of their own.
+    for index, (value, name) in enumerate(zip(list(model.graph.outputs), outputs, strict=True)):
+        if value.producer() is None or value.name in outputs:
+            node = ir.node("Identity", [value])
+            model.graph.append(node)
+            node.outputs[0].shape, node.outputs[0].dtype = value.shape, value.dtype
+            model.graph.outputs[index] = value = node.outputs[0]
+        value.name = name
+
+
+def _axes(value: ir.Value) -> list[str]:
+    return [str(dim.value) for dim in value.shape or () if isinstance(dim, ir.SymbolicDim)]
+
+
+def _name_axes(model: ir.Model) -> None:
+    by_name = {value.name: value for value in model.graph.inputs}
+    batch, new = _axes(by_name["input_ids"])
+    past = _axes(by_name["past_mask"])[-1]
+    (wanted,) = _axes(by_name["logits_at"])
+    _rename_axes(model, {batch: "B", new: "S", past: "P", wanted: "M"})
+
+
+def _rename_axes(model: ir.Model, names: dict[str, str]) -> None:
+    """Renames symbolic dimensions everywhere; a derived one (``2*s30``) is forgotten, engines infer it."""
+    values = [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [names.get(str(d.value)) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
+            )
+
+
+def _tidy(model: ir.Model) -> ir.Model:
+    """Folds the graph and gives weights the checkpoint's names; the same input gives the same bytes."""
+    passes.InlinePass()(model)
+    fold(model)
+    for name in list(model.graph.initializers):
+        model.graph.initializers[name].name = name.removeprefix("model.")
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "mesart", ""
+    model.graph.name = "mesart"
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]:
+        value.metadata_props.clear()
+    return model
+
+
+def fold(model: ir.Model) -> None:
+    """Folds constants and merges shared subexpressions, in place; leaves weights alone."""
+    for _ in range(2):
+        optimizer.fold_constants(
+            model,
+            onnx_shape_inference=False,
+            input_size_limit=_FOLD_BYTES,
+            output_size_limit=_FOLD_BYTES,
+            should_fold=_keep_weights,
+        )
+        rewriter.rewrite(model)
+    ir.passes.Sequential(
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(size_limit=_SMALL),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.NameFixPass(),
+    )(model)
+
+
+def _keep_weights(node: ir.Node) -> bool | None:
+    """A transposed weight would be a second copy of it; engines fold the transposition into their product."""
+    return False if node.op_type == "Transpose" else None

@@ -1,0 +1,27 @@
+"""What is computed: plans, Stair position encoding, role modules, the PyTorch reference.
+
+What needs torch (``TorchReference``, ``RoleModule``) is imported when first asked for, so that the runtime, which needs
+the config, the plan and the manifest only, stays free of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mesart.graphs.config import MesaConfig
+from mesart.graphs.errors import MesaError
+from mesart.graphs.plan import Bucket, Plan, Span
+from mesart.graphs.stairs import Stairs
+
+if TYPE_CHECKING:
+    from mesart.graphs.reference import TorchReference
+
+__all__ = ["Bucket", "MesaConfig", "MesaError", "Plan", "Span", "Stairs", "TorchReference"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TorchReference":
+        from mesart.graphs.reference import TorchReference  # noqa: PLC0415  (see above)
+
+        return TorchReference
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,162 @@
+"""The numbers of Mesa-Extrapolation that an export fixes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeAlias
+
+from mesart.graphs.errors import MesaError
+
+AUTO: Final = -1
+"""A field left out: chosen from ``train_length`` by the rule of :class:`MesaConfig`."""
+
+
+class HasConfig(Protocol):
+    """What :meth:`MesaConfig.from_model` needs of a transformers model."""
+
+    config: Any
+
+
+ModelSource: TypeAlias = "str | PathLike[str] | HasConfig"
+
+
+@dataclass(frozen=True)
+class MesaConfig:
+    """Chunking, Stair position encoding and query scaling. Lengths are in tokens.
+
+    Only ``train_length`` has no default; a field left out is chosen from it by this rule, with ``T`` for ``train_length``:
+
+    ================ ============================== ==========================================================
+    field            rule                           meaning
+    ================ ============================== ==========================================================
+    head_length      min(128, 5 T / 32)             F, the first tokens, seen by every chunk
+    chunk_length     min(4096, T / 2)               C, a middle chunk
+    tail_min         min(512, 3 T / 16)             the least number of tokens that see everything
+    linear_window    min(512, T / 8)                N, distances up to here stay as they are
+    stair_width      per bucket, from ``rho``       E, keys that share one position beyond the window
+    log_n            True                           queries scaled by max(1, ln(t + 1) / ln T)
+    rho              0.5                            share of T that window and stairs may take at the tail's start
+    ================ ============================== ==========================================================
+
+    Source: arXiv 2410.15859 v3, sections 4.1 (chunks) and 4.2 (Stair PE); log-n scaling is in the authors' code only.
+
+    Raises:
+        MesaError: a combination that would leave the trained range for every prompt.
+    """
+
+    train_length: int
+    head_length: int = AUTO
+    chunk_length: int = AUTO
+    tail_min: int = AUTO
+    linear_window: int = AUTO
+    stair_width: int | None = None
+    log_n: bool = True
+    rho: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.train_length < 16:
+            raise MesaError(f"train_length is {self.train_length}; a window of at least 16 tokens is needed")
+        rule = {
+            "head_length": max(1, min(128, self.train_length * 5 // 32)),
+            "chunk_length": max(1, min(4096, self.train_length // 2)),
+            "tail_min": max(1, min(512, self.train_length * 3 // 16)),
+            "linear_window": max(1, min(512, self.train_length // 8)),
+        }
+        for name, value in rule.items():
+            if getattr(self, name) == AUTO:
+                object.__setattr__(self, name, value)
+            elif getattr(self, name) < 1:
+                raise MesaError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        self._check()
+
+    def _check(self) -> None:
+        window = self.head_length + self.chunk_length
+        if window > self.train_length:
+            raise MesaError(
+                f"head_length + chunk_length = {self.head_length} + {self.chunk_length} = {window} is more than the "
+                f"trained {self.train_length} positions; lower one of them by {window - self.train_length}"
+            )
+        if self.stair_width is not None and self.stair_width < 1:
+            raise MesaError(f"stair_width is {self.stair_width}; it must be at least 1")
+        if not self.linear_window < self.stair_range:
+            raise MesaError(
+                f"linear_window = {self.linear_window} leaves no room for stairs in rho * train_length = "
+                f"{self.stair_range} positions; lower linear_window or raise rho"
+            )
+        if self.stair_range + self.tail_min > self.train_length:
+            raise MesaError(
+                f"rho * train_length + tail_min = {self.stair_range} + {self.tail_min} is more than the trained "
+                f"{self.train_length} positions; lower tail_min or rho"
+            )
+
+    @property
+    def stair_range(self) -> int:
+        """Positions that the linear window and the stairs may take together where the tail starts."""
+        return int(self.rho * self.train_length)
+
+    def width_for(self, tokens: int) -> int:
+        """The stair width E that serves prompts of up to ``tokens`` tokens."""
+        if self.stair_width is not None:
+            return self.stair_width
+        return self.fitting_width(tokens)
+
+    def fitting_width(self, tokens: int) -> int:
+        """The smallest E that keeps window and stairs of ``tokens`` tokens within ``stair_range``."""
+        return max(1, math.ceil((tokens - self.linear_window) / (self.stair_range - self.linear_window)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> MesaConfig:
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise MesaError(f"unknown configuration field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        return cls(**fields)
+
+    @classmethod
+    def from_model(cls, checkpoint: ModelSource, **fields: Any) -> MesaConfig:
+        """The configuration for a checkpoint folder, hub id or transformers model; ``fields`` override the rule.
+
+        ``train_length`` is the model's ``max_position_embeddings``: for a model that was fine-tuned with scaled
+        rotary embeddings (llama3, YaRN, LongRoPE) that is the length it was tuned for.
+        """
+        if fields.get("train_length") is None:
+            fields["train_length"] = _train_length(_config_fields(checkpoint))
+        return cls(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _config_fields(checkpoint: ModelSource) -> dict[str, Any]:
+    if not isinstance(checkpoint, (str, PathLike)):
+        fields: dict[str, Any] = checkpoint.config.to_dict()
+        return fields
+    path = Path(checkpoint) / "config.json"
+    if path.is_file():
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise MesaError(f"{path} is not valid JSON ({error}); is the checkpoint complete?") from error
+        return fields
+    if Path(checkpoint).exists():
+        raise MesaError(f"{checkpoint} holds no config.json; give a transformers checkpoint folder")
+    from transformers import AutoConfig  # noqa: PLC0415  (only a hub id needs it; this module stays light)
+
+    try:
+        fields = AutoConfig.from_pretrained(str(checkpoint)).to_dict()
+    except (OSError, ValueError) as error:
+        raise MesaError(f"{checkpoint} is neither a checkpoint folder nor a hub id that loads: {error}") from error
+    return fields
+
+
+def _train_length(fields: dict[str, Any]) -> int:
+    fields = fields.get("text_config") or fields
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(fields.get(name), int):
+            return int(fields[name])
+    raise MesaError("the model's config names no trained length (max_position_embeddings); pass train_length")

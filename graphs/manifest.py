@@ -1,0 +1,162 @@
+"""The bundle's manifest: the contract between export and runtime. No torch, no ONNX."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mesart.graphs.config import MesaConfig
+from mesart.graphs.errors import MesaError
+from mesart.graphs.plan import Bucket
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "weights.safetensors"
+SYMBOLIC_FILE = "model.onnx"
+
+Role = Literal["any", "head", "chunk", "tail", "step", "place"]
+"""What a graph computes; ``any``: the symbolic graph that serves head, chunk, tail and step."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a graph; a symbolic axis is a string."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """One ONNX file."""
+
+    file: str
+    role: Role
+    bucket: int | None
+    """Number of chunks that a tail or step graph is specialised for."""
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+
+    def size(self, name: str, axis: int) -> int | str:
+        """The extent of one axis of the input ``name``."""
+        return next(tensor for tensor in self.inputs if tensor.name == name).shape[axis]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """Keys and values of one layer, as they lie in the cache."""
+
+    kv_heads: int
+    key_size: int
+    value_size: int
+    place: str | None
+    """The graph that moves its keys; ``None`` for a layer that does not rotate them."""
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds."""
+
+    model: dict[str, Any]
+    """``architecture``, ``model_type``, ``vocab_size``, ``parameters``."""
+    dtype: str
+    config: MesaConfig
+    max_tokens: int
+    buckets: list[Bucket]
+    layers: list[LayerInfo]
+    graphs: list[GraphInfo]
+    tools: dict[str, str]
+    """Versions that made the bundle."""
+    files: dict[str, FileInfo] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def graph(self, role: Role, bucket: int | None = None) -> GraphInfo:
+        for graph in self.graphs:
+            if graph.role == role and graph.bucket == bucket:
+                return graph
+        raise MesaError(f"the bundle holds no {role} graph{'' if bucket is None else f' for {bucket} chunks'}")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def read(cls, bundle: Path) -> Manifest:
+        """The manifest of a bundle folder.
+
+        Raises:
+            MesaError: no bundle, a broken manifest, or one of a newer schema.
+        """
+        path = bundle / MANIFEST_FILE
+        if not path.is_file():
+            raise MesaError(f"{bundle} is no bundle: it holds no {MANIFEST_FILE}; make one with `mesart export`")
+        try:
+            fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version = fields["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise MesaError(
+                    f"{path} has schema {version}, this version of mesart reads {SCHEMA_VERSION}; "
+                    + ("upgrade mesart" if version > SCHEMA_VERSION else "export the model again")
+                )
+            return cls(
+                model=fields["model"],
+                dtype=fields["dtype"],
+                config=MesaConfig.from_dict(fields["config"]),
+                max_tokens=fields["max_tokens"],
+                buckets=[Bucket(**bucket) for bucket in fields["buckets"]],
+                layers=[LayerInfo(**layer) for layer in fields["layers"]],
+                graphs=[_graph(graph) for graph in fields["graphs"]],
+                tools=fields["tools"],
+                files={name: FileInfo(**info) for name, info in fields["files"].items()},
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise MesaError(
+                f"{path} cannot be read ({type(error).__name__}: {error}); export the model again"
+            ) from error
+
+    def verify(self, bundle: Path, *, contents: bool = True) -> None:
+        """Checks that every file is there and whole; ``contents``: also that its SHA-256 is the recorded one.
+
+        Raises:
+            MesaError: names the first file that is missing, truncated or altered.
+        """
+        for name, info in self.files.items():
+            path = bundle / name
+            if not path.is_file():
+                raise MesaError(f"{bundle}: {name} is missing; export the model again")
+            size = path.stat().st_size
+            if size != info.bytes:
+                raise MesaError(f"{bundle}: {name} has {size} bytes instead of {info.bytes}; export the model again")
+            if contents and sha256(path) != info.sha256:
+                raise MesaError(f"{bundle}: {name} was altered (its SHA-256 differs); export the model again")
+
+
+def _graph(fields: dict[str, Any]) -> GraphInfo:
+    return GraphInfo(
+        fields["file"],
+        fields["role"],
+        fields["bucket"],
+        [TensorInfo(**tensor) for tensor in fields["inputs"]],
+        [TensorInfo(**tensor) for tensor in fields["outputs"]],
+    )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,208 @@
+"""The plan: how a prompt is cut and where its tokens stand. The one place that knows the method.
+
+Pure integers; no engine, no tensor library beyond numpy. A first prompt and the continuation of a live cache are the
+same thing: tokens ``start .. length - 1`` are new, the ones before are in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesart.graphs.config import MesaConfig
+from mesart.graphs.errors import MesaError
+from mesart.graphs.stairs import ORDINARY, Stairs
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens ``start .. stop - 1``."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A number of chunks that graphs are specialised for."""
+
+    chunks: int
+    max_tokens: int
+    """The longest prompt that it serves."""
+    stair_width: int
+    """E for all prompts of this bucket, so that a chunk's keys stand where they stood for a shorter prompt."""
+
+
+def all_buckets(config: MesaConfig) -> Iterator[Bucket]:
+    """Buckets of 0 (the dense path), 1, 2, 3, 4, 6, 8, 12, 16, ... chunks: at most a quarter of the slots stays empty."""
+    yield Bucket(0, config.train_length, 1)
+    power = 1
+    while True:
+        for chunks in (power, power * 3 // 2) if power > 1 else (1,):
+            tokens = config.head_length + chunks * config.chunk_length + config.tail_min
+            if tokens > config.train_length:
+                yield Bucket(chunks, tokens, config.width_for(tokens))
+        power *= 2
+
+
+def buckets_up_to(config: MesaConfig, max_tokens: int) -> tuple[Bucket, ...]:
+    """The buckets that serve every prompt of up to ``max_tokens`` tokens.
+
+    Raises:
+        MesaError: the configured stair width leaves the trained range before ``max_tokens``.
+    """
+    if max_tokens < 1:
+        raise MesaError(f"max_tokens is {max_tokens}; it must be at least 1")
+    buckets = []
+    for bucket in all_buckets(config):
+        buckets.append(bucket)
+        if bucket.max_tokens >= max_tokens:
+            break
+    longest = min(max_tokens, buckets[-1].max_tokens)
+    if longest > config.train_length:
+        # The worst tail of this bucket: as long as the minimum, with all the rest on stairs.
+        _require_range(
+            config, Stairs(longest - config.tail_min - config.linear_window, buckets[-1].stair_width), longest
+        )
+    return tuple(buckets)
+
+
+def bucket_for(config: MesaConfig, tokens: int) -> Bucket:
+    """The smallest bucket that serves a prompt of ``tokens`` tokens."""
+    return next(bucket for bucket in all_buckets(config) if bucket.max_tokens >= tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compute for tokens ``start .. length - 1``, given the tokens before them in the cache.
+
+    Every token of ``start .. length - 1`` is in exactly one of ``head``, ``chunks`` and ``tail``. With no chunks and
+    ``start == 0`` this is the dense path: the plain model. Positions are always below ``config.train_length``.
+    """
+
+    config: MesaConfig
+    start: int
+    length: int
+    head: Span | None
+    chunks: tuple[Span, ...]
+    tail: Span
+    stairs: Stairs
+    """Where all tokens stand when the tail runs. Tokens of the cache that stood elsewhere are placed anew."""
+
+    @classmethod
+    def of(cls, config: MesaConfig, tokens: int) -> Plan:
+        """The plan of a first prompt.
+
+        Raises:
+            MesaError: an empty prompt, or a fixed stair width that leaves the trained range.
+        """
+        if tokens < 1:
+            raise MesaError("the prompt is empty; give at least one token")
+        if tokens <= config.train_length:
+            return cls(config, 0, tokens, None, (), Span(0, tokens), ORDINARY)
+        head = Span(0, config.head_length)
+        chunks, tail, stairs = _cut(config, head.stop, tokens, bucket_for(config, tokens).stair_width)
+        return cls(config, 0, tokens, head, chunks, tail, stairs)
+
+    @classmethod
+    def extend(cls, config: MesaConfig, stairs: Stairs, cached: int, tokens: int) -> Plan:
+        """The plan that appends ``tokens`` tokens to a cache of ``cached`` tokens which stand at ``stairs``.
+
+        If they do not fit in the trained range behind the cache, the anchor moves forward, by whole stair steps while
+        that makes enough room, else to wider stairs. If they do not fit even so, they are cut into chunks of their own.
+        """
+        if tokens < 1:
+            raise MesaError("the prompt is empty; give at least one token")
+        if cached == 0:
+            return cls.of(config, tokens)
+        length = cached + tokens
+        room = max(tokens, min(config.tail_min, config.train_length // 16))  # not to move at every step
+        for candidate in _anchors(config, stairs, cached, length):
+            needed = tokens if candidate == stairs else room
+            if candidate.position(cached) + needed <= config.train_length:
+                return cls(config, cached, length, None, (), Span(cached, length), candidate)
+        if cached < config.head_length:
+            # Too little is cached to be the head that chunks need: it is cheaper to start again.
+            return cls.of(config, length)
+        width = max(stairs.width, bucket_for(config, length).stair_width)
+        chunks, tail, moved = _cut(config, cached, length, width)
+        return cls(config, cached, length, None, chunks, tail, moved)
+
+    @property
+    def new_tokens(self) -> int:
+        return self.length - self.start
+
+    def chunk_positions(self, chunk: Span) -> NDArray[np.int64]:
+        """Local positions of a chunk's tokens, behind the head, int64 ``[len(chunk)]``."""
+        return np.arange(self.config.head_length, self.config.head_length + len(chunk), dtype=np.int64)
+
+    def query_scales(self, span: Span) -> NDArray[np.float32]:
+        """The log-n scale of tail queries, ``max(1, ln(t + 1) / ln T_r)``, float32 ``[len(span)]``.
+
+        Head and chunk queries stand below T_r, where it is 1.
+        """
+        return query_scales(self.config, span)
+
+
+def query_scales(config: MesaConfig, span: Span) -> NDArray[np.float32]:
+    """See :meth:`Plan.query_scales`."""
+    if not config.log_n:
+        return np.ones(len(span), dtype=np.float32)
+    tokens = np.arange(span.start, span.stop, dtype=np.float64)
+    return np.maximum(1.0, np.log(tokens + 1) / math.log(config.train_length)).astype(np.float32)
+
+
+def _cut(config: MesaConfig, start: int, stop: int, width: int) -> tuple[tuple[Span, ...], Span, Stairs]:
+    """Chunks of ``C`` from ``start`` and a tail, which is the rest: at least ``tail_min`` (a single chunk may leave less).
+
+    A tail that does not fit in the trained range hands all but ``tail_min`` tokens to a short last chunk.
+    """
+    whole = max(1, (stop - start - config.tail_min) // config.chunk_length)
+    edges = [start + index * config.chunk_length for index in range(whole + 1)]
+    if edges[-1] >= stop:  # a continuation too short for a whole chunk and too long for the trained range
+        edges[-1] = stop - config.tail_min
+    stairs = Stairs(edges[-1] - config.linear_window, width)
+    if stairs.position(stop - 1) >= config.train_length and stop - edges[-1] > config.tail_min:
+        edges.append(stop - config.tail_min)
+        stairs = Stairs(edges[-1] - config.linear_window, width)
+    _require_range(config, stairs, stop)
+    chunks = tuple(Span(first, last) for first, last in zip(edges, edges[1:], strict=False))
+    return chunks, Span(edges[-1], stop), stairs
+
+
+def _anchors(config: MesaConfig, stairs: Stairs, cached: int, length: int) -> Iterator[Stairs]:
+    """Where the anchor may stand, the cheapest first: unmoved, moved by whole steps, with wider stairs."""
+    yield stairs
+    earliest = cached - config.linear_window  # the linear window never shrinks below N
+    if earliest <= stairs.anchor:
+        return
+    yield Stairs(stairs.anchor + (earliest - stairs.anchor) // stairs.width * stairs.width, stairs.width)
+    # Wide enough for twice the tokens: places all keys anew, but each time only after the text has doubled.
+    for tokens in (length, 2 * length):
+        yield Stairs(earliest, max(stairs.width, config.width_for(tokens)))
+    yield Stairs(earliest, max(stairs.width, config.fitting_width(2 * length)))
+
+
+def _require_range(config: MesaConfig, stairs: Stairs, tokens: int) -> None:
+    if stairs.position(tokens - 1) < config.train_length:
+        return
+    steps = config.train_length - (tokens - stairs.anchor)
+    if steps < 1:
+        raise MesaError(
+            f"linear_window + tail = {tokens - stairs.anchor} tokens leave no trained position for stairs "
+            f"(train_length = {config.train_length}); lower linear_window, tail_min or chunk_length"
+        )
+    raise MesaError(
+        f"stair_width = {stairs.width} leaves the trained range of {config.train_length} positions at {tokens} tokens; "
+        f"a stair_width of {-(-stairs.anchor // steps)} or more would do (or leave it out: it is then chosen)"
+    )
+
+
+__all__ = ["Bucket", "Plan", "Span", "all_buckets", "bucket_for", "buckets_up_to", "query_scales"]

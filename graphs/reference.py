@@ -1,0 +1,155 @@
+"""The slow and obvious executor of a plan, in PyTorch: what every engine is compared with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from mesart.graphs.config import MesaConfig
+from mesart.graphs.errors import MesaError
+from mesart.graphs.plan import Plan, Span
+from mesart.graphs.role import RoleModule, RoleOutputs
+from mesart.graphs.stairs import ORDINARY, Stairs
+
+TokenIds: TypeAlias = "Sequence[int] | ArrayLike | Tensor"
+
+MASKED = -1e9
+"""Added to the scores of what may not be seen: far below any score, and finite, so that no row becomes NaN."""
+
+
+class TorchReference:
+    """Runs a transformers model under Mesa-Extrapolation: a span at a time, nothing batched, nothing padded.
+
+    The state (cache, tokens, anchor) belongs to the object; :meth:`prefill` starts anew.
+
+    Args:
+        model: a causal language model, or the folder or hub id of one (loaded in float32).
+        config: chosen from the model's config if left out.
+    """
+
+    def __init__(
+        self, model: nn.Module | str | os.PathLike[str], config: MesaConfig | None = None, **load: Any
+    ) -> None:
+        if isinstance(model, (str, os.PathLike)):
+            from transformers import AutoModelForCausalLM  # noqa: PLC0415  (slow to import, not always needed)
+
+            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **load})
+        self.config = config or MesaConfig.from_model(model)  # type: ignore[arg-type]
+        self.role = RoleModule(model, self.config.train_length, "fused")
+        self.dtype = next(self.role.parameters()).dtype
+        self.vocab_size: int = self.role.config.get_text_config().vocab_size
+        self._places = {spec: self.role.place(spec) for spec in self.role.layers if spec.layout}
+        self._clear(batch=1)
+
+    def _clear(self, batch: int) -> None:
+        self.stairs: Stairs = ORDINARY
+        self.tokens = torch.zeros(batch, 0, dtype=torch.int64)
+        self.keys = [torch.zeros(batch, s.kv_heads, 0, s.key_size, dtype=self.dtype) for s in self.role.layers]
+        self.values = [torch.zeros(batch, s.kv_heads, 0, s.value_size, dtype=self.dtype) for s in self.role.layers]
+
+    def prefill(self, input_ids: TokenIds, *, all_logits: bool = False) -> Tensor:
+        """Computes a prompt; what was in the cache is forgotten.
+
+        Args:
+            input_ids: ``[T]`` or ``[B, T]``, prompts of one length.
+            all_logits: of all the tail's tokens (all tokens of a prompt of ``T <= T_r``), not only of the last.
+
+        Returns:
+            Logits, float32 ``[B, S, V]``, or ``[B, 1, V]`` of the last token.
+        """
+        ids = self._ids(input_ids)
+        self._clear(batch=ids.shape[0])
+        return self.extend(ids, all_logits=all_logits)
+
+    @torch.no_grad()
+    def extend(self, input_ids: TokenIds, *, all_logits: bool = False) -> Tensor:
+        """Appends tokens to the cache: a second turn, or what :meth:`prefill` does from nothing."""
+        ids = self._ids(input_ids)
+        plan = Plan.extend(self.config, self.stairs, self.tokens.shape[1], ids.shape[1])
+        tokens = torch.cat([self.tokens, ids], dim=1)
+        if plan.start == 0:
+            self._clear(batch=tokens.shape[0])
+        self.tokens = tokens
+        standing = self.stairs.positions(0, plan.start)  # where each key of the cache stands now
+
+        if plan.head is not None:
+            local = np.arange(len(plan.head))
+            self._append(self._run(plan.head, local, self.keys, self.values))
+            standing = local
+        if plan.chunks:
+            # A chunk sees the head at its ordinary positions, wherever the head stands in the cache.
+            head = slice(0, self.config.head_length)
+            head_keys = self._move([k[:, :, head] for k in self.keys], standing[head], np.arange(head.stop))
+            head_values = [v[:, :, head] for v in self.values]
+        for chunk in plan.chunks:
+            local = plan.chunk_positions(chunk)
+            self._append(self._run(chunk, local, head_keys, head_values))
+            standing = np.concatenate([standing, local])
+
+        self.keys = self._move(self.keys, standing, plan.stairs.positions(0, len(standing)))
+        self.stairs = plan.stairs
+        output = self._run(
+            plan.tail,
+            plan.stairs.positions(plan.tail.start, plan.tail.stop),
+            self.keys,
+            self.values,
+            plan.query_scales(plan.tail),
+            all_logits,
+        )
+        self._append(output)
+        return output.logits
+
+    def step(self, token: int | TokenIds) -> Tensor:
+        """Appends one token (one for each prompt of the batch); logits of the next, float32 ``[B, 1, V]``."""
+        return self.extend(torch.as_tensor(token, dtype=torch.int64).reshape(-1, 1))
+
+    def _run(
+        self,
+        span: Span,
+        positions: NDArray[np.int64],
+        past_keys: list[Tensor],
+        past_values: list[Tensor],
+        scales: NDArray[np.float32] | None = None,
+        all_logits: bool = False,
+    ) -> RoleOutputs:
+        """One span of the tokens behind a past that it may see all of."""
+        batch, new, past = self.tokens.shape[0], len(span), past_keys[0].shape[2]
+        scale = torch.ones(new) if scales is None else torch.from_numpy(scales)
+        return self.role(
+            input_ids=self.tokens[:, span.start : span.stop],
+            position_ids=torch.from_numpy(positions).expand(batch, new),
+            past_mask=torch.zeros(batch, 1, 1, past),
+            new_mask=torch.full((new, new), MASKED).triu(1).expand(batch, 1, new, new),
+            query_scale=scale.reshape(1, 1, new, 1).expand(batch, 1, new, 1),
+            logits_at=torch.arange(new) if all_logits else torch.tensor([new - 1]),
+            past_keys=past_keys,
+            past_values=past_values,
+        )
+
+    def _append(self, output: RoleOutputs) -> None:
+        self.keys = [torch.cat(pair, dim=2) for pair in zip(self.keys, output.keys, strict=True)]
+        self.values = [torch.cat(pair, dim=2) for pair in zip(self.values, output.values, strict=True)]
+
+    def _move(self, keys: list[Tensor], old: NDArray[np.int64], new: NDArray[np.int64]) -> list[Tensor]:
+        if np.array_equal(old, new):
+            return keys
+        from_ids, to_ids = torch.from_numpy(old)[None], torch.from_numpy(new)[None]
+        return [
+            key if spec.layout is None else self._places[spec](key, from_ids, to_ids)
+            for key, spec in zip(keys, self.role.layers, strict=True)
+        ]
+
+    def _ids(self, input_ids: TokenIds) -> Tensor:
+        ids = torch.as_tensor(input_ids, dtype=torch.int64)
+        ids = ids[None] if ids.dim() == 1 else ids
+        if ids.shape[1] == 0:
+            raise MesaError("the prompt is empty; give at least one token")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise MesaError(f"token ids must lie in 0..{self.vocab_size - 1}; got {int(ids.min())}..{int(ids.max())}")
+        return ids

@@ -1,0 +1,110 @@
+"""A model as a function of data: one module that computes every role (head, chunk, tail, step).
+
+The roles differ only in their inputs: which positions, which masks, which past. This module is what is traced, and what
+the reference runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mesart.graphs.attention import AttentionForm, AttentionInputs, attention_inputs
+from mesart.graphs.errors import MesaError
+from mesart.graphs.rotary import LayerSpec, Place, install_rotary_table, probe_layers
+
+
+class RoleOutputs(NamedTuple):
+    """What a role computes."""
+
+    logits: Tensor
+    """float32 ``[B, M, V]``, of the tokens that ``logits_at`` names."""
+    keys: list[Tensor]
+    values: list[Tensor]
+    """New keys and values, ``[B, K, S, D]``, a layer each, keys rotated to ``position_ids``."""
+
+
+class RoleModule(nn.Module):
+    """Wraps a transformers causal language model; shares its weights and leaves the model itself as it was.
+
+    Args:
+        model: a causal language model with rotary embeddings; it may lie on the meta device for tracing.
+        train_length: rows of the position table.
+        form: see :data:`~mesart.graphs.attention.AttentionForm`.
+
+    Raises:
+        MesaError: the architecture cannot be traced; the message names the part.
+    """
+
+    def __init__(self, model: nn.Module, train_length: int, form: AttentionForm = "split") -> None:
+        super().__init__()
+        shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+        self.model: Any = copy.deepcopy(model, shared).eval()
+        self.config: Any = self.model.config
+        if getattr(self.config, "is_encoder_decoder", False) or self.model.get_output_embeddings() is None:
+            raise MesaError(
+                f"{type(model).__name__} is no causal language model; it has no decoder with a language head"
+            )
+        self.model.set_attn_implementation("mesa")
+        self.train_length = train_length
+        self.form: AttentionForm = form
+        table = install_rotary_table(self.model, train_length)
+        self.layers: list[LayerSpec] = probe_layers(self.model, table)
+        count = self.config.num_hidden_layers
+        if len(self.layers) != count:
+            raise MesaError(
+                f"{type(model).__name__} has {count} layers, of which {len(self.layers)} use transformers' attention "
+                "interface; all must"
+            )
+        self._table = table.to(next(self.model.parameters()).device)
+
+    @property
+    def tables(self) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """cos and sin of each layer type, float32 ``[train_length, R]``, with numbers even if the model has none."""
+        return self._table.values
+
+    def place(self, layer: LayerSpec) -> Place:
+        """The module that moves the keys of such a layer."""
+        if layer.layout is None:
+            raise ValueError("a layer that does not turn its keys has nothing to move")
+        return Place(self.tables[layer.table], layer.layout)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        past_mask: Tensor,
+        new_mask: Tensor,
+        query_scale: Tensor,
+        logits_at: Tensor,
+        past_keys: list[Tensor],
+        past_values: list[Tensor],
+    ) -> RoleOutputs:
+        """Runs the model on new tokens.
+
+        Args:
+            input_ids: int64 ``[B, S]``.
+            position_ids: int64 ``[B, S]``, each below ``train_length``.
+            past_mask: float32 ``[B, 1, 1, P]``.
+            new_mask: float32 ``[B, 1, S, S]``.
+            query_scale: float32 ``[B, 1, S, 1]``.
+            logits_at: int64 ``[M]``, indices of the new tokens whose logits are wanted.
+            past_keys: a layer each ``[B, K, P, D]``.
+            past_values: a layer each ``[B, K, P, D]``.
+        """
+        inputs = AttentionInputs(self.form, past_mask, new_mask, query_scale, past_keys, past_values, self.train_length)
+        with attention_inputs(inputs):
+            output = self.model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logits_at
+            )
+        missing = set(range(len(self.layers))) - set(inputs.new_keys)
+        if missing:
+            raise MesaError(f"layer {min(missing)} computed no keys through transformers' attention interface")
+        order = range(len(self.layers))
+        return RoleOutputs(
+            output.logits.float(), [inputs.new_keys[i] for i in order], [inputs.new_values[i] for i in order]
+        )

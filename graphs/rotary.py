@@ -1,0 +1,205 @@
+"""Rotary embeddings as data: tables of the trained positions, and how each layer applies them to its keys.
+
+Swapping a model's rotary module for a table of ``train_length`` rows puts Stair PE into the graph as plain integers, and
+removes what the module would decide from its data (LongRoPE). A key rotated to position p is moved to position q by a
+further rotation by q - p (:func:`move`), for which the layout of the rotated dimensions has to be known: it is found by
+probing the model's own attention layer, not by a list of families.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mesart.graphs.attention import AttentionInputs, attention_inputs
+from mesart.graphs.errors import MesaError
+
+Layout = Literal["half", "interleaved"]
+"""``half``: dimension d turns with d + R/2; ``interleaved``: 2d turns with 2d + 1."""
+
+
+class RotaryTable(nn.Module):
+    """Takes the place of a model's rotary module: looks cos and sin up, ``[train_length, R]`` a layer type."""
+
+    def __init__(self, tables: dict[str | None, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.names = list(tables)
+        self.values = tables  # with numbers, even where the buffers lie on the meta device
+        for index, (cos, sin) in enumerate(tables.values()):
+            self.register_buffer(f"cos_{index}", cos, persistent=False)
+            self.register_buffer(f"sin_{index}", sin, persistent=False)
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        index = self.names.index(layer_type)
+        cos, sin = self.get_buffer(f"cos_{index}"), self.get_buffer(f"sin_{index}")
+        return nn.functional.embedding(position_ids, cos).to(x.dtype), nn.functional.embedding(position_ids, sin).to(
+            x.dtype
+        )
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The keys and values of one layer, and how it turns the keys."""
+
+    kv_heads: int
+    key_size: int
+    value_size: int
+    layout: Layout | None
+    """``None``: the layer does not turn its keys (NoPE)."""
+    table: str | None
+    """The layer type whose table it uses, where the model has several."""
+
+
+def install_rotary_table(model: nn.Module, train_length: int) -> RotaryTable:
+    """Replaces the model's rotary module by its table, in place; the table lies where the model's weights lie.
+
+    Raises:
+        MesaError: the model has no such module, or several.
+    """
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child).__name__.endswith("RotaryEmbedding") and hasattr(child, "config")
+    ]
+    if len(found) != 1:
+        raise MesaError(
+            f"{type(model).__name__} has {len(found) or 'no'} rotary embedding module{'s' * (len(found) > 1)}; "
+            "exactly one that the whole model shares can be traced (RoPE models; ALiBi and learned positions cannot)"
+        )
+    parent, name, rotary = found[0]
+    config: Any = rotary.config
+    real = type(rotary)(config=config).to("cpu")  # on the meta device the original has no numbers
+    positions = torch.arange(train_length)[None]
+    layer_types: list[str | None] = list(getattr(real, "layer_types", [None]))
+    tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+    for layer_type in layer_types:
+        arguments = () if layer_type is None else (layer_type,)
+        cos, sin = real(torch.zeros(1, dtype=torch.float32), positions, *arguments)
+        tables[layer_type] = (cos[0].float(), sin[0].float())
+    table = RotaryTable(tables)
+    setattr(parent, name, table)
+    return table
+
+
+def probe_layers(model: nn.Module, table: RotaryTable) -> list[LayerSpec]:
+    """The layers' keys and values; found by running one attention layer of each kind with random weights.
+
+    Raises:
+        MesaError: a layer cannot be run alone, or turns its keys in a way that is not known here.
+    """
+    config: Any = model.config
+    layer_types = getattr(config, "layer_types", None)
+    attention = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and _is_attention(m)]
+    known: dict[Any, LayerSpec] = {}
+    result: list[LayerSpec] = []
+    for index, layer in enumerate(sorted(attention, key=lambda m: int(m.layer_idx))):  # type: ignore[arg-type]
+        name = None if table.names == [None] or layer_types is None else layer_types[index]
+        kind = (type(layer), name, _shape_key(layer), *_switches(layer))
+        if kind not in known:
+            known[kind] = _probe(layer, name, table.values[name][0].shape[-1])
+        result.append(known[kind])
+    return result
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "Attention" in type(module).__name__ and any(True for _ in module.parameters())
+
+
+def _shape_key(layer: nn.Module) -> tuple[Any, ...]:
+    return tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+
+
+def _switches(layer: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Plain attributes that may change what a layer does (such as SmolLM3's ``use_rope``)."""
+    return tuple(
+        (name, value)
+        for name, value in sorted(vars(layer).items())
+        if isinstance(value, (bool, int, float, str)) and name not in ("layer_idx", "training")
+    )
+
+
+def _probe(layer: nn.Module, table: str | None, size: int) -> LayerSpec:
+    plain, value = _keys(layer, torch.ones(1, 1, size), torch.zeros(1, 1, size))
+    turned, _ = _keys(layer, torch.zeros(1, 1, size), torch.ones(1, 1, size))
+    kv_heads, key_size, value_size = plain.shape[1], plain.shape[3], value.shape[3]
+    if torch.equal(plain, turned):
+        return LayerSpec(kv_heads, key_size, value_size, None, table)
+    if torch.allclose(turned[..., size:], plain[..., size:]):
+        layouts: tuple[Layout, ...] = ("half", "interleaved")
+        for layout in layouts:
+            if torch.allclose(turned[..., :size], quarter_turn(plain[..., :size], layout), atol=1e-5):
+                return LayerSpec(kv_heads, key_size, value_size, layout, table)
+    raise MesaError(
+        f"{type(layer).__name__} turns its keys in a way that is not known here (neither halves nor interleaved pairs "
+        f"of the first {size} dimensions)"
+    )
+
+
+def _keys(layer: nn.Module, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values that one attention layer makes of a random hidden state and a given rotation, ``[1, K, 1, D]``."""
+    real = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in real.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.dim() == 1))
+    width = next(p.shape[1] for p in real.parameters() if p.dim() == 2)  # noqa: PLR2004  (a projection's input)
+    hidden = torch.randn(1, 1, width, generator=generator)
+    index = int(real.layer_idx)  # type: ignore[arg-type]
+    empty = torch.zeros(1, 1, 1, 0)
+    inputs = AttentionInputs("split", empty, empty, torch.ones(1, 1, 1, 1), [], [], 0)
+    with torch.no_grad(), attention_inputs(inputs):
+        try:
+            # There is no past to attend to; the keys are recorded before that is noticed.
+            with contextlib.suppress(IndexError):
+                real(hidden_states=hidden, position_embeddings=(cos, sin), attention_mask=None)
+        except TypeError as error:
+            raise MesaError(
+                f"{type(layer).__name__} cannot be run alone to see how it turns its keys: {error}"
+            ) from error
+    if index not in inputs.new_keys:
+        raise MesaError(f"{type(layer).__name__} does not call transformers' attention interface; it cannot be traced")
+    return inputs.new_keys[index], inputs.new_values[index]
+
+
+def quarter_turn(x: Tensor, layout: Layout) -> Tensor:
+    """Each pair of dimensions turned by 90 degrees, ``[..., R]``."""
+    if layout == "half":
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((-second, first), dim=-1)
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+
+
+class Place(nn.Module):
+    """Moves rotated keys from old to new positions; a rotation by the difference (rotations compose).
+
+    A scale inside the table (YaRN) is divided out: it is in the key already.
+    """
+
+    def __init__(self, table: tuple[Tensor, Tensor], layout: Layout) -> None:
+        super().__init__()
+        cos, sin = table
+        if layout == "interleaved" and not torch.equal(cos[:, 0::2], cos[:, 1::2]):
+            half = cos.shape[-1] // 2  # kept as halves in the table and spread over the pairs by the model
+            cos, sin = cos[:, :half].repeat_interleave(2, -1), sin[:, :half].repeat_interleave(2, -1)
+        scale = (cos.square() + sin.square()).sqrt()
+        self.register_buffer("cos", cos / scale, persistent=False)
+        self.register_buffer("sin", sin / scale, persistent=False)
+        self.layout: Layout = layout
+
+    def forward(self, key: Tensor, from_ids: Tensor, to_ids: Tensor) -> Tensor:
+        """Keys ``[B, K, S, D]`` at positions ``from_ids`` to ``to_ids``, int64 ``[B, S]`` both."""
+        cos_table, sin_table = self.get_buffer("cos"), self.get_buffer("sin")
+        cos_from, cos_to = (nn.functional.embedding(ids, cos_table).unsqueeze(1) for ids in (from_ids, to_ids))
+        sin_from, sin_to = (nn.functional.embedding(ids, sin_table).unsqueeze(1) for ids in (from_ids, to_ids))
+        cos = cos_to * cos_from + sin_to * sin_from
+        sin = sin_to * cos_from - cos_to * sin_from
+        size = cos_table.shape[-1]
+        turned, rest = key[..., :size].float(), key[..., size:]
+        moved = turned * cos + quarter_turn(turned, self.layout) * sin
+        return torch.cat((moved.to(key.dtype), rest), dim=-1) if rest.shape[-1] else moved.to(key.dtype)

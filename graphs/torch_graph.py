@@ -1,0 +1,94 @@
+"""A bundle's graphs run by PyTorch: the model's own code with the bundle's weights, fed and read as any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mesart.graphs.errors import MesaError
+from mesart.graphs.manifest import WEIGHTS_FILE, Manifest
+from mesart.graphs.role import RoleModule
+
+Feeds = Mapping[str, NDArray[Any]]
+Run = Callable[[Feeds], dict[str, NDArray[Any]]]
+
+
+def load_bundle_model(bundle: Path, manifest: Manifest) -> nn.Module:
+    """The transformers model of a bundle, with the bundle's weights."""
+    config = AutoConfig.from_pretrained(bundle)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, manifest.dtype)).eval()
+    weights = load_file(bundle / WEIGHTS_FILE)
+    # Weights that share memory in the model are stored once, under either name.
+    names = {id(p): [] for p in model.parameters()}  # type: dict[int, list[str]]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            stored = [name for name in names[id(parameter)] if name in weights]
+            if not stored:
+                raise MesaError(f"{bundle / WEIGHTS_FILE} lacks the weight {names[id(parameter)][0]}; export again")
+            parameter.copy_(weights[stored[0]])
+    loaded: nn.Module = model
+    return loaded
+
+
+def open_torch(path: Path, opened: dict[str, RoleModule]) -> Run:
+    """The function of a bundle's ONNX file, computed by PyTorch.
+
+    Args:
+        path: a graph's file in its bundle.
+        opened: modules by bundle, so that all graphs of one bundle share their weights.
+    """
+    bundle, manifest = path.parent, Manifest.read(path.parent)
+    if str(bundle) not in opened:
+        opened[str(bundle)] = RoleModule(load_bundle_model(bundle, manifest), manifest.config.train_length)
+    module = opened[str(bundle)]
+    role = next(graph.role for graph in manifest.graphs if graph.file == path.name)
+    if role == "place":
+        index = next(i for i, layer in enumerate(manifest.layers) if layer.place == path.name)
+        place = module.place(module.layers[index])
+
+        def run_place(feeds: Feeds) -> dict[str, NDArray[Any]]:
+            ids = (torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in ("from_ids", "to_ids"))
+            with torch.no_grad():
+                return {"moved": _to_numpy(place(_to_torch(feeds["key"], manifest.dtype), *ids))}
+
+        return run_place
+
+    count = range(len(module.layers))
+
+    def run(feeds: Feeds) -> dict[str, NDArray[Any]]:
+        plain = ("input_ids", "position_ids", "past_mask", "new_mask", "query_scale", "logits_at")
+        arguments = {name: torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in plain}
+        past = {
+            kind: [_to_torch(feeds[f"past_key_values.{i}.{kind}"], manifest.dtype) for i in count]
+            for kind in ("key", "value")
+        }
+        with torch.no_grad():
+            output = module(**arguments, past_keys=past["key"], past_values=past["value"])
+        results = {"logits": _to_numpy(output.logits)}
+        for i in count:
+            results[f"present.{i}.key"] = _to_numpy(output.keys[i])
+            results[f"present.{i}.value"] = _to_numpy(output.values[i])
+        return results
+
+    return run
+
+
+def _to_torch(array: NDArray[Any], dtype: str) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[Any]:
+    tensor = tensor.contiguous()
+    array: NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array

@@ -1,0 +1,202 @@
+"""What executes a graph. One interface, one class for each engine; engines are imported when they are asked for.
+
+Arrays are numpy. bfloat16, which numpy lacks, travels as its bits in uint16.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesart.graphs.errors import MesaError
+
+Array = NDArray[Any]
+
+STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+"""The numpy type that holds a bundle's dtype."""
+
+
+class Graph(Protocol):
+    """A loaded graph. Outputs belong to the caller until the next call."""
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+
+
+class Backend(Protocol):
+    """Executes ONNX files."""
+
+    name: str
+    device: str
+
+    def open(self, path: Path) -> Graph:
+        """Compiles the graph in a file."""
+        ...
+
+
+class OnnxRuntimeBackend:
+    """onnxruntime: its CUDA provider where present, else the CPU."""
+
+    name = "onnxruntime"
+
+    def __init__(self, dtype: str, threads: int | None = None) -> None:
+        import onnxruntime  # noqa: PLC0415
+
+        self._onnxruntime = onnxruntime
+        cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        self.device = "cuda" if cuda else "cpu"
+        if dtype == "bfloat16" and not cuda:
+            raise MesaError(
+                "onnxruntime computes no bfloat16 on the CPU; use backend 'openvino', or export with --dtype float32"
+            )
+        self._providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
+        self._options = onnxruntime.SessionOptions()
+        self._options.intra_op_num_threads = threads or available_threads()
+        self._options.log_severity_level = 3
+        # Growing by exactly what is needed instead of doubling: prompts of different lengths share one arena.
+        self._options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+
+    def open(self, path: Path) -> Graph:
+        try:
+            session = self._onnxruntime.InferenceSession(os.fspath(path), self._options, providers=self._providers)
+        except Exception as error:  # onnxruntime raises kinds of its own, all for a graph that it cannot load
+            raise MesaError(f"onnxruntime cannot load {path}: {_first_line(error)}") from error
+        names = [output.name for output in session.get_outputs()]
+        known = {value.name for value in session.get_inputs()}
+
+        def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+            try:
+                outputs = session.run(names, {name: value for name, value in feeds.items() if name in known})
+            except Exception as error:
+                raise MesaError(f"onnxruntime failed in {path.name}: {_first_line(error)}") from error
+            return dict(zip(names, outputs, strict=True))
+
+        return run
+
+
+class OpenVinoBackend:
+    """OpenVINO on the CPU."""
+
+    name = "openvino"
+    device = "cpu"
+
+    def __init__(self, dtype: str, threads: int | None = None) -> None:
+        import openvino  # noqa: PLC0415
+
+        self._openvino = openvino
+        self._core = openvino.Core()
+        precision = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}[dtype]
+        # Without the hint OpenVINO computes float32 graphs in bfloat16 where the CPU has it.
+        self._options = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads or available_threads(),
+        }
+
+    def open(self, path: Path) -> Graph:
+        openvino = self._openvino
+        try:
+            compiled = self._core.compile_model(self._core.read_model(os.fspath(path)), "CPU", self._options)
+        except RuntimeError as error:
+            raise MesaError(f"OpenVINO cannot load {path}: {_first_line(error)}") from error
+        request = compiled.create_infer_request()
+        ports = {port.get_any_name(): port for port in compiled.inputs}
+        outputs = [(port.get_any_name(), port) for port in compiled.outputs]
+        brain = openvino.Type.bf16
+
+        def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+            tensors = {}
+            for name, port in ports.items():
+                value = np.ascontiguousarray(feeds[name])
+                if port.get_element_type() == brain:
+                    tensors[name] = openvino.Tensor(value, openvino.Shape(value.shape), brain)
+                else:
+                    tensors[name] = openvino.Tensor(value, shared_memory=True)
+            try:
+                request.infer(tensors, share_inputs=True, share_outputs=True)
+            except RuntimeError as error:
+                raise MesaError(f"OpenVINO failed in {path.name}: {_first_line(error)}") from error
+            results = {}
+            for name, port in outputs:
+                data = request.get_tensor(port).data
+                results[name] = data.view(np.uint16) if port.get_element_type() == brain else data
+            return results
+
+        return run
+
+
+class TorchBackend:
+    """The reference: the model's own PyTorch code, with the bundle's weights."""
+
+    name = "torch"
+    device = "cpu"
+
+    def __init__(self, dtype: str, threads: int | None = None) -> None:
+        del dtype, threads  # the bundle's; torch's own setting
+        self._opened: dict[str, Any] = {}
+
+    def open(self, path: Path) -> Graph:
+        from mesart.graphs.torch_graph import open_torch  # noqa: PLC0415  (torch only where it is asked for)
+
+        return open_torch(path, self._opened)
+
+
+_BACKENDS: dict[str, tuple[str, Callable[..., Backend]]] = {
+    # In the order of speed measured on CPUs (docs/log.md); the package that each needs, and is an extra of this one.
+    "openvino": ("openvino", OpenVinoBackend),
+    "onnxruntime": ("onnxruntime", OnnxRuntimeBackend),
+    "torch": ("torch", TorchBackend),
+}
+
+
+def backend_names() -> list[str]:
+    """The backends that exist, the fastest first."""
+    return list(_BACKENDS)
+
+
+def present_backends() -> list[str]:
+    """The backends whose package is installed, the fastest first."""
+    return [name for name, (package, _) in _BACKENDS.items() if importlib.util.find_spec(package)]
+
+
+def choose_backend(name: str, dtype: str, threads: int | None = None) -> tuple[Backend, str]:
+    """The backend of that name, or with ``auto`` the fastest that is installed; and the reason, a phrase for people.
+
+    Raises:
+        MesaError: unknown name, missing package, or a dtype that the backend does not compute.
+    """
+    if name != "auto":
+        if name not in _BACKENDS:
+            raise MesaError(f"unknown backend {name!r}; there are auto, {', '.join(_BACKENDS)}")
+        package, make = _BACKENDS[name]
+        if importlib.util.find_spec(package) is None:
+            extra = "export" if name == "torch" else name
+            raise MesaError(f"backend {name!r} needs the package {package}: pip install 'mesart[{extra}]'")
+        return make(dtype, threads), "asked for"
+    present = present_backends()
+    if "onnxruntime" in present and dtype != "bfloat16":
+        backend = OnnxRuntimeBackend(dtype, threads)
+        if backend.device == "cuda":
+            return backend, "the fastest here: it has a GPU"
+    if not present:
+        raise MesaError("no backend is installed: pip install 'mesart[openvino]' or 'mesart[onnxruntime]'")
+    for candidate in present:
+        if candidate == "onnxruntime" and dtype == "bfloat16":
+            continue
+        return _BACKENDS[candidate][1](dtype, threads), f"the fastest of those installed ({', '.join(present)})"
+    raise MesaError("none of the installed backends computes bfloat16 on this machine: pip install 'mesart[openvino]'")
+
+
+def available_threads() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

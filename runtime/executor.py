@@ -1,0 +1,216 @@
+"""Executes plans: head, chunks in batches, place, tail in slices, step; the same for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesart.graphs.errors import MesaError
+from mesart.graphs.manifest import Manifest, Role
+from mesart.graphs.plan import Plan, Span, query_scales
+from mesart.graphs.stairs import ORDINARY
+from mesart.runtime.backends import STORAGE, Array, Graph
+from mesart.runtime.cache import MASKED, Cache, Row, move_keys, past_feeds
+from mesart.runtime.graphs import RoleGraphs
+
+
+class Executor:
+    """A live batch of prompts on one set of graphs."""
+
+    def __init__(self, manifest: Manifest, graphs: RoleGraphs) -> None:
+        self.manifest, self.config, self._graphs = manifest, manifest.config, graphs
+        self._places: dict[str, Graph] = {x.place: graphs.place(x.place) for x in manifest.layers if x.place}
+        self._storage: type[np.generic] = STORAGE[manifest.dtype]
+        self.cache = self._new_cache(1, 0)
+
+    def _new_cache(self, batch: int, tokens: int) -> Cache:
+        capacity = self._graphs.capacity(tokens) if tokens else 0
+        return Cache(self.manifest.layers, self._storage, batch, capacity)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool = False) -> list[NDArray[np.float32]]:
+        """Computes prompts from nothing; what was in the cache is forgotten. Logits ``[S, V]`` of each row."""
+        for prompt in prompts:
+            self._check_length(len(prompt))
+        self.cache = self._new_cache(len(prompts), max(len(prompt) for prompt in prompts))
+        return [self.extend(row, prompt, all_logits=all_logits) for row, prompt in enumerate(prompts)]
+
+    def extend(self, index: int, ids: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
+        """Appends tokens to one row of the cache. Logits ``[S, V]`` of its tail, or ``[1, V]`` of its last token."""
+        row = self.cache.rows[index]
+        plan = Plan.extend(self.config, row.stairs, len(row.tokens), len(ids))
+        self._check_length(plan.length)
+        tokens = [*row.tokens, *map(int, ids)]
+        self.cache.grow(self._graphs.capacity(plan.length))
+        if plan.start == 0:
+            self.cache.rows[index] = row = Row()
+            self.cache.mask[index] = MASKED
+        standing = row.stairs.positions(0, plan.start)  # where each key of the cache stands now
+
+        if plan.head is not None:
+            self._head(index, tokens, plan.head)
+            standing = ORDINARY.positions(0, len(plan.head))
+        if plan.chunks:
+            standing = self._chunks(index, tokens, plan, standing)
+        self.cache.move(index, standing, plan.stairs.positions(0, len(standing)), self._places)
+        logits = self._tail(index, tokens, plan, all_logits=all_logits)
+        row.tokens, row.stairs = tokens, plan.stairs
+        return logits
+
+    def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Appends one token to each row. Logits ``[B, V]`` of the next."""
+        cache = self.cache
+        cache.grow(self._graphs.capacity(1 + max(len(row.tokens) for row in cache.rows)))
+        positions, scales = [], []
+        for index, row in enumerate(cache.rows):
+            length = len(row.tokens)
+            plan = Plan.extend(self.config, row.stairs, length, 1)
+            if plan.stairs != row.stairs:
+                old, new = row.stairs.positions(0, length), plan.stairs.positions(0, length)
+                cache.move(index, old, new, self._places)
+                row.stairs = plan.stairs
+            positions.append(plan.stairs.position(length))
+            scales.append(query_scales(self.config, Span(length, length + 1)))
+        logits, keys, values = self._run(
+            "step",
+            np.array(tokens, dtype=np.int64)[:, None],
+            np.array(positions, dtype=np.int64)[:, None],
+            cache.mask,
+            past_feeds(cache.keys, cache.values),
+            np.array(scales),
+        )
+        for index, row in enumerate(cache.rows):
+            cache.write(index, len(row.tokens), [k[index] for k in keys], [v[index] for v in values])
+            row.tokens.append(int(tokens[index]))
+        return np.array(logits[:, -1])  # the engine writes its next result to the same place
+
+    def _head(self, index: int, tokens: Sequence[int], span: Span) -> None:
+        ids, positions = _ids(tokens, [span]), ORDINARY.positions(span.start, span.stop)[None]
+        past = [np.zeros((1, x.kv_heads, 0, x.key_size), self._storage) for x in self.manifest.layers]
+        past_values = [np.zeros((1, x.kv_heads, 0, x.value_size), self._storage) for x in self.manifest.layers]
+        none = np.zeros((1, 1, 1, 0), np.float32)
+        _, keys, values = self._run("head", ids, positions, none, past_feeds(past, past_values))
+        self.cache.write(index, span.start, [k[0] for k in keys], [v[0] for v in values])
+
+    def _chunks(self, index: int, tokens: Sequence[int], plan: Plan, standing: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Computes the chunks at their local positions; returns where every key of the cache stands then."""
+        cache, size = self.cache, self.config.head_length
+        local = ORDINARY.positions(0, size)
+        head_keys = [k[index : index + 1, :, :size] for k in cache.keys]
+        if not np.array_equal(standing[:size], local):  # a later turn: the head stands on stairs
+            head_keys = [
+                keys
+                if info.place is None
+                else np.array(move_keys(self._places[info.place], keys, standing[:size], local))
+                for keys, info in zip(head_keys, cache.layers, strict=True)
+            ]
+        head_values = [v[index : index + 1, :, :size] for v in cache.values]
+        limit = self._graphs.chunk_batch(self.config.chunk_length)
+        for batch in _batches(plan.chunks, limit):
+            count = len(batch)
+            positions = np.tile(plan.chunk_positions(batch[0]), (count, 1))
+            _, keys, values = self._run(
+                "chunk",
+                _ids(tokens, batch),
+                positions,
+                np.zeros((count, 1, 1, size), np.float32),
+                past_feeds(
+                    [np.repeat(key, count, axis=0) for key in head_keys],
+                    [np.repeat(value, count, axis=0) for value in head_values],
+                ),
+            )
+            for place, span in enumerate(batch):
+                cache.write(index, span.start, [k[place] for k in keys], [v[place] for v in values])
+            standing = np.concatenate([standing, positions.reshape(-1)])
+        return standing
+
+    def _tail(self, index: int, tokens: Sequence[int], plan: Plan, *, all_logits: bool) -> NDArray[np.float32]:
+        """The tail, a slice at a time: each sees all before it, so that slicing changes nothing."""
+        cache = self.cache
+        length = self._graphs.slice_length(cache.capacity)
+        pieces = []
+        for start in range(plan.tail.start, plan.tail.stop, length):
+            span = Span(start, min(start + length, plan.tail.stop))
+            wanted = range(len(span)) if all_logits else (len(span) - 1,)
+            logits, keys, values = self._run(
+                "tail",
+                _ids(tokens, [span]),
+                plan.stairs.positions(span.start, span.stop)[None],
+                cache.mask[index : index + 1],
+                cache.past(index),
+                plan.query_scales(span)[None],
+                wanted,
+            )
+            if all_logits or span.stop == plan.tail.stop:
+                pieces.append(np.array(logits[0]))
+            cache.write(index, span.start, [k[0] for k in keys], [v[0] for v in values])
+        return np.concatenate(pieces)
+
+    def _run(
+        self,
+        role: Role,
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        past_mask: NDArray[np.float32],
+        past: dict[str, Array],
+        scales: NDArray[np.float32] | None = None,
+        wanted: Sequence[int] | None = None,
+    ) -> tuple[Array, list[Array], list[Array]]:
+        """Runs a role on ``[B, S]`` new tokens, filled up at the end to what the graph takes."""
+        batch, new = ids.shape
+        padding = ((0, 0), (0, self._graphs.padded(role, new) - new))
+        ids, positions = np.pad(ids, padding), np.pad(positions, padding)
+        scales = np.pad(np.ones((batch, new), np.float32) if scales is None else scales, padding, constant_values=1)
+        size = ids.shape[1]
+        causal = np.triu(np.full((size, size), MASKED), 1)
+        feeds: dict[str, Array] = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "past_mask": past_mask,
+            "new_mask": np.broadcast_to(causal, (batch, 1, size, size)).copy(),
+            "query_scale": scales[:, None, :, None],
+            "logits_at": np.array(wanted if wanted is not None else [new - 1], np.int64),
+            **past,
+        }
+        bucket = self._bucket(past_mask.shape[-1])
+        outputs = self._graphs.run(role, bucket, feeds)
+        if np.isnan(outputs["logits"]).any():
+            raise MesaError(
+                f"NaN in the logits of the {role}: the weights are broken, or {self.manifest.dtype} overflows "
+                "(export with another --dtype); `mesart validate` names the layer"
+            )
+        count = range(len(self.manifest.layers))
+        return (
+            outputs["logits"],
+            [outputs[f"present.{i}.key"][:, :, :new] for i in count],
+            [outputs[f"present.{i}.value"][:, :, :new] for i in count],
+        )
+
+    def _bucket(self, capacity: int) -> int:
+        return next((b.chunks for b in self.manifest.buckets if b.max_tokens >= capacity), -1)
+
+    def _check_length(self, tokens: int) -> None:
+        largest = self.manifest.buckets[-1].max_tokens
+        if tokens > largest:
+            raise MesaError(
+                f"a prompt of {tokens} tokens is longer than the largest bucket of this bundle, {largest} tokens; "
+                f"export again with --max-tokens {tokens}"
+            )
+
+
+def _ids(tokens: Sequence[int], spans: Sequence[Span]) -> NDArray[np.int64]:
+    return np.array([tokens[span.start : span.stop] for span in spans], dtype=np.int64)
+
+
+def _batches(chunks: Sequence[Span], limit: int) -> list[list[Span]]:
+    """Chunks of one length together, at most ``limit``."""
+    batches = []
+    for _, same in groupby(chunks, key=len):
+        group = list(same)
+        batches += [group[i : i + limit] for i in range(0, len(group), limit)]
+    return batches
+
+
+__all__ = ["Executor"]

@@ -1,0 +1,326 @@
+"""The model of a bundle, as its users see it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mesart.graphs.errors import MesaError
+from mesart.graphs.manifest import Manifest
+from mesart.graphs.plan import bucket_for
+from mesart.runtime.backends import choose_backend
+from mesart.runtime.executor import Executor
+from mesart.runtime.graphs import SpecialisedGraphs, SymbolicGraphs
+from mesart.runtime.sampling import Sampler, SamplingConfig
+from mesart.runtime.stream import TextStream
+from mesart.runtime.text import Tokenizer, configured_eos_ids
+
+Logits: TypeAlias = NDArray[np.float32]
+Prompt: TypeAlias = "str | Sequence[int]"
+
+
+class MesaModel:
+    """A bundle on a backend. Holds one live cache, of one prompt or of a batch; not safe to share between threads.
+
+    Made by :meth:`load`; close it, or use it in a ``with`` statement, to free the engine's memory.
+
+    Attributes:
+        backend: the backend's name, ``device`` where it runs and ``choice`` why it was chosen.
+        manifest: what the bundle holds.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, executor: Executor, backend: str, device: str, choice: str):
+        self.bundle, self.manifest = bundle, manifest
+        self.backend, self.device, self.choice = backend, device, choice
+        self._executor: Executor | None = executor
+        self._unfed: list[int] = []  # the last generated token: shown, but not yet in the cache
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str],
+        backend: str = "auto",
+        *,
+        threads: int | None = None,
+        specialised: bool = False,
+        verify: bool = True,
+    ) -> MesaModel:
+        """Opens a bundle.
+
+        Args:
+            bundle: a folder made by ``mesart export``.
+            backend: ``onnxruntime``, ``openvino``, ``torch``, or ``auto`` for the fastest that is installed.
+            threads: CPU threads; all that the process may use if left out.
+            specialised: run the graphs of fixed shapes, one for each role and bucket, instead of the symbolic one.
+            verify: check the SHA-256 of every file; otherwise only that it is there and has its size.
+
+        Raises:
+            MesaError: no bundle, a missing or altered file, or a backend that is unknown or not installed.
+        """
+        folder = Path(bundle)
+        manifest = Manifest.read(folder)
+        manifest.verify(folder, contents=verify)
+        engine, choice = choose_backend(backend, manifest.dtype, threads)
+        graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(folder, manifest, engine)
+        return cls(folder, manifest, Executor(manifest, graphs), engine.name, engine.device, choice)
+
+    def __enter__(self) -> MesaModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the engine and the cache; the model cannot be used any more."""
+        self._executor = None
+
+    @property
+    def executor(self) -> Executor:
+        if self._executor is None:
+            raise MesaError("the model was closed; load it again")
+        return self._executor
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer; an error if the checkpoint had none."""
+        return Tokenizer(self.bundle)
+
+    @cached_property
+    def default_sampling(self) -> SamplingConfig:
+        """What ``generation_config.json`` asks for; greedy if there is none."""
+        path = self.bundle / "generation_config.json"
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return SamplingConfig.from_generation_config(fields)
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest prompt, in tokens."""
+        return self.manifest.buckets[-1].max_tokens
+
+    def bucket(self, tokens: int) -> int:
+        """The number of chunks of the bucket that a prompt of ``tokens`` tokens is dispatched to."""
+        return bucket_for(self.manifest.config, tokens).chunks
+
+    def prefill(self, input_ids: ArrayLike | Sequence[Sequence[int]], *, all_logits: bool = False) -> Logits:
+        """Computes a prompt, or a batch of prompts of any lengths; what was in the cache is forgotten.
+
+        Args:
+            input_ids: ``[T]``, ``[B, T]``, or a list of lists of different lengths.
+            all_logits: of all the tail's tokens, not only of the last; their number must be the same in all rows.
+
+        Returns:
+            float32 ``[B, S, V]``, or ``[B, 1, V]`` of the last tokens.
+
+        Raises:
+            MesaError: an empty prompt, ids outside the vocabulary, a prompt longer than the largest bucket.
+        """
+        prompts = self._prompts(input_ids)
+        self._unfed = []
+        return _stack(self.executor.prefill(prompts, all_logits=all_logits))
+
+    def extend(self, input_ids: ArrayLike | Sequence[Sequence[int]], *, all_logits: bool = False) -> Logits:
+        """Appends tokens to the live cache, such as a second turn; arguments and result as of :meth:`prefill`."""
+        prompts = self._prompts(input_ids)
+        self._require_rows(len(prompts))
+        rows = range(len(prompts))
+        return _stack([self.executor.extend(row, prompts[row], all_logits=all_logits) for row in rows])
+
+    def step(self, token: int | ArrayLike) -> Logits:
+        """Appends one token to each row of the cache; logits of the next, float32 ``[B, 1, V]``."""
+        tokens = self._prompts(np.asarray(token).reshape(-1, 1))
+        self._require_rows(len(tokens))
+        if not self.executor.cache.rows[0].tokens:
+            raise MesaError("step needs a prompt in the cache; call prefill first")
+        return self.executor.step([row[0] for row in tokens])[:, None]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in the cache, a number for each row."""
+        return [len(row.tokens) for row in self.executor.cache.rows]
+
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 256,
+        sampling: SamplingConfig | None = None,
+        *,
+        append: bool = False,
+    ) -> Iterator[list[int | None]]:
+        """Generates tokens for a batch of prompts, all rows in step.
+
+        Args:
+            prompts: token ids of each row.
+            max_new_tokens: the most tokens that a row gets.
+            sampling: how tokens are chosen; as the bundle's ``generation_config.json`` says if left out.
+            append: to the live cache (a second turn), instead of starting anew.
+
+        Yields:
+            The next token of each row, ``None`` once a row has ended. The end-of-text token itself is yielded.
+        """
+        if max_new_tokens < 1:
+            raise MesaError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        choice = sampling or self.default_sampling
+        if append:
+            if len(prompts) == 1:
+                prompts = [[*self._unfed, *prompts[0]]]
+            logits = self.extend(prompts)
+        else:
+            logits = self.prefill(prompts)
+        self._unfed = []
+        rows = range(len(prompts))
+        seeds = [None if choice.seed is None else choice.seed + row for row in rows]
+        samplers = [Sampler(replace(choice, seed=seed)) for seed in seeds]
+        history = [list(self.executor.cache.rows[row].tokens) for row in rows]
+        ended = [False] * len(prompts)
+        end = set(self.eos_token_ids)
+        for index in range(max_new_tokens):
+            chosen: list[int | None] = [
+                None if ended[row] else samplers[row](logits[row, -1], history[row]) for row in rows
+            ]
+            for row, token in enumerate(chosen):
+                if token is not None:
+                    history[row].append(token)
+                    ended[row] = token in end
+            self._unfed = [token for token in chosen if token is not None] if len(prompts) == 1 else []
+            yield chosen
+            if all(ended) or index + 1 == max_new_tokens:
+                return
+            # A row that has ended is fed its last token again: its cache is not used any more.
+            logits = self.step([history[row][-1] for row in rows])
+            self._unfed = []
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Any of them ends the text."""
+        if (self.bundle / "tokenizer.json").is_file():
+            return self.tokenizer.eos_token_ids
+        return configured_eos_ids(self.bundle)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 256,
+        *,
+        stop: str | Sequence[str] = (),
+        append: bool = False,
+        sampling: SamplingConfig | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Generates text piece by piece; a piece never ends within a character, nor in what may be a stop string.
+
+        Args:
+            prompt: text or token ids.
+            max_new_tokens: the most tokens to generate.
+            stop: strings that end the text; they are not part of it.
+            append: to the live cache (a second turn), instead of starting anew.
+            sampling: how tokens are chosen; as the bundle's ``generation_config.json`` says if left out.
+            **options: fields of :class:`~mesart.runtime.SamplingConfig` that differ from it, such as
+                ``temperature=0.7, top_p=0.9, seed=1``.
+        """
+        choice = self._sampling(sampling, options)
+        ids = self._encode(prompt, append=append)
+        text = TextStream(self.tokenizer, stop, context=ids)
+        for (token,) in self.generate_ids([ids], max_new_tokens, choice, append=append):
+            if token is None or token in self.eos_token_ids:
+                break
+            piece = text.push(token)
+            if piece:
+                yield piece
+            if text.stopped:
+                return
+        rest = text.flush()
+        if rest:
+            yield rest
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[str],
+        max_new_tokens: int = 256,
+        *,
+        stop: str | Sequence[str] = (),
+        append: bool = False,
+        sampling: SamplingConfig | None = None,
+        **options: Any,
+    ) -> str | list[str]:
+        """Generates text for one prompt, or for each of a list of texts in one batch; options as of :meth:`stream`."""
+        if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], str):
+            return "".join(
+                self.stream(
+                    prompt,  # type: ignore[arg-type]
+                    max_new_tokens,
+                    stop=stop,
+                    append=append,
+                    sampling=sampling,
+                    **options,
+                )
+            )
+        choice = self._sampling(sampling, options)
+        ids = [self._encode(str(text), append=append) for text in prompt]
+        texts = [TextStream(self.tokenizer, stop, context=row) for row in ids]
+        pieces: list[list[str]] = [[] for _ in ids]
+        for tokens in self.generate_ids(ids, max_new_tokens, choice, append=append):
+            for row, token in enumerate(tokens):
+                if token is not None and token not in self.eos_token_ids:
+                    pieces[row].append(texts[row].push(token))
+            if all(text.stopped for text in texts):
+                break
+        return ["".join([*row, text.flush()]) for row, text in zip(pieces, texts, strict=True)]
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int = 256, **options: Any) -> Iterator[str]:
+        """Streams the answer to a conversation, put into the bundle's chat template; options as of :meth:`stream`."""
+        text = self.tokenizer.apply_chat_template([dict(message) for message in messages])
+        return self.stream(self.tokenizer.encode(text, add_special_tokens=False), max_new_tokens, **options)
+
+    def _sampling(self, sampling: SamplingConfig | None, options: Mapping[str, Any]) -> SamplingConfig:
+        try:
+            return replace(sampling or self.default_sampling, **options)
+        except TypeError as error:
+            raise MesaError(f"unknown sampling option: {error}") from error
+
+    def _encode(self, prompt: Prompt, *, append: bool) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, add_special_tokens=not append)
+        return [int(token) for token in prompt]
+
+    def _prompts(self, input_ids: ArrayLike | Sequence[Sequence[int]]) -> list[list[int]]:
+        """The rows of a batch, checked."""
+        ragged = isinstance(input_ids, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in input_ids)
+        rows = [np.asarray(row) for row in input_ids] if ragged else list(np.atleast_2d(np.asarray(input_ids)))  # type: ignore[union-attr]
+        vocabulary = int(self.manifest.model["vocab_size"])
+        for row in rows:
+            if row.size == 0:
+                raise MesaError("the prompt is empty; give at least one token")
+            if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
+                raise MesaError(f"token ids must be integers, [T] or [B, T]; got {row.dtype} of shape {row.shape}")
+            if row.min() < 0 or row.max() >= vocabulary:
+                raise MesaError(
+                    f"token id {int(row.max() if row.max() >= vocabulary else row.min())} is outside the vocabulary of "
+                    f"{vocabulary}; is the tokenizer this model's own?"
+                )
+        return [[int(token) for token in row] for row in rows]
+
+    def _require_rows(self, rows: int) -> None:
+        live = len(self.executor.cache.rows)
+        if rows != live:
+            raise MesaError(f"the cache holds {live} prompts, got tokens for {rows}")
+
+
+def _stack(rows: list[Logits]) -> Logits:
+    sizes = {len(row) for row in rows}
+    if len(sizes) > 1:
+        raise MesaError(
+            f"all_logits of a batch needs tails of one length, these have {', '.join(map(str, sorted(sizes)))}; "
+            "run the prompts one by one"
+        )
+    return np.stack(rows)
