@@ -1,4 +1,4 @@
-"""torch -> bundle: traces a checkpoint, specialises its graphs, stores the weights once, writes all of it or nothing."""
+"""torch -> bundle: traces a checkpoint, specialises its graphs, stores the weights once; writes all or nothing."""
 
 from __future__ import annotations
 
@@ -179,13 +179,13 @@ def _attach(graph: ir.Model, folder: Path) -> None:
         name = value.metadata_props.pop("weight", None)
         if name is not None:
             offset, length = offsets[name]
-            assert value.dtype is not None and value.const_value is not None
+            assert value.const_value is not None
             value.const_value = ir.ExternalTensor(
                 WEIGHTS_FILE,
                 offset,
                 length,
                 value.const_value.dtype,
-                shape=ir.Shape(list(value.const_value.shape)),
+                shape=ir.Shape(value.const_value.shape.numpy()),
                 name=value.name or name,
                 base_dir=folder,
             )
@@ -196,7 +196,9 @@ def _describe(file: str, role: Role, bucket: int | None, graph: ir.Model) -> Gra
 
 
 def _tensor(value: ir.Value) -> TensorInfo:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
+    assert value.name is not None
+    assert value.dtype is not None
+    assert value.shape is not None
     shape: list[int | str] = [
         (str(dim.value) if dim.value is not None else "?") if isinstance(dim, ir.SymbolicDim) else int(dim)
         for dim in value.shape

@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import DTYPES
@@ -45,24 +44,21 @@ def load_model(checkpoint: str | os.PathLike[str], dtype: str) -> nn.Module:
     config = load_config(source)
     if Path(source).is_dir():
         check_weights(Path(source))
-    progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    loaded: Any
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise MesaError(f"{source} cannot be loaded: {_first_line(error)}") from error
-    finally:
-        if progress:
-            logging.enable_progress_bar()
+    model, report = loaded
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape for")):
         names = sorted(map(str, report.get(kind) or ()))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise MesaError(f"{source} {what} the weight {names[0]}{more}; is it complete, and of this config?")
-    loaded: nn.Module = model.eval()
-    return loaded
+    network: nn.Module = model.eval()
+    return network
 
 
 def load_config(source: str) -> Any:

@@ -44,7 +44,7 @@ def _drop_empty(model: ir.Model) -> None:
             ir.convenience.replace_all_uses_with(node.outputs[0], kept[0])
         else:
             joined = ir.node("Concat", kept, attributes=copy.copy(node.attributes))
-            joined.outputs[0].shape, joined.outputs[0].dtype = node.outputs[0].shape, node.outputs[0].dtype
+            joined.outputs[0].shape, joined.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
             model.graph.insert_before(node, joined)
             ir.convenience.replace_all_uses_with(node.outputs[0], joined.outputs[0])
         model.graph.remove(node, safe=True)

@@ -97,10 +97,9 @@ def _to_onnx(module: nn.Module, example: tuple[object, ...], shapes: tuple[objec
         except MesaError:
             raise
         except Exception as error:  # torch raises many kinds; all mean the same to the user
-            reason = str(error).strip().splitlines()
-            raise MesaError(
-                f"{type(getattr(module, 'model', module)).__name__} cannot be traced: {reason[0] if reason else error!r}"
-            ) from error
+            name = type(getattr(module, "model", module)).__name__
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise MesaError(f"{name} cannot be traced: {reason}") from error
     if translated is None:
         raise MesaError(f"{type(module).__name__} cannot be traced: the ONNX exporter returned nothing")
     return translated.model
@@ -130,7 +129,7 @@ def _rename(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
         if value.producer() is None or value.name in outputs:
             node = ir.node("Identity", [value])
             model.graph.append(node)
-            node.outputs[0].shape, node.outputs[0].dtype = value.shape, value.dtype
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
             model.graph.outputs[index] = value = node.outputs[0]
         value.name = name
 
@@ -188,7 +187,6 @@ def fold(model: ir.Model) -> None:
         rewriter.rewrite(model)
     ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(),
-        passes.RemoveUnusedFunctionsPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(size_limit=_SMALL),
         passes.CommonSubexpressionEliminationPass(),

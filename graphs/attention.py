@@ -1,7 +1,7 @@
 """Mesa attention: what a model's own attention layers call while a role is computed.
 
-Registered with transformers under the name ``"mesa"``, so that any model that uses its attention interface can be traced
-without code for its family. The keys and values of the past, the masks and the query scales come from the
+Registered with transformers under the name ``"mesa"``, so that any model that uses its attention interface can be
+traced without code for its family. The keys and values of the past, the masks and the query scales come from the
 :class:`AttentionInputs` of the running role; the new keys and values are recorded there.
 
 Axes: B batch, S new tokens, P past tokens, H heads, K key-value heads, G = H / K, D head size.
@@ -24,10 +24,10 @@ from mesart.graphs.errors import MesaError
 AttentionForm = Literal["split", "fused"]
 """How a graph computes attention over past and new keys; the results are equal.
 
-``split``: scores of past and new keys apart, one softmax over both. Nothing of the past is copied, so a cache may be as
-large as it likes: for engines that run plain matrix products well.
-``fused``: keys joined, then the standard ``Attention`` operator: for engines with a kernel for it. Layers that cap their
-scores (Gemma 2) take the split form in either case.
+``split``: scores of past and new keys apart, one softmax over both. Nothing of the past is copied: for engines that run
+plain matrix products well.
+``fused``: keys joined, then the standard ``Attention`` operator: for engines with a kernel for it. Layers that cap
+their scores (Gemma 2) take the split form in either case.
 """
 
 _UNSUPPORTED = ("s_aux", "head_mask", "position_bias", "block_mask")
@@ -97,8 +97,8 @@ def mesa_attention(
             )
     if sliding_window is not None and sliding_window < inputs.train_length:
         raise MesaError(
-            f"layer {layer} ({type(module).__name__}) slides a window of {sliding_window} tokens, less than train_length "
-            f"= {inputs.train_length}; export with train_length <= {sliding_window}"
+            f"layer {layer} ({type(module).__name__}) slides a window of {sliding_window} tokens, less than "
+            f"train_length = {inputs.train_length}; export with train_length <= {sliding_window}"
         )
     inputs.new_keys[layer], inputs.new_values[layer] = key, value
 

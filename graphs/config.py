@@ -29,7 +29,7 @@ ModelSource: TypeAlias = "str | PathLike[str] | HasConfig"
 class MesaConfig:
     """Chunking, Stair position encoding and query scaling. Lengths are in tokens.
 
-    Only ``train_length`` has no default; a field left out is chosen from it by this rule, with ``T`` for ``train_length``:
+    Only ``train_length`` has no default; a field left out is chosen from it, which the rule calls T:
 
     ================ ============================== ==========================================================
     field            rule                           meaning

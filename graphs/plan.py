@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ class Bucket:
 
 
 def all_buckets(config: MesaConfig) -> Iterator[Bucket]:
-    """Buckets of 0 (the dense path), 1, 2, 3, 4, 6, 8, 12, 16, ... chunks: at most a quarter of the slots stays empty."""
+    """Buckets of 0 (the dense path), 1, 2, 3, 4, 6, 8, 12, ... chunks: at most a quarter of the slots stays empty."""
     yield Bucket(0, config.train_length, 1)
     power = 1
     while True:
@@ -160,7 +161,7 @@ def query_scales(config: MesaConfig, span: Span) -> NDArray[np.float32]:
 
 
 def _cut(config: MesaConfig, start: int, stop: int, width: int) -> tuple[tuple[Span, ...], Span, Stairs]:
-    """Chunks of ``C`` from ``start`` and a tail, which is the rest: at least ``tail_min`` (a single chunk may leave less).
+    """Chunks of ``C`` and a tail, which is the rest: at least ``tail_min``, though a single chunk may leave less.
 
     A tail that does not fit in the trained range hands all but ``tail_min`` tokens to a short last chunk.
     """
@@ -173,7 +174,7 @@ def _cut(config: MesaConfig, start: int, stop: int, width: int) -> tuple[tuple[S
         edges.append(stop - config.tail_min)
         stairs = Stairs(edges[-1] - config.linear_window, width)
     _require_range(config, stairs, stop)
-    chunks = tuple(Span(first, last) for first, last in zip(edges, edges[1:], strict=False))
+    chunks = tuple(Span(first, last) for first, last in pairwise(edges))
     return chunks, Span(edges[-1], stop), stairs
 
 

@@ -40,7 +40,7 @@ class TorchReference:
             from transformers import AutoModelForCausalLM  # noqa: PLC0415  (slow to import, not always needed)
 
             model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **load})
-        self.config = config or MesaConfig.from_model(model)  # type: ignore[arg-type]
+        self.config = config or MesaConfig.from_model(model)
         self.role = RoleModule(model, self.config.train_length, "fused")
         self.dtype = next(self.role.parameters()).dtype
         self.vocab_size: int = self.role.config.get_text_config().vocab_size
@@ -121,7 +121,7 @@ class TorchReference:
         """One span of the tokens behind a past that it may see all of."""
         batch, new, past = self.tokens.shape[0], len(span), past_keys[0].shape[2]
         scale = torch.ones(new) if scales is None else torch.from_numpy(scales)
-        return self.role(
+        output: RoleOutputs = self.role(
             input_ids=self.tokens[:, span.start : span.stop],
             position_ids=torch.from_numpy(positions).expand(batch, new),
             past_mask=torch.zeros(batch, 1, 1, past),
@@ -131,6 +131,7 @@ class TorchReference:
             past_keys=past_keys,
             past_values=past_values,
         )
+        return output
 
     def _append(self, output: RoleOutputs) -> None:
         self.keys = [torch.cat(pair, dim=2) for pair in zip(self.keys, output.keys, strict=True)]

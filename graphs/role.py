@@ -10,7 +10,6 @@ import copy
 import itertools
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from mesart.graphs.attention import AttentionForm, AttentionInputs, attention_inputs
@@ -40,11 +39,14 @@ class RoleModule(nn.Module):
         MesaError: the architecture cannot be traced; the message names the part.
     """
 
+    model: Any
+    config: Any
+
     def __init__(self, model: nn.Module, train_length: int, form: AttentionForm = "split") -> None:
         super().__init__()
-        shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-        self.model: Any = copy.deepcopy(model, shared).eval()
-        self.config: Any = self.model.config
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+        self.model = copy.deepcopy(model, shared).eval()
+        self.config = self.model.config
         if getattr(self.config, "is_encoder_decoder", False) or self.model.get_output_embeddings() is None:
             raise MesaError(
                 f"{type(model).__name__} is no causal language model; it has no decoder with a language head"
@@ -54,7 +56,7 @@ class RoleModule(nn.Module):
         self.form: AttentionForm = form
         table = install_rotary_table(self.model, train_length)
         self.layers: list[LayerSpec] = probe_layers(self.model, table)
-        count = self.config.num_hidden_layers
+        count = int(self.config.num_hidden_layers)
         if len(self.layers) != count:
             raise MesaError(
                 f"{type(model).__name__} has {count} layers, of which {len(self.layers)} use transformers' attention "

@@ -1,9 +1,9 @@
 """Rotary embeddings as data: tables of the trained positions, and how each layer applies them to its keys.
 
-Swapping a model's rotary module for a table of ``train_length`` rows puts Stair PE into the graph as plain integers, and
-removes what the module would decide from its data (LongRoPE). A key rotated to position p is moved to position q by a
-further rotation by q - p (:func:`move`), for which the layout of the rotated dimensions has to be known: it is found by
-probing the model's own attention layer, not by a list of families.
+Swapping a model's rotary module for a table of ``train_length`` rows puts Stair PE into the graph as plain integers,
+and removes what the module would decide from its data (LongRoPE). A key rotated to position p is moved to position q
+by a further rotation by q - p (:class:`Place`), for which the layout of the rotated dimensions has to be known: it is
+found by probing the model's own attention layer, not by a list of families.
 """
 
 from __future__ import annotations
@@ -142,13 +142,13 @@ def _probe(layer: nn.Module, table: str | None, size: int) -> LayerSpec:
 
 
 def _keys(layer: nn.Module, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values that one attention layer makes of a random hidden state and a given rotation, ``[1, K, 1, D]``."""
+    """Keys and values ``[1, K, 1, D]`` that one attention layer makes of a random hidden state and a given rotation."""
     real = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in real.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.dim() == 1))
-    width = next(p.shape[1] for p in real.parameters() if p.dim() == 2)  # noqa: PLR2004  (a projection's input)
+    width = next(p.shape[1] for p in real.parameters() if p.dim() == 2)  # a projection's input
     hidden = torch.randn(1, 1, width, generator=generator)
     index = int(real.layer_idx)  # type: ignore[arg-type]
     empty = torch.zeros(1, 1, 1, 0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,22 +22,27 @@ Run = Callable[[Feeds], dict[str, NDArray[Any]]]
 
 
 def load_bundle_model(bundle: Path, manifest: Manifest) -> nn.Module:
-    """The transformers model of a bundle, with the bundle's weights."""
+    """The transformers model of a bundle, with the bundle's weights in the bundle's dtype."""
     config = AutoConfig.from_pretrained(bundle)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, manifest.dtype)).eval()
-    weights = load_file(bundle / WEIGHTS_FILE)
-    # Weights that share memory in the model are stored once, under either name.
-    names = {id(p): [] for p in model.parameters()}  # type: dict[int, list[str]]
+    dtype = getattr(torch, manifest.dtype)
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # type: ignore[no-untyped-call]
+    fill_weights(model, bundle)
+    return model
+
+
+def fill_weights(model: nn.Module, bundle: Path) -> None:
+    """Copies a bundle's weights into a model of the same architecture, of any dtype."""
+    # Weights that share memory in the model are stored once, under any of their names.
+    names: dict[int, list[str]] = {id(p): [] for p in model.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
-    with torch.no_grad():
+    with safe_open(bundle / WEIGHTS_FILE, framework="pt") as weights, torch.no_grad():
+        stored = set(weights.keys())
         for parameter in model.parameters():
-            stored = [name for name in names[id(parameter)] if name in weights]
-            if not stored:
+            found = [name for name in names[id(parameter)] if name in stored]
+            if not found:
                 raise MesaError(f"{bundle / WEIGHTS_FILE} lacks the weight {names[id(parameter)][0]}; export again")
-            parameter.copy_(weights[stored[0]])
-    loaded: nn.Module = model
-    return loaded
+            parameter.copy_(weights.get_tensor(found[0]))
 
 
 def open_torch(path: Path, opened: dict[str, RoleModule]) -> Run:

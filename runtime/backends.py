@@ -18,14 +18,14 @@ from mesart.graphs.errors import MesaError
 
 Array = NDArray[Any]
 
-STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+STORAGE: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """The numpy type that holds a bundle's dtype."""
 
 
 class Graph(Protocol):
     """A loaded graph. Outputs belong to the caller until the next call."""
 
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+    def __call__(self, feeds: Mapping[str, Array], /) -> dict[str, Array]: ...
 
 
 class Backend(Protocol):

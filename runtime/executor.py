@@ -23,7 +23,7 @@ class Executor:
     def __init__(self, manifest: Manifest, graphs: RoleGraphs) -> None:
         self.manifest, self.config, self._graphs = manifest, manifest.config, graphs
         self._places: dict[str, Graph] = {x.place: graphs.place(x.place) for x in manifest.layers if x.place}
-        self._storage: type[np.generic] = STORAGE[manifest.dtype]
+        self._storage = STORAGE[manifest.dtype]
         self.cache = self._new_cache(1, 0)
 
     def _new_cache(self, batch: int, tokens: int) -> Cache:

@@ -1,0 +1,323 @@
+"""Is a bundle right? Every role and bucket against PyTorch, judged by what its own precision costs PyTorch.
+
+The tokens are forced: both sides see the same prompt and the same continuation. The truth is computed by
+:class:`~mesart.graphs.TorchReference` in a higher precision (float64 for a float32 bundle, else float32). The noise
+floor is what the same reference loses in the bundle's precision; an engine may lose a small multiple of that, no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mesart.graphs import MesaError, Plan, TorchReference
+from mesart.graphs.manifest import Manifest
+from mesart.graphs.plan import Bucket
+from mesart.runtime import MesaModel
+
+FACTOR = 4.0
+"""Times the noise floor that an engine may lose: engines add in another order, and round between other operations."""
+
+FLOOR = 5e-7
+"""Relative error that is always allowed: float32 rounding of norms that PyTorch does in either precision."""
+
+Floats = NDArray[np.float64]
+Which = Literal["symbolic", "specialised"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One role of one bucket."""
+
+    graphs: str
+    bucket: int
+    role: str
+    quantity: str
+    """``logits``, or ``keys`` and ``values`` of all layers together."""
+    max_error: float
+    mean_error: float
+    relative_error: float
+    """Root mean square of the error over that of the truth: what is judged."""
+    noise: float
+    """The same of PyTorch in the bundle's precision."""
+    cosine: float
+    kl: float | None
+    """Mean Kullback-Leibler divergence of the next-token distributions, nats; logits only."""
+    top1: float | None
+    """Share of equal most likely tokens; logits only."""
+    first_layer: int | None
+    """The first layer whose keys or values are beyond the limit."""
+
+    @property
+    def limit(self) -> float:
+        return FACTOR * max(self.noise, FLOOR)
+
+    @property
+    def passed(self) -> bool:
+        return self.first_layer is None and self.relative_error <= self.limit
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The verdict and what it rests on."""
+
+    bundle: str
+    against: str
+    backend: str
+    dtype: str
+    truth: str
+    checks: list[Check]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def verdict(self) -> str:
+        """One line; of a failure it names where the bundle first diverges."""
+        if self.passed:
+            return f"passed: {len(self.checks)} checks, on {self.backend} in {self.dtype}, against {self.truth}"
+        failed = [check for check in self.checks if not check.passed]
+        worst = failed[0]
+        layers = [check.first_layer for check in failed if check.first_layer is not None]
+        where = f"first at layer {min(layers)}" if layers else "after the last layer's keys (last layer, norm or head)"
+        return (
+            f"FAILED: {len(failed)} of {len(self.checks)} checks; diverges {where}, seen in the {worst.role} of bucket "
+            f"{worst.bucket}: {worst.quantity} are off by {worst.relative_error:.1e}, allowed {worst.limit:.1e}"
+        )
+
+    def table(self) -> str:
+        """A table for people."""
+        head = f"{'graphs':<12} {'bucket':>6} {'role':<6} {'of':<7} {'max':>8} {'mean':>8} {'rel':>8} {'limit':>8} "
+        lines = [head + f"{'1-cos':>8} {'KL':>8} {'top-1':>6}  verdict"]
+        for c in self.checks:
+            kl, top1 = ("" if c.kl is None else f"{c.kl:.1e}"), ("" if c.top1 is None else f"{c.top1:.3f}")
+            verdict = "ok" if c.passed else "FAILED" + ("" if c.first_layer is None else f" from layer {c.first_layer}")
+            lines.append(
+                f"{c.graphs:<12} {c.bucket:>6} {c.role:<6} {c.quantity:<7} {c.max_error:>8.1e} {c.mean_error:>8.1e} "
+                f"{c.relative_error:>8.1e} {c.limit:>8.1e} {1 - c.cosine:>8.1e} {kl:>8} {top1:>6}  {verdict}"
+            )
+        return "\n".join([*lines, self.verdict()])
+
+    def to_json(self) -> str:
+        fields = dataclasses.asdict(self) | {"passed": self.passed, "verdict": self.verdict()}
+        return json.dumps(fields, indent=1) + "\n"
+
+
+def validate(
+    bundle: str | Path,
+    against: str | Path | None = None,
+    *,
+    backend: str = "auto",
+    graphs: Sequence[Which] = ("symbolic", "specialised"),
+    buckets: Sequence[int] | None = None,
+    steps: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> Validation:
+    """Compares a bundle with PyTorch.
+
+    Args:
+        bundle: the bundle's folder.
+        against: the checkpoint that it was made from; the bundle's own weights if left out (that would not notice a
+            wrong weight).
+        backend: what runs the bundle.
+        graphs: which of the bundle's graphs to run.
+        buckets: numbers of chunks; all buckets if left out.
+        steps: decoding steps after each prompt.
+        seed: of the random tokens.
+
+    Raises:
+        MesaError: a bucket that the bundle does not have, or anything that loading the two can raise.
+    """
+    folder = Path(bundle)
+    manifest = Manifest.read(folder)
+    chosen = _buckets(manifest, buckets)
+    high = torch.float64 if manifest.dtype == "float32" else torch.float32
+    truth = _reference(folder, manifest, against, high)
+    noisy = _reference(folder, manifest, against, getattr(torch, manifest.dtype))
+    checks: list[Check] = []
+    name = backend
+    runs = [(bucket, which) for bucket in chosen for which in graphs]
+    expected: dict[int, tuple[list[Piece], list[Piece]]] = {}
+    with tqdm(total=len(runs), desc="validate", unit="run", disable=not progress) as bar:
+        for which in graphs:
+            with MesaModel.load(
+                folder, backend, specialised=which == "specialised", verify=which == graphs[0]
+            ) as model:
+                name = model.backend
+                for bucket in chosen:
+                    bar.set_postfix_str(f"{which}, {bucket.chunks} chunks")
+                    prompt, forced = _tokens(manifest, bucket, steps, seed)
+                    if bucket.chunks not in expected:
+                        expected[bucket.chunks] = (
+                            list(_reference_pieces(truth, prompt, forced)),
+                            list(_reference_pieces(noisy, prompt, forced)),
+                        )
+                    pieces = zip(*expected[bucket.chunks], _engine_pieces(model, prompt, forced), strict=True)
+                    for right, rounded, got in pieces:
+                        checks.extend(_compare(which, bucket.chunks, right, rounded, got))
+                    bar.update()
+    source = str(against) if against is not None else "the bundle's own weights"
+    return Validation(str(bundle), source, name, manifest.dtype, f"PyTorch {str(high).removeprefix('torch.')}", checks)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one role left behind: logits ``[S, V]`` and, a layer each, keys and values ``[K, S, D]`` at their places."""
+
+    role: str
+    logits: Floats | None
+    keys: list[Floats]
+    values: list[Floats]
+
+
+def _buckets(manifest: Manifest, wanted: Sequence[int] | None) -> list[Bucket]:
+    if wanted is None:
+        return manifest.buckets
+    known = {bucket.chunks: bucket for bucket in manifest.buckets}
+    for chunks in wanted:
+        if chunks not in known:
+            raise MesaError(f"the bundle has no bucket of {chunks} chunks; it has {', '.join(map(str, known))}")
+    return [known[chunks] for chunks in wanted]
+
+
+def _reference(folder: Path, manifest: Manifest, against: str | Path | None, dtype: torch.dtype) -> TorchReference:
+    if against is not None:
+        from mesart.export.checkpoint import load_model  # noqa: PLC0415  (export needs more packages)
+
+        model = load_model(against, manifest.dtype)
+    else:
+        from mesart.graphs.torch_graph import load_bundle_model  # noqa: PLC0415
+
+        model = load_bundle_model(folder, manifest)
+    return TorchReference(model.to(dtype), manifest.config)
+
+
+def _tokens(manifest: Manifest, bucket: Bucket, steps: int, seed: int) -> tuple[list[int], list[int]]:
+    """A random prompt that fills the bucket as far as the steps allow, and the tokens of the steps."""
+    generator = np.random.default_rng([seed, bucket.chunks])
+    length = max(1, bucket.max_tokens - steps)
+    ids = generator.integers(0, int(manifest.model["vocab_size"]), length + steps).tolist()
+    return ids[:length], ids[length:]
+
+
+def _reference_pieces(reference: TorchReference, prompt: list[int], forced: list[int]) -> Iterator[Piece]:
+    logits = reference.prefill(prompt)
+    yield from _pieces(reference.config, len(prompt), logits[0], lambda: (reference.keys, reference.values))
+    if forced:
+        rows = [reference.step(token)[0] for token in forced]
+        yield _piece("step", torch.cat(rows), reference.keys, reference.values, len(prompt), len(prompt) + len(forced))
+
+
+def _engine_pieces(model: MesaModel, prompt: list[int], forced: list[int]) -> Iterator[Piece]:
+    logits = model.prefill(prompt)
+
+    def cache() -> tuple[list[Any], list[Any]]:
+        return ([_floats(k) for k in model.executor.cache.keys], [_floats(v) for v in model.executor.cache.values])
+
+    yield from _pieces(model.manifest.config, len(prompt), logits[0], cache)
+    if forced:
+        rows = [model.step(token)[0] for token in forced]
+        yield _piece("step", np.concatenate(rows), *cache(), len(prompt), len(prompt) + len(forced))
+
+
+def _pieces(
+    config: Any, tokens: int, logits: Any, cache: Callable[[], tuple[Sequence[Any], Sequence[Any]]]
+) -> Iterator[Piece]:
+    plan = Plan.of(config, tokens)
+    keys, values = cache()
+    if plan.head is not None:
+        yield _piece("head", None, keys, values, plan.head.start, plan.head.stop)
+        yield _piece("chunk", None, keys, values, plan.chunks[0].start, plan.chunks[-1].stop)
+    yield _piece("tail", logits, keys, values, plan.tail.start, plan.tail.stop)
+
+
+def _piece(role: str, logits: Any, keys: Sequence[Any], values: Sequence[Any], start: int, stop: int) -> Piece:
+    return Piece(
+        role,
+        None if logits is None else _floats(logits),
+        [_floats(key[0, :, start:stop]) for key in keys],
+        [_floats(value[0, :, start:stop]) for value in values],
+    )
+
+
+def _floats(array: Any) -> Floats:
+    """float64, of a tensor, an array, or bfloat16 bits in an array of uint16."""
+    if isinstance(array, torch.Tensor):
+        array = array.double().numpy()
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return np.asarray(array, dtype=np.float64)
+
+
+def _compare(graphs: str, bucket: int, right: Piece, rounded: Piece, got: Piece) -> Iterator[Check]:
+    for quantity in ("keys", "values"):
+        truth, noise, engine = (getattr(piece, quantity) for piece in (right, rounded, got))
+        first = next(
+            (
+                layer
+                for layer in range(len(truth))
+                if not _relative(engine[layer], truth[layer])
+                <= FACTOR * max(_relative(noise[layer], truth[layer]), FLOOR)
+            ),
+            None,
+        )
+        flat = [np.concatenate([part.ravel() for part in parts]) for parts in (truth, noise, engine)]
+        yield _check(graphs, bucket, right.role, quantity, *flat, first_layer=first)
+    if right.logits is not None and rounded.logits is not None and got.logits is not None:
+        expected, found = _log_softmax(right.logits), _log_softmax(got.logits)
+        kl = float((np.exp(expected) * (expected - found)).sum(-1).mean())
+        top1 = float(np.mean(right.logits.argmax(-1) == got.logits.argmax(-1)))
+        flat = [piece.logits.ravel() for piece in (right, rounded, got)]  # type: ignore[union-attr]
+        yield _check(graphs, bucket, right.role, "logits", *flat, kl=kl, top1=top1)
+
+
+def _check(
+    graphs: str,
+    bucket: int,
+    role: str,
+    quantity: str,
+    truth: Floats,
+    noise: Floats,
+    got: Floats,
+    *,
+    kl: float | None = None,
+    top1: float | None = None,
+    first_layer: int | None = None,
+) -> Check:
+    error = np.abs(got - truth)
+    norms = float(np.linalg.norm(got) * np.linalg.norm(truth))
+    return Check(
+        graphs,
+        bucket,
+        role,
+        quantity,
+        max_error=float(error.max()),
+        mean_error=float(error.mean()),
+        relative_error=_relative(got, truth),
+        noise=_relative(noise, truth),
+        cosine=float(got @ truth) / norms if norms else 1.0,
+        kl=kl,
+        top1=top1,
+        first_layer=first_layer,
+    )
+
+
+def _relative(got: Floats, truth: Floats) -> float:
+    scale = float(np.linalg.norm(truth))
+    return float(np.linalg.norm(got - truth)) / scale if scale else float(np.linalg.norm(got))
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result

@@ -1,0 +1,331 @@
+"""The `mesart` command line: thin commands over the library."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mesart import __version__
+from mesart.graphs.config import AUTO, MesaConfig
+from mesart.graphs.errors import MesaError
+from mesart.graphs.manifest import DTYPES, Manifest
+
+_CONFIG_HELP = {
+    "train_length": "T_r, tokens of the window that the model was trained on",
+    "head_length": "F, first tokens, seen by every chunk",
+    "chunk_length": "C, tokens of a middle chunk",
+    "tail_min": "least tokens of the tail, which sees everything",
+    "linear_window": "N, distances up to here stay as they are",
+    "stair_width": "E, keys that share a position beyond the window (default: per bucket)",
+    "rho": "share of T_r that window and stairs may take",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0: done, 1: a validation failed, 2: an error of the user's input, in one line."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except MesaError as error:
+        print(f"mesart: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `mesart ... | head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("mesart: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mesart", description="Language models past their training window: Mesa-Extrapolation as ONNX graphs."
+    )
+    parser.add_argument("--version", action="version", version=f"mesart {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_export(commands)
+    _add_inspect(commands)
+    _add_validate(commands)
+    _add_generate(commands)
+    _add_bench(commands)
+    _add_eval(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(commands, "export", _export, "Export a checkpoint as a bundle of ONNX graphs.")
+    parser.add_argument("model", help="checkpoint folder or hub id")
+    parser.add_argument("-o", "--output", required=True, help="the bundle's folder")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--max-tokens", type=int, help="longest prompt (default: 16 x T_r)")
+    parser.add_argument("--force", action="store_true", help="replace the output folder whatever it is")
+    for field in dataclasses.fields(MesaConfig):
+        option = "--" + field.name.replace("_", "-")
+        if field.name == "log_n":
+            parser.add_argument(
+                option, action=argparse.BooleanOptionalAction, default=None, help="scale queries by log n (default: on)"
+            )
+        else:
+            kind = float if field.name == "rho" else int
+            parser.add_argument(option, type=kind, metavar="N", help=_CONFIG_HELP[field.name])
+
+
+def _export(options: argparse.Namespace) -> int:
+    from mesart.export import export_model  # noqa: PLC0415  (torch is slow to import)
+
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(MesaConfig)}
+    config = MesaConfig.from_model(options.model, **given)
+    export_model(
+        options.model,
+        options.output,
+        config,
+        max_tokens=options.max_tokens,
+        dtype=options.dtype,
+        force=options.force,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    return 0
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(commands, "inspect", _inspect, "Print what a bundle holds.")
+    parser.add_argument("bundle")
+    parser.add_argument("--json", action="store_true", help="the manifest itself")
+    parser.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    bundle = Path(options.bundle)
+    manifest = Manifest.read(bundle)
+    manifest.verify(bundle, contents=options.verify)
+    print(manifest.to_json() if options.json else summary(bundle, manifest), end="" if options.json else "\n")
+    return 0
+
+
+def summary(bundle: Path, manifest: Manifest) -> str:
+    """A bundle in a few readable lines."""
+    config, size = manifest.config, sum(info.bytes for info in manifest.files.values())
+    layer = manifest.layers[0]
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "train_length"}
+    lines = [
+        f"{bundle}: {manifest.model['architecture']}, {manifest.model['parameters']:,} parameters, {manifest.dtype}",
+        f"  trained on {config.train_length} tokens, exported for {manifest.max_tokens}; {size / 1e6:.1f} MB on disk",
+        f"  {len(manifest.layers)} layers, {layer.kv_heads} key-value heads of {layer.key_size}, "
+        f"vocabulary {manifest.model['vocab_size']:,}",
+        "  " + ", ".join(f"{name} {'auto' if value in (None, AUTO) else value}" for name, value in values.items()),
+        f"  {len(manifest.graphs)} graphs: " + ", ".join(sorted({graph.role for graph in manifest.graphs})),
+        "",
+        f"  {'chunks':>6}  {'up to tokens':>12}  {'stair width':>11}",
+    ]
+    lines += [f"  {b.chunks:>6}  {b.max_tokens:>12,}  {b.stair_width:>11}" for b in manifest.buckets]
+    made = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
+    return "\n".join([*lines, "", f"  made by {made}"])
+
+
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default="auto", help="auto, openvino, onnxruntime or torch")
+
+
+def _add_validate(commands: Any) -> None:
+    parser = _command(commands, "validate", _validate, "Compare a bundle with PyTorch; exit status 1 if it is wrong.")
+    parser.add_argument("bundle")
+    parser.add_argument("--against", metavar="MODEL", help="the checkpoint (default: the bundle's own weights)")
+    _add_backend(parser)
+    parser.add_argument("--graphs", choices=("all", "symbolic", "specialised"), default="all")
+    parser.add_argument("--buckets", type=int, nargs="+", metavar="CHUNKS", help="default: all")
+    parser.add_argument("--steps", type=int, default=8, help="decoding steps after each prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON; - for standard output")
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from mesart.evaluation.validate import validate  # noqa: PLC0415  (torch is slow to import)
+
+    result = validate(
+        options.bundle,
+        options.against,
+        backend=options.backend,
+        graphs=("symbolic", "specialised") if options.graphs == "all" else (options.graphs,),
+        buckets=options.buckets,
+        steps=options.steps,
+        seed=options.seed,
+    )
+    _write(options.json, result.to_json(), result.table())
+    return 0 if result.passed else 1
+
+
+def _write(target: str | None, text: str, table: str) -> None:
+    """The table for people and, where asked for, JSON; one of them on standard output."""
+    if target == "-":
+        print(text, end="")
+        return
+    print(table)
+    if target is not None:
+        Path(target).write_text(text, encoding="utf-8")
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _command(commands, "generate", _generate, "Continue a prompt, or answer in a chat.")
+    parser.add_argument("bundle")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("-p", "--prompt", help="text, or - to read it from standard input")
+    source.add_argument("-f", "--file", help="a file with the prompt")
+    source.add_argument("--chat", metavar="JSON", help='messages, such as \'[{"role": "user", "content": "Hi"}]\'')
+    parser.add_argument("-n", "--max-new-tokens", type=int, default=256)
+    _add_backend(parser)
+    parser.add_argument("--threads", type=int)
+    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float)):
+        parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--repetition-penalty", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say which backend and bucket are used")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from mesart.runtime import MesaModel  # noqa: PLC0415  (an engine is slow to import)
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    sampling = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    with MesaModel.load(options.bundle, options.backend, threads=options.threads) as model:
+        if options.verbose:
+            print(f"backend {model.backend} on {model.device}: {model.choice}", file=sys.stderr)
+        if options.chat is not None:
+            pieces = model.chat(_messages(options.chat), options.max_new_tokens, stop=options.stop, **sampling)
+        else:
+            prompt = model.tokenizer.encode(_prompt(options))
+            if options.verbose and prompt:
+                print(f"prompt of {len(prompt)} tokens, {model.bucket(len(prompt))} chunks", file=sys.stderr)
+            pieces = model.stream(prompt, options.max_new_tokens, stop=options.stop, **sampling)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    if options.file is not None:
+        try:
+            return Path(options.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise MesaError(f"{options.file} cannot be read: {error}") from error
+    return sys.stdin.read() if options.prompt == "-" else str(options.prompt)
+
+
+def _messages(text: str) -> list[dict[str, Any]]:
+    try:
+        messages = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MesaError(f"--chat is not valid JSON: {error}") from error
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise MesaError('--chat must be a list of messages, such as [{"role": "user", "content": "Hi"}]')
+    return messages
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(commands, "bench", _bench, "Time a bundle on each backend, beside plain transformers.")
+    parser.add_argument("bundle")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="prompt lengths")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to decode")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all installed but torch")
+    parser.add_argument("--repeat", type=int, default=1, help="timed runs of each; the median counts")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--no-transformers", action="store_true", help="leave plain transformers out")
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON; - for standard output")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from mesart.evaluation.bench import run_bench  # noqa: PLC0415  (torch is slow to import)
+
+    result = run_bench(
+        options.bundle,
+        lengths=options.lengths,
+        new_tokens=options.new_tokens,
+        backends=options.backends,
+        repeat=options.repeat,
+        threads=options.threads,
+        transformers=not options.no_transformers,
+    )
+    _write(options.json, result.to_json(), result.table())
+    return 0
+
+
+def _add_eval(commands: Any) -> None:
+    parser = commands.add_parser("eval", help="Measure how far a model goes: passkey retrieval, perplexity.")
+    tasks = parser.add_subparsers(required=True, metavar="TASK")
+    passkey = _command(tasks, "passkey", _passkey, "Passkey retrieval against prompt length.")
+    passkey.add_argument("--fillers", nargs="+", default=["standard", "random"], metavar="NAME")
+    passkey.add_argument("--prompts", type=int, default=20, help="prompts of each length and filler")
+    passkey.add_argument("--depths", type=float, nargs="+", metavar="D", help="0 to 1 (default: evenly spread)")
+    passkey.add_argument("--digits", type=int, default=5)
+    perplexity = _command(tasks, "perplexity", _perplexity, "Perplexity of the same tokens against context length.")
+    perplexity.add_argument("--places", type=int, default=24, help="places in the text")
+    perplexity.add_argument("--tokens", type=int, default=32, help="tokens judged at each place")
+    for task in (passkey, perplexity):
+        task.add_argument("source", help="a bundle or a checkpoint")
+        task.add_argument("--systems", nargs="+", default=["mesa", "origin"], metavar="NAME")
+        task.add_argument(
+            "--lengths", type=int, nargs="+", metavar="TOKENS", help="default: 1x to the largest, doubling"
+        )
+        task.add_argument("--seed", type=int, default=0)
+        task.add_argument("--text", metavar="FILE", help="text to use instead of Python's standard library")
+        _add_backend(task)
+        task.add_argument("--json", metavar="FILE", help="also write the result as JSON; - for standard output")
+        task.add_argument("--plot", metavar="FILE", help="also draw a PNG")
+
+
+def _passkey(options: argparse.Namespace) -> int:
+    from mesart.evaluation.passkey_eval import run_passkey  # noqa: PLC0415  (torch is slow to import)
+
+    result = run_passkey(
+        options.source,
+        systems=options.systems,
+        lengths=options.lengths,
+        fillers=options.fillers,
+        prompts=options.prompts,
+        depths=options.depths,
+        seed=options.seed,
+        backend=options.backend,
+        text=options.text,
+        digits=options.digits,
+    )
+    return _report(options, result)
+
+
+def _perplexity(options: argparse.Namespace) -> int:
+    from mesart.evaluation.perplexity import run_perplexity  # noqa: PLC0415  (torch is slow to import)
+
+    result = run_perplexity(
+        options.source,
+        systems=options.systems,
+        lengths=options.lengths,
+        places=options.places,
+        tokens=options.tokens,
+        seed=options.seed,
+        backend=options.backend,
+        text=options.text,
+    )
+    return _report(options, result)
+
+
+def _report(options: argparse.Namespace, result: Any) -> int:
+    _write(options.json, result.to_json(), result.table())
+    if options.plot is not None:
+        result.plot(options.plot)
+    return 0 if result.complete else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
