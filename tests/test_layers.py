@@ -64,7 +64,7 @@ def test_imports(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
     packages = PACKAGES.get(folder)
     if packages is not None and may_need_torch(path):
-        packages = packages | TORCH
+        packages = packages | TORCH | {"safetensors"}
     faults = []
     for line, name in imports(path):
         top, *rest = name.split(".")

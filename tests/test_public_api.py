@@ -7,7 +7,7 @@ import pytest
 PUBLIC = {
     "mesart.graphs": {"Bucket", "MesaConfig", "MesaError", "Plan", "Span", "Stairs", "TorchReference"},
     "mesart.export": {"export_model"},
-    "mesart.runtime": {"MesaModel"},
+    "mesart.runtime": {"MesaModel", "SamplingConfig", "backend_names", "present_backends"},
 }
 
 

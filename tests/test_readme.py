@@ -68,6 +68,6 @@ def test_commands_run(clone: Path) -> None:
             else:
                 arguments = ["bash", "-euo", "pipefail", "-c", DRY.get(command, command)]
             done = subprocess.run(
-                arguments, cwd=clone, env=environment, capture_output=True, text=True, check=False, timeout=300
+                arguments, cwd=clone, env=environment, capture_output=True, text=True, check=False, timeout=600
             )
             assert done.returncode == 0, f"{arguments[-1]}\n{done.stdout}\n{done.stderr}"
