@@ -1,8 +1,8 @@
 """How fast, and in how much memory: a bundle on each backend, beside plain transformers, in one run.
 
 Every measurement has a process of its own (:mod:`mesart.evaluation.bench_worker`), so that memory is its own; the
-systems take turns at each length, so that a change in the machine's speed meets all of them. Times are ratios to be read
-within one table. A short prompt is run first and not counted: engines compile on their first run.
+systems take turns at each length, so that a change in the machine's speed meets all of them. Times are to be read as
+ratios within one table. A short prompt is run first and not counted: engines compile on their first run.
 """
 
 from __future__ import annotations

@@ -68,17 +68,12 @@ def _mesart(job: dict[str, Any]) -> Answer:
 
 def _transformers(job: dict[str, Any]) -> Answer:
     import torch  # noqa: PLC0415  (only one of the two systems is loaded)
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
-    from mesart.graphs.torch_graph import fill_weights  # noqa: PLC0415
+    from mesart.graphs.torch_graph import load_plain_model  # noqa: PLC0415
 
     torch.set_num_threads(job["threads"])
-    bundle = Path(job["bundle"])
     dtype = getattr(torch, job["dtype"])
-    config = AutoConfig.from_pretrained(bundle)
-    auto: Any = AutoModelForCausalLM
-    model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    fill_weights(model, bundle)
+    model = load_plain_model(Path(job["bundle"]), dtype, attn_implementation="sdpa")
 
     def answer(prompt: list[int]) -> tuple[float, float]:
         with torch.inference_mode():

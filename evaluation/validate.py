@@ -256,7 +256,8 @@ def _floats(array: Any) -> Floats:
         array = array.double().numpy()
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.asarray(array, dtype=np.float64)
+    result: Floats = np.asarray(array, dtype=np.float64)
+    return result
 
 
 def _compare(graphs: str, bucket: int, right: Piece, rounded: Piece, got: Piece) -> Iterator[Check]:

@@ -16,12 +16,13 @@ import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
-from mesart.export.checkpoint import TEXT_FILES, load_model, tensor_offsets
+from mesart.export.checkpoint import TOKENIZER_FILES, load_model, tensor_offsets
 from mesart.export.specialise import specialise
 from mesart.export.trace import trace_place, trace_roles
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import (
     MANIFEST_FILE,
     SYMBOLIC_FILE,
@@ -92,7 +93,7 @@ def export_model(
         for file, graph in graphs.files.items():
             _attach(graph, folder)
             ir.save(graph, folder / file)
-        _copy_texts(model, folder)
+        _write_texts(model, network, folder)
         manifest = Manifest(
             model={
                 "architecture": type(network).__name__,
@@ -126,7 +127,7 @@ class _Graphs:
         self.files[file], self.roles[file] = graph, (role, bucket)
 
 
-def _trace(network: nn.Module, config: MesaConfig, buckets: tuple[Bucket, ...]) -> _Graphs:
+def _trace(network: Any, config: MesaConfig, buckets: tuple[Bucket, ...]) -> _Graphs:
     module = RoleModule(network, config.train_length)
     graphs = _Graphs(module)
     with torch.no_grad():
@@ -206,15 +207,25 @@ def _tensor(value: ir.Value) -> TensorInfo:
     return TensorInfo(value.name, value.dtype.name.lower(), shape)
 
 
-def _copy_texts(model: str | os.PathLike[str], folder: Path) -> None:
-    source = Path(model)
-    if not source.is_dir():
-        from huggingface_hub import snapshot_download  # noqa: PLC0415  (only for a hub id)
+def _write_texts(model: str | os.PathLike[str], network: Any, folder: Path) -> None:
+    """The model's config, generation config and tokenizer, written by transformers.
 
-        source = Path(snapshot_download(os.fspath(model), allow_patterns=list(TEXT_FILES), local_files_only=True))
-    for name in TEXT_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    Saved anew instead of copied: transformers repairs old tokenizer files while it reads them, and the runtime, which
+    has no transformers, must find them repaired.
+    """
+    network.config.save_pretrained(folder)
+    if getattr(network, "generation_config", None) is not None:
+        network.generation_config.save_pretrained(folder)
+    source = os.fspath(model)
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in TOKENIZER_FILES):
+        return  # driven by token ids
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise MesaError(f"{source} has a tokenizer that cannot be loaded: {first_line(error)}") from error
+    tokenizer.save_pretrained(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise MesaError(f"{source} has no fast tokenizer (tokenizer.json); convert it with transformers first")
 
 
 def _weight_bytes(network: nn.Module) -> int:

@@ -14,22 +14,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import DTYPES
 
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-"""Files that a bundle keeps beside its graphs, where the checkpoint has them."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+"""A checkpoint that has one of these has a tokenizer."""
 
 
 def load_model(checkpoint: str | os.PathLike[str], dtype: str) -> nn.Module:
@@ -50,7 +39,7 @@ def load_model(checkpoint: str | os.PathLike[str], dtype: str) -> nn.Module:
             source, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise MesaError(f"{source} cannot be loaded: {_first_line(error)}") from error
+        raise MesaError(f"{source} cannot be loaded: {first_line(error)}") from error
     model, report = loaded
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape for")):
         names = sorted(map(str, report.get(kind) or ()))
@@ -71,7 +60,7 @@ def load_config(source: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise MesaError(f"{source} has no readable model config: {_first_line(error)}") from error
+        raise MesaError(f"{source} has no readable model config: {first_line(error)}") from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
         raise MesaError(f"{source} is no causal language model (model_type {config.model_type!r})")
     return config
@@ -97,7 +86,7 @@ def check_weights(folder: Path) -> None:
             with safe_open(file, framework="pt") as tensors:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
-            raise MesaError(f"{file} is truncated or no safetensors file: {_first_line(error)}") from error
+            raise MesaError(f"{file} is truncated or no safetensors file: {first_line(error)}") from error
 
 
 def tensor_offsets(file: Path) -> dict[str, tuple[int, int]]:
@@ -110,8 +99,3 @@ def tensor_offsets(file: Path) -> dict[str, tuple[int, int]]:
         for name, info in header.items()
         if name != "__metadata__"
     }
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

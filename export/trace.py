@@ -17,7 +17,7 @@ import torch
 from onnxscript import optimizer, rewriter
 from torch import nn
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.role import RoleModule
 
 OPSET = 23
@@ -98,8 +98,7 @@ def _to_onnx(module: nn.Module, example: tuple[object, ...], shapes: tuple[objec
             raise
         except Exception as error:  # torch raises many kinds; all mean the same to the user
             name = type(getattr(module, "model", module)).__name__
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise MesaError(f"{name} cannot be traced: {reason}") from error
+            raise MesaError(f"{name} cannot be traced: {first_line(error)}") from error
     if translated is None:
         raise MesaError(f"{type(module).__name__} cannot be traced: the ONNX exporter returned nothing")
     return translated.model

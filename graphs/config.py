@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import MesaError, first_line
 
 AUTO: Final = -1
 """A field left out: chosen from ``train_length`` by the rule of :class:`MesaConfig`."""
@@ -150,7 +150,8 @@ def _config_fields(checkpoint: ModelSource) -> dict[str, Any]:
     try:
         fields = AutoConfig.from_pretrained(str(checkpoint)).to_dict()
     except (OSError, ValueError) as error:
-        raise MesaError(f"{checkpoint} is neither a checkpoint folder nor a hub id that loads: {error}") from error
+        reason = first_line(error)
+        raise MesaError(f"{checkpoint} is neither a checkpoint folder nor a hub id that loads: {reason}") from error
     return fields
 
 

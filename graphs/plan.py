@@ -132,7 +132,8 @@ class Plan:
         if cached < config.head_length:
             # Too little is cached to be the head that chunks need: it is cheaper to start again.
             return cls.of(config, length)
-        width = max(stairs.width, bucket_for(config, length).stair_width)
+        # A width that was fixed for first prompts gives way here too: a live cache is never lost to it.
+        width = max(stairs.width, config.fitting_width(bucket_for(config, length).max_tokens))
         chunks, tail, moved = _cut(config, cached, length, width)
         return cls(config, cached, length, None, chunks, tail, moved)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import WEIGHTS_FILE, Manifest
@@ -23,15 +24,20 @@ Run = Callable[[Feeds], dict[str, NDArray[Any]]]
 
 def load_bundle_model(bundle: Path, manifest: Manifest) -> nn.Module:
     """The transformers model of a bundle, with the bundle's weights in the bundle's dtype."""
+    return load_plain_model(bundle, getattr(torch, manifest.dtype))
+
+
+def load_plain_model(bundle: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """The transformers model of a bundle in any dtype; ``options`` go to ``from_config``, as the attention to use."""
     config = AutoConfig.from_pretrained(bundle)
-    dtype = getattr(torch, manifest.dtype)
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # type: ignore[no-untyped-call]
-    fill_weights(model, bundle)
+    auto: Any = AutoModelForCausalLM
+    with no_init_weights():  # random numbers for weights that are filled right away
+        model: nn.Module = auto.from_config(config, dtype=dtype, **options).eval()
+    _fill_weights(model, bundle)
     return model
 
 
-def fill_weights(model: nn.Module, bundle: Path) -> None:
-    """Copies a bundle's weights into a model of the same architecture, of any dtype."""
+def _fill_weights(model: nn.Module, bundle: Path) -> None:
     # Weights that share memory in the model are stored once, under any of their names.
     names: dict[int, list[str]] = {id(p): [] for p in model.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):

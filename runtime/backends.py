@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import MesaError, first_line
 
 Array = NDArray[Any]
 
@@ -65,7 +65,7 @@ class OnnxRuntimeBackend:
         try:
             session = self._onnxruntime.InferenceSession(os.fspath(path), self._options, providers=self._providers)
         except Exception as error:  # onnxruntime raises kinds of its own, all for a graph that it cannot load
-            raise MesaError(f"onnxruntime cannot load {path}: {_first_line(error)}") from error
+            raise MesaError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
         names = [output.name for output in session.get_outputs()]
         known = {value.name for value in session.get_inputs()}
 
@@ -73,7 +73,7 @@ class OnnxRuntimeBackend:
             try:
                 outputs = session.run(names, {name: value for name, value in feeds.items() if name in known})
             except Exception as error:
-                raise MesaError(f"onnxruntime failed in {path.name}: {_first_line(error)}") from error
+                raise MesaError(f"onnxruntime failed in {path.name}: {first_line(error)}") from error
             return dict(zip(names, outputs, strict=True))
 
         return run
@@ -103,7 +103,7 @@ class OpenVinoBackend:
         try:
             compiled = self._core.compile_model(self._core.read_model(os.fspath(path)), "CPU", self._options)
         except RuntimeError as error:
-            raise MesaError(f"OpenVINO cannot load {path}: {_first_line(error)}") from error
+            raise MesaError(f"OpenVINO cannot load {path}: {first_line(error)}") from error
         request = compiled.create_infer_request()
         ports = {port.get_any_name(): port for port in compiled.inputs}
         outputs = [(port.get_any_name(), port) for port in compiled.outputs]
@@ -120,7 +120,7 @@ class OpenVinoBackend:
             try:
                 request.infer(tensors, share_inputs=True, share_outputs=True)
             except RuntimeError as error:
-                raise MesaError(f"OpenVINO failed in {path.name}: {_first_line(error)}") from error
+                raise MesaError(f"OpenVINO failed in {path.name}: {first_line(error)}") from error
             results = {}
             for name, port in outputs:
                 data = request.get_tensor(port).data
@@ -195,8 +195,3 @@ def choose_backend(name: str, dtype: str, threads: int | None = None) -> tuple[B
 def available_threads() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -25,6 +25,11 @@ _CONFIG_HELP = {
     "rho": "share of T_r that window and stairs may take",
 }
 
+_EXTRAS = dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"), "export") | {
+    "matplotlib": "eval"
+}
+"""The extra that installs a package which a command may lack."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0: done, 1: a validation failed, 2: an error of the user's input, in one line."""
@@ -33,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
     except MesaError as error:
         print(f"mesart: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        print(f"mesart: error: this needs {package}: pip install 'mesart[{_EXTRAS[package]}]'", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `mesart ... | head`
         sys.stderr.close()

@@ -1,0 +1,168 @@
+"""The pictures of the reports. The one module that needs matplotlib."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Final
+
+from mesart.evaluation.report import times
+from mesart.graphs.errors import MesaError
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+except ImportError as error:
+    raise MesaError("plots need matplotlib: pip install 'mesart[eval]'") from error
+
+if TYPE_CHECKING:
+    from mesart.evaluation.passkey_eval import PasskeyResult
+    from mesart.evaluation.perplexity import PerplexityResult
+
+# Told apart by colour-blind readers and in grey print, and where one lies on the other.
+_LOOKS: Final[dict[str, dict[str, Any]]] = {
+    "mesa": {"color": "#0072b2", "marker": "o", "markersize": 6, "zorder": 4, "label": "Mesa"},
+    "origin": {"color": "#d55e00", "marker": "s", "markersize": 8, "zorder": 3, "label": "Origin (the plain model)"},
+}
+_GREY: Final = "#666666"
+
+
+def plot_passkey(result: PasskeyResult, path: str | os.PathLike[str]) -> None:
+    """Draws the share of keys found against the prompt's length: a panel for each filler, a line for each system.
+
+    Raises:
+        MesaError: nothing was finished, or the picture cannot be written.
+    """
+    cells = result.pooled()
+    _require(cells)
+    fillers = list(dict.fromkeys(cell.filler for cell in cells))
+    lengths = sorted({cell.length for cell in cells})
+    with _style():
+        figure = Figure(figsize=(1.0 + 4.4 * len(fillers), 4.0), layout="constrained")
+        figure.suptitle("Passkey: how often the key is found")
+        panels: Sequence[Axes] = figure.subplots(1, len(fillers), sharey=True, squeeze=False)[0]
+        for axes, filler in zip(panels, fillers, strict=True):
+            axes.set_title(f"{filler} filler", loc="right")
+            for system in result.subject.engines:
+                line = [cell for cell in cells if (cell.system, cell.filler) == (system, filler)]
+                _line(axes, system, [c.length for c in line], [c.rate for c in line], [c.interval for c in line])
+            _length_axis(axes, lengths, result.subject.config.train_length, "prompt, tokens")
+            axes.set_ylim(-0.04, 1.04)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        panels[0].set_ylabel(f"keys found, of {cells[0].prompts} prompts")
+        _legend(figure, panels[0])
+        _save(figure, path)
+
+
+def plot_perplexity(result: PerplexityResult, path: str | os.PathLike[str]) -> None:
+    """Draws the perplexity of the same tokens against the length of their context, a line for each system.
+
+    Raises:
+        MesaError: nothing was finished, or the picture cannot be written.
+    """
+    cells = result.cells
+    _require(cells)
+    with _style():
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        figure.suptitle("Perplexity of the same tokens, with more and more context")
+        axes = figure.subplots()
+        for system in result.subject.engines:
+            line = [cell for cell in cells if cell.system == system]
+            if not line:
+                continue
+            # The band is of the change from the shortest context: how hard the places are is the same for all.
+            start = result.shortest(system).perplexity
+            ratios = [result.ratio_interval(c) for c in line]
+            intervals = [(start * low, start * high) for low, high in ratios]
+            _line(axes, system, [c.length for c in line], [c.perplexity for c in line], intervals)
+        _length_axis(axes, sorted({c.length for c in cells}), result.subject.config.train_length, "context, tokens")
+        axes.set_yscale("log")
+        # Decades are too coarse for the few that lie between good and useless.
+        axes.yaxis.set_minor_formatter(FuncFormatter(_few_digits))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_ylabel(f"perplexity of {result.tokens} tokens at {result.places} places")
+        _legend(figure, axes)
+        _save(figure, path)
+
+
+def _require(cells: Sequence[object]) -> None:
+    if not cells:
+        raise MesaError("there is nothing to draw: no part of the evaluation was finished")
+
+
+def _style() -> AbstractContextManager[None]:
+    context: AbstractContextManager[None] = matplotlib.rc_context(
+        {
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "figure.titlesize": 12,
+            "figure.titleweight": "bold",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": _GREY,
+            "xtick.color": _GREY,
+            "ytick.color": _GREY,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e6e6e6",
+            "legend.frameon": False,
+        }
+    )
+    return context
+
+
+def _line(
+    axes: Axes, system: str, lengths: list[int], values: list[float], intervals: list[tuple[float, float]]
+) -> None:
+    """A line with its 95% intervals as a band."""
+    look = _LOOKS.get(system, {"label": system})
+    axes.plot(lengths, values, linewidth=2, clip_on=False, **look)
+    low, high = [low for low, _ in intervals], [high for _, high in intervals]
+    axes.fill_between(lengths, low, high, color=look.get("color"), alpha=0.15, linewidth=0)
+
+
+def _length_axis(axes: Axes, lengths: Sequence[int], train_length: int, label: str) -> None:
+    """Lengths by powers of two, in tokens and in trained windows; the window itself is marked."""
+    axes.set_xscale("log", base=2)
+    shown = lengths[:: -(-len(lengths) // 8)]  # more would overlap
+    axes.set_xticks(shown, [f"{n:,}\n{times(n, train_length)}" for n in shown])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", bottom=False)
+    axes.grid(False, axis="x")
+    left, right = min(lengths[0], train_length) / 1.25, max(lengths[-1], train_length) * 1.25
+    axes.set_xlim(left, right)
+    axes.axvspan(left, train_length, color="#f2f2f2", zorder=0, linewidth=0)
+    axes.axvline(train_length, color=_GREY, linestyle="--", linewidth=1, zorder=1)
+    axes.annotate(
+        f"trained on {train_length:,} tokens",
+        (train_length, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4, 3),
+        textcoords="offset points",
+        fontsize=8,
+        color=_GREY,
+    )
+    axes.set_xlabel(label)
+
+
+def _few_digits(value: float, _: int | None) -> str:
+    """Labels 2 and 5 between the decades."""
+    return f"{value:g}" if f"{value:.0e}"[0] in "25" else ""
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
+        raise MesaError(f"cannot write the picture {os.fspath(path)}: {error}") from error
+
+
+__all__ = ["plot_passkey", "plot_perplexity"]
