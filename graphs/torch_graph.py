@@ -32,9 +32,11 @@ def load_plain_model(bundle: Path, dtype: torch.dtype, **options: Any) -> nn.Mod
     config = AutoConfig.from_pretrained(bundle)
     auto: Any = AutoModelForCausalLM
     with no_init_weights():  # random numbers for weights that are filled right away
-        model: nn.Module = auto.from_config(config, dtype=dtype, **options).eval()
+        model: Any = auto.from_config(config, dtype=dtype, **options).eval()
+    model.tie_weights()
     _fill_weights(model, bundle)
-    return model
+    plain: nn.Module = model
+    return plain
 
 
 def _fill_weights(model: nn.Module, bundle: Path) -> None:

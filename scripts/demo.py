@@ -36,7 +36,7 @@ def main() -> int:
     export_model(MODEL, options.bundle, max_tokens=max(LENGTHS), report=lambda line: print("  " + line))
 
     step(2, "Comparing the graphs with PyTorch: three of the buckets, symbolic and specialised graphs")
-    validation = validate(options.bundle, MODEL, buckets=[0, 8, 64], steps=4)
+    validation = validate(options.bundle, MODEL, buckets=[0, 4, 16], steps=4)
     (options.output / "validation.txt").write_text(validation.table() + "\n", encoding="utf-8")
     print("  " + validation.verdict())
 
@@ -68,7 +68,7 @@ def _one_prompt(bundle: Path) -> None:
             rng=prompt_rng("eval", random.Random().randrange(1 << 30), 0),
         )
         begin = time.monotonic()
-        answer = "".join(model.stream(prompt.input_ids, max_new_tokens=5))
+        answer = "".join(model.stream(prompt.input_ids, max_new_tokens=8, stop="."))
         seconds = time.monotonic() - begin
         print(f"  {len(prompt.input_ids)} tokens on {model.backend} ({model.choice})")
         print(f"  ... {prompt.text[-60:]!r} -> {answer.strip()!r}; hidden was {prompt.answer!r}; {seconds:.2f} s")
