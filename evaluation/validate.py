@@ -253,7 +253,8 @@ def _piece(role: str, logits: Any, keys: Sequence[Any], values: Sequence[Any], s
 def _floats(array: Any) -> Floats:
     """float64, of a tensor, an array, or bfloat16 bits in an array of uint16."""
     if isinstance(array, torch.Tensor):
-        array = array.double().numpy()
+        floats: Floats = array.double().numpy()
+        return floats
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     result: Floats = np.asarray(array, dtype=np.float64)

@@ -58,7 +58,7 @@ class OnnxRuntimeBackend:
         self._options = onnxruntime.SessionOptions()
         self._options.intra_op_num_threads = threads or available_threads()
         self._options.log_severity_level = 3
-        # Growing by exactly what is needed instead of doubling: prompts of different lengths share one arena.
+        # Weights outside the arena, which would take twice their size.
         self._options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
 
     def open(self, path: Path) -> Graph:

@@ -41,9 +41,7 @@ class Cache:
         """Added to the scores of each slot, float32: 0 where a key may be seen."""
 
     def grow(self, capacity: int) -> None:
-        """Makes room for ``capacity`` tokens; what is there stays."""
-        if capacity <= self.capacity:
-            return
+        """Makes room for ``capacity`` tokens, more than now; what is there stays."""
         for buffers in (self.keys, self.values):
             for index, old in enumerate(buffers):
                 buffers[index] = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)

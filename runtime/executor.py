@@ -43,7 +43,7 @@ class Executor:
         plan = Plan.extend(self.config, row.stairs, len(row.tokens), len(ids))
         self._check_length(plan.length)
         tokens = [*row.tokens, *map(int, ids)]
-        self.cache.grow(self._graphs.capacity(plan.length))
+        self._make_room(plan.length)
         if plan.start == 0:
             self.cache.rows[index] = row = Row()
             self.cache.mask[index] = MASKED
@@ -62,7 +62,7 @@ class Executor:
     def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Appends one token to each row. Logits ``[B, V]`` of the next."""
         cache = self.cache
-        cache.grow(self._graphs.capacity(1 + max(len(row.tokens) for row in cache.rows)))
+        self._make_room(1 + max(len(row.tokens) for row in cache.rows))
         positions, scales = [], []
         for index, row in enumerate(cache.rows):
             length = len(row.tokens)
@@ -85,6 +85,10 @@ class Executor:
             cache.write(index, len(row.tokens), [k[index] for k in keys], [v[index] for v in values])
             row.tokens.append(int(tokens[index]))
         return np.array(logits[:, -1])  # the engine writes its next result to the same place
+
+    def _make_room(self, tokens: int) -> None:
+        if tokens > self.cache.capacity:
+            self.cache.grow(self._graphs.capacity(tokens, growing=True))
 
     def _head(self, index: int, tokens: Sequence[int], span: Span) -> None:
         ids, positions = _ids(tokens, [span]), ORDINARY.positions(span.start, span.stop)[None]

@@ -13,7 +13,7 @@ from mesart.runtime.backends import Array, Backend, Graph
 GRANULE = 256
 """Slots by which a cache grows where the graph leaves its length free."""
 
-_SCORES = 1 << 22
+_SCORES = 1 << 21
 """Scores a head that one run of a tail may hold: bounds the memory of long prompts at little cost in speed."""
 
 _ROWS = 1024
@@ -27,8 +27,8 @@ class RoleGraphs(Protocol):
 
     def place(self, file: str) -> Graph: ...
 
-    def capacity(self, tokens: int) -> int:
-        """Slots for a cache that holds ``tokens`` tokens."""
+    def capacity(self, tokens: int, *, growing: bool = False) -> int:
+        """Slots for a cache that holds ``tokens`` tokens; more of them if it has just become too small."""
         ...
 
     def slice_length(self, capacity: int) -> int:
@@ -58,12 +58,13 @@ class SymbolicGraphs:
     def place(self, file: str) -> Graph:
         return self._place(file)
 
-    def capacity(self, tokens: int) -> int:
-        # An eighth of the tokens as a reserve, so that copies to larger buffers cost O(1) a token.
-        return -(-(tokens + max(GRANULE, tokens // 8)) // GRANULE) * GRANULE
+    def capacity(self, tokens: int, *, growing: bool = False) -> int:
+        # Growing by an eighth, so that copies to larger buffers cost O(1) a token.
+        slots = tokens + tokens // 8 if growing else tokens
+        return (slots // GRANULE + 1) * GRANULE
 
     def slice_length(self, capacity: int) -> int:
-        return max(64, min(_ROWS, _SCORES // max(capacity, 1)))
+        return max(32, min(_ROWS, _SCORES // max(capacity, 1)))
 
     def chunk_batch(self, chunk_length: int) -> int:
         return max(1, _ROWS // chunk_length)
@@ -95,7 +96,8 @@ class SpecialisedGraphs:
     def place(self, file: str) -> Graph:
         return self._place(file)
 
-    def capacity(self, tokens: int) -> int:
+    def capacity(self, tokens: int, *, growing: bool = False) -> int:
+        del growing  # to the next bucket
         for bucket in self._manifest.buckets:
             if bucket.max_tokens >= tokens:
                 return bucket.max_tokens
