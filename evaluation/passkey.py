@@ -1,7 +1,7 @@
 """The passkey task: one key hidden at some depth of a long irrelevant text, and asked for at its end.
 
-Prompts are put together from token ids, piece by piece, because the asked length is a number of tokens: retokenizing the
-joined text may give slightly different ids, and it is the ids that count. Nothing here needs torch.
+Prompts are put together from token ids, piece by piece, because the asked length is a number of tokens: retokenizing
+the joined text may give slightly different ids, and it is the ids that count. Nothing here needs torch.
 """
 
 import itertools
@@ -121,7 +121,7 @@ def passkey_prompt(
 
 
 def _random_pieces(text: str, rng: random.Random) -> Iterator[str]:
-    """Excerpts from random places, each starting at a word; one piece of text, so that it tokenizes as it would in place."""
+    """Excerpts from random places, each starting at a word, in the spaces and line breaks of the original."""
     shortest, longest = _EXCERPT_CHARACTERS
     while True:
         size = rng.randint(shortest, longest)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import MANIFEST_FILE, Manifest
 from mesart.graphs.plan import Plan
 from mesart.runtime.model import MesaModel
@@ -328,7 +328,9 @@ def _checkpoint_tokenizer(source: Source, model: Any) -> Tokenizer:
         try:
             AutoTokenizer.from_pretrained(os.fspath(source)).save_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise MesaError(f"{source} has no tokenizer that loads: {first_line(error)}") from error
+            raise MesaError(
+                f"{source} has no tokenizer that transformers can load; put its tokenizer.json there"
+            ) from error
         if not (Path(folder) / "tokenizer.json").is_file():
             raise MesaError(f"{source} has no fast tokenizer (tokenizer.json); convert it with transformers first")
         return Tokenizer(folder)

@@ -253,12 +253,9 @@ def _piece(role: str, logits: Any, keys: Sequence[Any], values: Sequence[Any], s
 def _floats(array: Any) -> Floats:
     """float64, of a tensor, an array, or bfloat16 bits in an array of uint16."""
     if isinstance(array, torch.Tensor):
-        floats: Floats = array.double().numpy()
-        return floats
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    result: Floats = np.asarray(array, dtype=np.float64)
-    return result
+        array = array.double().numpy()
+    plain = (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
+    return np.asarray(plain, dtype=np.float64)
 
 
 def _compare(graphs: str, bucket: int, right: Piece, rounded: Piece, got: Piece) -> Iterator[Check]:

@@ -298,6 +298,7 @@ def _add_eval(commands: Any) -> None:
 
 
 def _passkey(options: argparse.Namespace) -> int:
+    _require_plots(options)
     from mesart.evaluation.passkey_eval import run_passkey  # noqa: PLC0415  (torch is slow to import)
 
     result = run_passkey(
@@ -316,6 +317,7 @@ def _passkey(options: argparse.Namespace) -> int:
 
 
 def _perplexity(options: argparse.Namespace) -> int:
+    _require_plots(options)
     from mesart.evaluation.perplexity import run_perplexity  # noqa: PLC0415  (torch is slow to import)
 
     result = run_perplexity(
@@ -329,6 +331,11 @@ def _perplexity(options: argparse.Namespace) -> int:
         text=options.text,
     )
     return _report(options, result)
+
+
+def _require_plots(options: argparse.Namespace) -> None:
+    if options.plot is not None:
+        import mesart.evaluation.plots  # noqa: F401, PLC0415  (says what is missing before hours of work, not after)
 
 
 def _report(options: argparse.Namespace, result: Any) -> int:
