@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 # No test may need the network; set before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# No deadline for a single example: machines are busy. The same examples each time: a failure can be seen again.
+settings.register_profile("mesart", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("mesart")
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a clone consists of, less the tests.

@@ -1,0 +1,80 @@
+"""The role module: what can be traced, and what is refused with the part that is in the way, never computed wrongly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mesart.graphs import MesaError
+from mesart.graphs.attention import AttentionForm
+from mesart.graphs.role import RoleModule, RoleOutputs
+
+
+def run(module: RoleModule, past: int = 0, new: int = 3, batch: int = 1) -> RoleOutputs:
+    """New tokens behind random keys and values, the second of which is masked."""
+    generator = torch.Generator().manual_seed(0)
+    past_mask = torch.zeros(batch, 1, 1, past)
+    past_mask[..., 1:2] = -1e9
+    keys = [torch.randn(batch, x.kv_heads, past, x.key_size, generator=generator) for x in module.layers]
+    values = [torch.randn(batch, x.kv_heads, past, x.value_size, generator=generator) for x in module.layers]
+    with torch.no_grad():
+        return module(
+            input_ids=torch.arange(new).expand(batch, new),
+            position_ids=torch.arange(past, past + new).expand(batch, new),
+            past_mask=past_mask,
+            new_mask=torch.full((new, new), -1e9).triu(1).expand(batch, 1, new, new),
+            query_scale=torch.full((batch, 1, new, 1), 1.3),
+            logits_at=torch.arange(new),
+            past_keys=keys,
+            past_values=values,
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "glm", "qwen3"])
+def test_both_forms_of_attention_are_equal(make_model, family):
+    model = make_model(family)
+    forms: tuple[AttentionForm, ...] = ("split", "fused")
+    split, fused = (run(RoleModule(model, 64, form), past=7, new=5, batch=2) for form in forms)
+    assert (split.logits - fused.logits).abs().max() < 1e-5
+    for ours, theirs in zip([*split.keys, *split.values], [*fused.keys, *fused.values], strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "layouts"),
+    [
+        ("llama", ["half", "half"]),
+        ("gpt_neox", ["half", "half"]),
+        ("cohere", ["interleaved", "interleaved"]),
+        ("glm", ["interleaved", "interleaved"]),
+        ("smollm3", ["half", None]),
+    ],
+)
+def test_layouts_are_found_by_probing(make_model, family, layouts):
+    assert [spec.layout for spec in RoleModule(make_model(family), 64).layers] == layouts
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("gpt2", {}, "GPT2LMHeadModel has no rotary embedding module"),
+        ("bloom", {"n_layer": 1, "n_head": 4}, "BloomForCausalLM has no rotary embedding module"),
+        ("mamba", {}, "MambaForCausalLM has no rotary embedding module"),
+        ("mistral", {"sliding_window": 16}, "slides a window of 16 tokens, less than train_length = 64"),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}, "uses s_aux"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused(make_model, family, changes, says):
+    model = make_model(family, **changes)
+    with pytest.raises(MesaError) as error:
+        run(RoleModule(model, 64))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_encoder_decoder_is_refused():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, vocab_size=32)
+    with pytest.raises(MesaError, match="T5ForConditionalGeneration is no causal language model"):
+        RoleModule(T5ForConditionalGeneration(config), 64)
