@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -160,8 +161,9 @@ def _layer_infos(module: RoleModule) -> list[LayerInfo]:
 
 
 def _write_weights(path: Path, graphs: _Graphs) -> None:
-    """All weights of all graphs, each once, under the checkpoint's names."""
+    """All weights of the model and its graphs, each once, under the checkpoint's names."""
     tensors: dict[str, Tensor] = {}
+    stored: set[int] = set()
     for file, graph in graphs.files.items():
         prefix = f"{Path(file).stem}." if graphs.roles[file][0] == "place" else ""
         for name, value in graph.graph.initializers.items():
@@ -169,6 +171,11 @@ def _write_weights(path: Path, graphs: _Graphs) -> None:
             if isinstance(raw, Tensor):
                 value.metadata_props["weight"] = prefix + name
                 tensors[prefix + name] = raw.detach().contiguous()
+                stored.add(raw.data_ptr())
+    # Also those that folding has taken out of the graphs: the torch backend runs the model's own code.
+    for name, parameter in graphs.module.model.named_parameters():
+        if parameter.data_ptr() not in stored:
+            tensors[name] = parameter.detach().contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors makes it readable by its owner only
 
@@ -244,21 +251,31 @@ def _check_target(target: Path, *, force: bool) -> None:
 @contextmanager
 def _atomic(target: Path, needed: int) -> Iterator[Path]:
     """A folder beside ``target`` that takes its place when all went well, and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise MesaError(f"{target.parent} has {free >> 20} MiB free, the bundle needs about {needed >> 20} MiB")
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    folder.chmod(0o755)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise MesaError(f"cannot write to {target.parent}: {error.strerror}") from error
+    free = shutil.disk_usage(target.parent).free
+    try:
+        if free < needed:
+            raise MesaError(f"{target.parent} has {free >> 20} MiB free, the bundle needs about {needed >> 20} MiB")
+        folder.chmod(0o755)
         yield folder
         _replace(folder, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if _is_full(error):
             raise MesaError(f"the disk is full: {target.parent} needs about {needed >> 20} MiB") from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_full(error: Exception) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"os error {number})" in str(error) for number in full)  # safetensors gives the number in its text
 
 
 def _replace(folder: Path, target: Path) -> None:
@@ -267,7 +284,11 @@ def _replace(folder: Path, target: Path) -> None:
         return
     old = folder.with_suffix(".replaced")
     target.rename(old)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
     if old.is_dir():
         shutil.rmtree(old)
     else:

@@ -36,7 +36,12 @@ def load_model(checkpoint: str | os.PathLike[str], dtype: str) -> nn.Module:
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+            source,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise MesaError(f"{source} cannot be loaded: {first_line(error)}") from error
@@ -72,7 +77,7 @@ def check_weights(folder: Path) -> None:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MesaError(f"{index} is not a valid index of weights: {error}") from error
         files = [folder / name for name in names]
     else:

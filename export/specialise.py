@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 
 from mesart.export.trace import fold
 
@@ -21,8 +20,11 @@ def specialise(symbolic: ir.Model, sizes: dict[str, int]) -> ir.Model:
     for value in [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([_fixed(dim, sizes) for dim in value.shape])
-    _drop_empty(model)
+    _join_without_empty(model)
     fold(model)
+    for value in list(model.graph.inputs):
+        if _is_empty(value) and not value.uses():
+            model.graph.inputs.remove(value)
     return model
 
 
@@ -32,8 +34,8 @@ def _fixed(dim: int | ir.SymbolicDim, sizes: dict[str, int]) -> int | ir.Symboli
     return dim
 
 
-def _drop_empty(model: ir.Model) -> None:
-    """Removes tensors without elements: joining something with them is the thing itself."""
+def _join_without_empty(model: ir.Model) -> None:
+    """Joining something with a tensor without elements is the thing itself."""
     for node in list(model.graph):
         if node.op_type != "Concat":
             continue
@@ -48,10 +50,6 @@ def _drop_empty(model: ir.Model) -> None:
             model.graph.insert_before(node, joined)
             ir.convenience.replace_all_uses_with(node.outputs[0], joined.outputs[0])
         model.graph.remove(node, safe=True)
-    passes.RemoveUnusedNodesPass()(model)
-    for value in list(model.graph.inputs):
-        if _is_empty(value) and not value.uses():
-            model.graph.inputs.remove(value)
 
 
 def _is_empty(value: ir.Value) -> bool:

@@ -27,6 +27,19 @@ IR_VERSION = 11
 _FOLD_BYTES = 1024
 """Constants larger than this are not folded."""
 
+_ROLE_AXES = {
+    "input_ids": "B S",
+    "position_ids": "B S",
+    "past_mask": "B . . P",
+    "new_mask": "B . S S",
+    "query_scale": "B . S .",
+    "logits_at": "M",
+    "past_key_values.": "B . P .",
+    "logits": "B M .",
+    "present.": "B . S .",
+}
+"""The axes of each input and output, by the beginning of its name; ``.`` has a size of its own."""
+
 _SMALL = 16
 """Elements of the largest constants that are merged when equal: shapes and scalars, not weights."""
 
@@ -73,7 +86,7 @@ def trace_roles(module: RoleModule) -> ir.Model:
     outputs = ["logits"] + [f"present.{i}.key" for i in count] + [f"present.{i}.value" for i in count]
     model = _to_onnx(module, example, shapes)
     _rename(model, inputs, outputs)
-    _name_axes(model)
+    _name_axes(model, _ROLE_AXES)
     return _tidy(model)
 
 
@@ -85,7 +98,7 @@ def trace_place(module: nn.Module, kv_heads: int, key_size: int, dtype: torch.dt
     shapes = ({0: any_size, 2: any_size}, {0: any_size, 1: any_size}, {0: any_size, 1: any_size})
     model = _to_onnx(module, example, shapes)
     _rename(model, ["key", "from_ids", "to_ids"], ["moved"])
-    _rename_axes(model, dict(zip(_axes(model.graph.inputs[1]), ("B", "S"), strict=True)))
+    _name_axes(model, {"key": "B . S .", "moved": "B . S .", "": "B S"})
     return _tidy(model)
 
 
@@ -133,26 +146,32 @@ def _rename(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
         value.name = name
 
 
-def _axes(value: ir.Value) -> list[str]:
-    return [str(dim.value) for dim in value.shape or () if isinstance(dim, ir.SymbolicDim)]
+def _name_axes(model: ir.Model, layout: dict[str, str]) -> None:
+    """Gives the axes of inputs and outputs their names, and the same names to what was traced as equal to them.
 
-
-def _name_axes(model: ir.Model) -> None:
-    by_name = {value.name: value for value in model.graph.inputs}
-    batch, new = _axes(by_name["input_ids"])
-    past = _axes(by_name["past_mask"])[-1]
-    (wanted,) = _axes(by_name["logits_at"])
-    _rename_axes(model, {batch: "B", new: "S", past: "P", wanted: "M"})
-
-
-def _rename_axes(model: ir.Model, names: dict[str, str]) -> None:
-    """Renames symbolic dimensions everywhere; a derived one (``2*s30``) is forgotten, engines infer it."""
-    values = [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]
-    for value in values:
-        if value.shape is not None:
-            value.shape = ir.Shape(
-                [names.get(str(d.value)) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
-            )
+    A size that torch derived from others (``2*s30``) is forgotten: engines infer it.
+    """
+    names: dict[str, str] = {}
+    ends = [*model.graph.inputs, *model.graph.outputs]
+    for value in ends:
+        assert value.shape is not None
+        pattern = next(axes for prefix, axes in layout.items() if (value.name or "").startswith(prefix)).split()
+        for axis, dim in zip(pattern, value.shape, strict=True):
+            if isinstance(dim, ir.SymbolicDim) and axis.isalpha():
+                names.setdefault(str(dim.value), axis)
+        value.shape = ir.Shape(
+            [
+                axis if axis.isalpha() and isinstance(dim, ir.SymbolicDim) else dim
+                for axis, dim in zip(pattern, value.shape, strict=True)
+            ]
+        )
+    done = {id(value) for value in ends}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None and id(value) not in done:
+                value.shape = ir.Shape(
+                    [names.get(str(dim.value)) if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape]
+                )
 
 
 def _tidy(model: ir.Model) -> ir.Model:

@@ -186,9 +186,7 @@ def _anchors(config: MesaConfig, stairs: Stairs, cached: int, length: int) -> It
     if earliest <= stairs.anchor:
         return
     yield Stairs(stairs.anchor + (earliest - stairs.anchor) // stairs.width * stairs.width, stairs.width)
-    # Wide enough for twice the tokens: places all keys anew, but each time only after the text has doubled.
-    for tokens in (length, 2 * length):
-        yield Stairs(earliest, max(stairs.width, config.width_for(tokens)))
+    # Wide enough for twice the tokens: places all keys anew, but the next time only after the text has doubled.
     yield Stairs(earliest, max(stairs.width, config.fitting_width(2 * length)))
 
 

@@ -13,7 +13,7 @@ from mesart.graphs.manifest import Manifest, Role
 from mesart.graphs.plan import Plan, Span, query_scales
 from mesart.graphs.stairs import ORDINARY
 from mesart.runtime.backends import STORAGE, Array, Graph
-from mesart.runtime.cache import MASKED, Cache, Row, move_keys, past_feeds
+from mesart.runtime.cache import MASKED, Cache, move_keys, past_feeds
 from mesart.runtime.graphs import RoleGraphs
 
 
@@ -35,36 +35,57 @@ class Executor:
         for prompt in prompts:
             self._check_length(len(prompt))
         self.cache = self._new_cache(len(prompts), max(len(prompt) for prompt in prompts))
-        return [self.extend(row, prompt, all_logits=all_logits) for row, prompt in enumerate(prompts)]
+        return [self._extend(row, prompt, all_logits) for row, prompt in enumerate(prompts)]
 
-    def extend(self, index: int, ids: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
-        """Appends tokens to one row of the cache. Logits ``[S, V]`` of its tail, or ``[1, V]`` of its last token."""
+    def extend(self, turns: Sequence[Sequence[int]], *, all_logits: bool = False) -> list[NDArray[np.float32]]:
+        """Appends tokens to every row. Logits ``[S, V]`` of each row's tail, or ``[1, V]`` of its last token."""
+        for row, turn in zip(self.cache.rows, turns, strict=True):
+            self._check_length(len(row.tokens) + len(turn))
+        return [self._extend(index, turn, all_logits) for index, turn in enumerate(turns)]
+
+    def _extend(self, index: int, ids: Sequence[int], all_logits: bool) -> NDArray[np.float32]:
+        if all_logits and self._graphs.last_logits_only:
+            raise MesaError("the specialised graphs give the last logits only, no all_logits; load the symbolic graph")
         row = self.cache.rows[index]
         plan = Plan.extend(self.config, row.stairs, len(row.tokens), len(ids))
-        self._check_length(plan.length)
         tokens = [*row.tokens, *map(int, ids)]
         self._make_room(plan.length)
         if plan.start == 0:
-            self.cache.rows[index] = row = Row()
-            self.cache.mask[index] = MASKED
+            self.cache.clear(index)
+            row = self.cache.rows[index]
         standing = row.stairs.positions(0, plan.start)  # where each key of the cache stands now
-
-        if plan.head is not None:
-            self._head(index, tokens, plan.head)
-            standing = ORDINARY.positions(0, len(plan.head))
-        if plan.chunks:
-            standing = self._chunks(index, tokens, plan, standing)
-        self.cache.move(index, standing, plan.stairs.positions(0, len(standing)), self._places)
-        logits = self._tail(index, tokens, plan, all_logits=all_logits)
+        target = plan.stairs.positions(0, plan.tail.start)
+        moved = False
+        try:
+            if plan.head is not None:
+                self._head(index, tokens, plan.head)
+                standing = ORDINARY.positions(0, len(plan.head))
+            if plan.chunks:
+                standing = self._chunks(index, tokens, plan, standing)
+            moved = True
+            self.cache.move(index, standing, target, self._places)
+            logits = self._tail(index, tokens, plan, all_logits=all_logits)
+        except BaseException:
+            # Nothing is lost: the row is again what it was before this turn.
+            self.cache.forget(index, plan.start)
+            if moved:
+                self.cache.move(index, target[: plan.start], standing[: plan.start], self._places)
+            raise
         row.tokens, row.stairs = tokens, plan.stairs
         return logits
 
-    def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Appends one token to each row. Logits ``[B, V]`` of the next."""
-        cache = self.cache
-        self._make_room(1 + max(len(row.tokens) for row in cache.rows))
+    def step(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
+        """Appends one token to each row, nothing to a row whose token is ``None``. Logits ``[B, V]`` of the next."""
+        rows = range(len(self.cache.rows))
+        self._make_room(1 + max(len(row.tokens) for row in self.cache.rows))
+        together = self._graphs.step_batch or len(rows)
+        return np.concatenate([self._step(tokens, rows[i : i + together]) for i in range(0, len(rows), together)])
+
+    def _step(self, tokens: Sequence[int | None], rows: range) -> NDArray[np.float32]:
+        cache, part = self.cache, slice(rows.start, rows.stop)
         positions, scales = [], []
-        for index, row in enumerate(cache.rows):
+        for index in rows:
+            row = cache.rows[index]
             length = len(row.tokens)
             plan = Plan.extend(self.config, row.stairs, length, 1)
             if plan.stairs != row.stairs:
@@ -75,15 +96,18 @@ class Executor:
             scales.append(query_scales(self.config, Span(length, length + 1)))
         logits, keys, values = self._run(
             "step",
-            np.array(tokens, dtype=np.int64)[:, None],
+            np.array([[tokens[index] or 0] for index in rows], dtype=np.int64),
             np.array(positions, dtype=np.int64)[:, None],
-            cache.mask,
-            past_feeds(cache.keys, cache.values),
+            cache.mask[part],
+            past_feeds([k[part] for k in cache.keys], [v[part] for v in cache.values]),
             np.array(scales),
         )
-        for index, row in enumerate(cache.rows):
-            cache.write(index, len(row.tokens), [k[index] for k in keys], [v[index] for v in values])
-            row.tokens.append(int(tokens[index]))
+        for place, index in enumerate(rows):
+            token = tokens[index]
+            if token is not None:
+                row = cache.rows[index]
+                cache.write(index, len(row.tokens), [k[place] for k in keys], [v[place] for v in values])
+                row.tokens.append(int(token))
         return np.array(logits[:, -1])  # the engine writes its next result to the same place
 
     def _make_room(self, tokens: int) -> None:

@@ -23,6 +23,10 @@ _ROWS = 1024
 class RoleGraphs(Protocol):
     """Runs roles; says what shapes it wants."""
 
+    step_batch: int | None
+    """Rows that one decoding step takes; ``None``: any number."""
+    last_logits_only: bool
+
     def run(self, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
 
     def place(self, file: str) -> Graph: ...
@@ -46,6 +50,9 @@ class RoleGraphs(Protocol):
 
 class SymbolicGraphs:
     """One graph with free axes serves every role: compiled once, weights in memory once, nothing padded."""
+
+    step_batch: int | None = None
+    last_logits_only = False
 
     def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
         self._graph = backend.open(bundle / manifest.graph("any").file)
@@ -79,6 +86,9 @@ class SpecialisedGraphs:
 
     On a CPU each holds weights of its own: opened when first needed, and only the latest ``keep`` stay open.
     """
+
+    step_batch: int | None = 1
+    last_logits_only = True
 
     def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, keep: int = 3) -> None:
         self._bundle, self._manifest, self._backend, self._keep = bundle, manifest, backend, keep

@@ -42,7 +42,7 @@ class MesaModel:
         self.bundle, self.manifest = bundle, manifest
         self.backend, self.device, self.choice = backend, device, choice
         self._executor: Executor | None = executor
-        self._unfed: list[int] = []  # the last generated token: shown, but not yet in the cache
+        self._unfed: list[list[int]] = []  # each row's last generated token: shown, but not yet in the cache
 
     @classmethod
     def load(
@@ -133,8 +133,8 @@ class MesaModel:
         """Appends tokens to the live cache, such as a second turn; arguments and result as of :meth:`prefill`."""
         prompts = self._prompts(input_ids)
         self._require_rows(len(prompts))
-        rows = range(len(prompts))
-        return _stack([self.executor.extend(row, prompts[row], all_logits=all_logits) for row in rows])
+        self._unfed = []
+        return _stack(self.executor.extend(prompts, all_logits=all_logits))
 
     def step(self, token: int | ArrayLike) -> Logits:
         """Appends one token to each row of the cache; logits of the next, float32 ``[B, 1, V]``."""
@@ -142,6 +142,7 @@ class MesaModel:
         self._require_rows(len(tokens))
         if not self.executor.cache.rows[0].tokens:
             raise MesaError("step needs a prompt in the cache; call prefill first")
+        self._unfed = []
         return self.executor.step([row[0] for row in tokens])[:, None]
 
     @property
@@ -171,14 +172,13 @@ class MesaModel:
         if max_new_tokens < 1:
             raise MesaError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         choice = sampling or self.default_sampling
+        rows = range(len(prompts))
         if append:
-            if len(prompts) == 1:
-                prompts = [[*self._unfed, *prompts[0]]]
-            logits = self.extend(prompts)
+            self._require_rows(len(prompts))
+            unfed = self._unfed or [[] for _ in rows]
+            logits = self.extend([[*unfed[row], *prompts[row]] for row in rows])
         else:
             logits = self.prefill(prompts)
-        self._unfed = []
-        rows = range(len(prompts))
         seeds = [None if choice.seed is None else choice.seed + row for row in rows]
         samplers = [Sampler(replace(choice, seed=seed)) for seed in seeds]
         history = [list(self.executor.cache.rows[row].tokens) for row in rows]
@@ -192,13 +192,11 @@ class MesaModel:
                 if token is not None:
                     history[row].append(token)
                     ended[row] = token in end
-            self._unfed = [token for token in chosen if token is not None] if len(prompts) == 1 else []
+            self._unfed = [[history[row][-1]] for row in rows]
             yield chosen
             if all(ended) or index + 1 == max_new_tokens:
                 return
-            # A row that has ended is fed its last token again: its cache is not used any more.
-            logits = self.step([history[row][-1] for row in rows])
-            self._unfed = []
+            logits = self.executor.step([None if ended[row] else history[row][-1] for row in rows])[:, None]
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -298,6 +296,8 @@ class MesaModel:
         ragged = isinstance(input_ids, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in input_ids)
         rows = [np.asarray(row) for row in input_ids] if ragged else list(np.atleast_2d(np.asarray(input_ids)))  # type: ignore[union-attr]
         vocabulary = int(self.manifest.model["vocab_size"])
+        if not rows:
+            raise MesaError("the prompt is empty; give at least one token")
         for row in rows:
             if row.size == 0:
                 raise MesaError("the prompt is empty; give at least one token")
