@@ -80,7 +80,7 @@ def export_model(
     say = report or (lambda line: None)
     target = Path(output)
     _check_target(target, force=force)
-    config = config or MesaConfig.from_model(model)
+    config = (config or MesaConfig()).for_model(model)
     limit = max_tokens if max_tokens is not None else 16 * config.train_length
     buckets = buckets_up_to(config, limit)
     say(f"loading {model} in {dtype}")

@@ -29,7 +29,8 @@ ModelSource: TypeAlias = "str | PathLike[str] | HasConfig"
 class MesaConfig:
     """Chunking, Stair position encoding and query scaling. Lengths are in tokens.
 
-    Only ``train_length`` has no default; a field left out is chosen from it, which the rule calls T:
+    ``train_length`` is the model's: left out, it is filled in when a model is at hand (:meth:`for_model`). Every other
+    field that is left out is chosen from it, which the rule calls T:
 
     ================ ============================== ==========================================================
     field            rule                           meaning
@@ -49,7 +50,7 @@ class MesaConfig:
         MesaError: a combination that would leave the trained range for every prompt.
     """
 
-    train_length: int
+    train_length: int = AUTO
     head_length: int = AUTO
     chunk_length: int = AUTO
     tail_min: int = AUTO
@@ -59,6 +60,8 @@ class MesaConfig:
     rho: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.train_length == AUTO:
+            return
         if self.train_length < 16:
             raise MesaError(f"train_length is {self.train_length}; a window of at least 16 tokens is needed")
         rule = {
@@ -119,6 +122,12 @@ class MesaConfig:
         if unknown:
             raise MesaError(f"unknown configuration field {unknown[0]!r}; known are {', '.join(sorted(known))}")
         return cls(**fields)
+
+    def for_model(self, checkpoint: ModelSource) -> MesaConfig:
+        """This configuration with what it leaves out chosen from a model, see :meth:`from_model`."""
+        if self.train_length != AUTO:
+            return self
+        return MesaConfig.from_model(checkpoint, **{k: v for k, v in self.to_dict().items() if v != AUTO})
 
     @classmethod
     def from_model(cls, checkpoint: ModelSource, **fields: Any) -> MesaConfig:

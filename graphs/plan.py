@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.config import MesaConfig
+from mesart.graphs.config import AUTO, MesaConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.stairs import ORDINARY, Stairs
 
@@ -106,6 +106,8 @@ class Plan:
         """
         if tokens < 1:
             raise MesaError("the prompt is empty; give at least one token")
+        if config.train_length == AUTO:
+            raise MesaError("the configuration has no train_length; give one, or use MesaConfig.from_model")
         if tokens <= config.train_length:
             return cls(config, 0, tokens, None, (), Span(0, tokens), ORDINARY)
         head = Span(0, config.head_length)

@@ -40,7 +40,7 @@ class TorchReference:
             from transformers import AutoModelForCausalLM  # noqa: PLC0415  (slow to import, not always needed)
 
             model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **load})
-        self.config = config or MesaConfig.from_model(model)
+        self.config = (config or MesaConfig()).for_model(model)
         self.role = RoleModule(model, self.config.train_length, "fused")
         self.dtype = next(self.role.parameters()).dtype
         self.vocab_size: int = self.role.config.get_text_config().vocab_size
