@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mesart.evaluation.corpus import library_documents, library_text
 from mesart.evaluation.passkey import (
@@ -291,6 +291,10 @@ def main() -> None:
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        generation = GenerationConfig(  # type: ignore[no-untyped-call]
+            bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=False
+        )
+        generation.save_pretrained(folder)
 
     train(
         model,
