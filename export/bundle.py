@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from mesart.export.checkpoint import TOKENIZER_FILES, load_model, tensor_offsets
+from mesart.export.checkpoint import TOKENIZER_FILES, check_checkpoint, load_model, tensor_offsets
 from mesart.export.specialise import specialise
 from mesart.export.trace import trace_place, trace_roles
 from mesart.graphs.config import MesaConfig
@@ -83,8 +83,9 @@ def export_model(
     config = (config or MesaConfig()).for_model(model)
     limit = max_tokens if max_tokens is not None else 16 * config.train_length
     buckets = buckets_up_to(config, limit)
+    checked = check_checkpoint(model)
     say(f"loading {model} in {dtype}")
-    network = load_model(model, dtype)
+    network = load_model(model, dtype, checked)
     with _atomic(target, _weight_bytes(network) + _GRAPH_BYTES * (2 * len(buckets) + 4)) as folder:
         say("tracing the model")
         graphs = _trace(network, config, buckets)

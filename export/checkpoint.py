@@ -21,8 +21,21 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 """A checkpoint that has one of these has a tokenizer."""
 
 
-def load_model(checkpoint: str | os.PathLike[str], dtype: str) -> nn.Module:
-    """A causal language model with its weights in ``dtype``, in eval mode.
+def check_checkpoint(checkpoint: str | os.PathLike[str]) -> Any:
+    """The config of a checkpoint that looks usable: checked without reading its weights.
+
+    Raises:
+        MesaError: no checkpoint, no causal language model, no safetensors, or a truncated file.
+    """
+    source = os.fspath(checkpoint)
+    config = load_config(source)
+    if Path(source).is_dir():
+        check_weights(Path(source))
+    return config
+
+
+def load_model(checkpoint: str | os.PathLike[str], dtype: str, config: Any = None) -> nn.Module:
+    """A causal language model with its weights in ``dtype``, in eval mode; ``config`` if it was checked already.
 
     Raises:
         MesaError: no checkpoint, no causal language model, no safetensors, or truncated or missing weights.
@@ -30,9 +43,7 @@ def load_model(checkpoint: str | os.PathLike[str], dtype: str) -> nn.Module:
     if dtype not in DTYPES:
         raise MesaError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     source = os.fspath(checkpoint)
-    config = load_config(source)
-    if Path(source).is_dir():
-        check_weights(Path(source))
+    config = config or check_checkpoint(checkpoint)
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(

@@ -22,7 +22,7 @@ LENGTHS = (256, 1024, 2048, 4096, 8192)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=10, help="prompts of each length and filler")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of each length and filler")
     parser.add_argument("--bundle", type=Path, default=Path("demo_bundle"))
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for tables and the picture")
     options = parser.parse_args()
@@ -66,6 +66,7 @@ def _one_prompt(bundle: Path) -> None:
             max(LENGTHS),
             depth=0.3,
             rng=prompt_rng("eval", random.Random().randrange(1 << 30), 0),
+            prefix_ids=model.tokenizer.encode(""),  # the token that this model's texts begin with
         )
         begin = time.monotonic()
         answer = "".join(model.stream(prompt.input_ids, max_new_tokens=8, stop="."))

@@ -1,0 +1,151 @@
+"""A validation passes what is right, and sees what is not: a weight, a mask, a position."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mesart.evaluation.validate import Validation, validate
+from mesart.graphs import MesaError
+from mesart.graphs.manifest import MANIFEST_FILE, WEIGHTS_FILE, sha256
+from mesart.runtime.executor import Executor
+
+BUCKETS = [0, 3]
+LAYER = 1
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])
+def test_a_right_bundle_passes(bundle: Callable[..., Path], checkpoint: Callable[..., Path], backend: str) -> None:
+    result = validate(bundle(), checkpoint("llama"), backend=backend, buckets=BUCKETS, progress=False)
+    assert result.passed, result.table()
+    # Every role of every bucket, of both kinds of graphs; keys and values of each, logits of tail and step.
+    assert {(c.graphs, c.bucket, c.role) for c in result.checks} == {
+        (graphs, bucket, role)
+        for graphs in ("symbolic", "specialised")
+        for bucket, roles in ((0, ("tail", "step")), (3, ("head", "chunk", "tail", "step")))
+        for role in roles
+    }
+    assert all(c.top1 == 1.0 and c.kl is not None and c.kl < 1e-9 for c in result.checks if c.quantity == "logits")
+    fields = json.loads(result.to_json())
+    assert fields["passed"] is True
+    assert len(fields["checks"]) == len(result.checks)
+    assert result.table().splitlines()[-1] == result.verdict()
+
+
+def test_bfloat16_is_judged_by_its_own_noise(bundle: Callable[..., Path], checkpoint: Callable[..., Path]) -> None:
+    result = validate(
+        bundle("llama", "bfloat16"),
+        checkpoint("llama"),
+        backend="openvino",
+        graphs=("symbolic",),
+        buckets=BUCKETS,
+        progress=False,
+    )
+    assert result.passed, result.table()
+    assert result.truth == "PyTorch float32"
+    assert max(c.relative_error for c in result.checks) > 1e-4, "bfloat16 cannot be this exact"
+
+
+def _with_weight(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Alters a bundle's weights and its manifest with them, as a faulty exporter would have written both."""
+    weights = load_file(folder / WEIGHTS_FILE)
+    change(weights)
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["files"][WEIGHTS_FILE]["sha256"] = sha256(folder / WEIGHTS_FILE)
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+
+def _check(folder: Path, checkpoint: Path) -> Validation:
+    return validate(folder, checkpoint, backend="onnxruntime", graphs=("symbolic",), buckets=BUCKETS, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        (f"model.layers.{LAYER}.self_attn.k_proj.weight", LAYER),
+        (f"model.layers.{LAYER - 1}.mlp.down_proj.weight", LAYER),  # seen by the keys of the next layer
+    ],
+)
+def test_a_wrong_weight_is_seen_and_its_layer_named(
+    bundle_copy: Path, checkpoint: Callable[..., Path], name: str, first: int
+) -> None:
+    def change(weights: dict[str, np.ndarray]) -> None:
+        weights[name] = weights[name].copy()
+        weights[name][0, 0] += 0.01
+
+    _with_weight(bundle_copy, change)
+    result = _check(bundle_copy, checkpoint("llama"))
+    assert not result.passed
+    assert {c.first_layer for c in result.checks if c.first_layer is not None} == {first}
+    assert f"first at layer {first}" in result.verdict()
+
+
+def test_a_wrong_head_is_seen_behind_the_last_layer(bundle_copy: Path, checkpoint: Callable[..., Path]) -> None:
+    def change(weights: dict[str, np.ndarray]) -> None:
+        weights["lm_head.weight"] = weights["lm_head.weight"] * np.float32(1.001)
+
+    _with_weight(bundle_copy, change)
+    result = _check(bundle_copy, checkpoint("llama"))
+    assert not result.passed
+    assert "after the last layer's keys" in result.verdict()
+    assert {c.quantity for c in result.checks if not c.passed} == {"logits"}
+
+
+def _patch_feeds(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, dict[str, Any]], None]) -> None:
+    plain = Executor._run
+
+    def run(self: Executor, *arguments: Any, **options: Any) -> Any:
+        inner = self._graphs.run
+
+        def changed(role: str, bucket: int | None, feeds: Mapping[str, Any]) -> Any:
+            altered = dict(feeds)
+            change(role, altered)
+            return inner(role, bucket, altered)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(self._graphs, "run", changed, raising=False)
+            return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Executor, "_run", run)
+
+
+def test_a_mask_that_shows_one_token_of_the_future_is_seen(
+    bundle: Callable[..., Path], checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(role: str, feeds: dict[str, Any]) -> None:
+        if role == "chunk":
+            feeds["new_mask"] = feeds["new_mask"].copy()
+            feeds["new_mask"][..., 3, 4] = 0
+
+    _patch_feeds(monkeypatch, change)
+    result = _check(bundle(), checkpoint("llama"))
+    assert not result.passed
+    assert "chunk" in {c.role for c in result.checks if not c.passed}
+    assert "head" not in {c.role for c in result.checks if not c.passed}
+
+
+@pytest.mark.parametrize("wrong", ["head", "chunk", "tail", "step"])
+def test_a_position_off_by_one_is_seen_in_its_role(
+    bundle: Callable[..., Path], checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    def change(role: str, feeds: dict[str, Any]) -> None:
+        if role == wrong:
+            # Downwards for steps: the last of them stands at the last trained position.
+            feeds["position_ids"] = feeds["position_ids"] + (-1 if role == "step" else 1)
+
+    _patch_feeds(monkeypatch, change)
+    result = _check(bundle(), checkpoint("llama"))
+    assert not result.passed
+    assert next(c.role for c in result.checks if not c.passed and c.bucket == BUCKETS[1]) == wrong
+
+
+def test_a_bucket_that_is_not_there(bundle: Callable[..., Path]) -> None:
+    with pytest.raises(MesaError, match="no bucket of 5 chunks; it has 0, "):
+        validate(bundle(), buckets=[5], progress=False)
