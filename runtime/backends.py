@@ -105,13 +105,15 @@ class OpenVinoBackend:
         except RuntimeError as error:
             raise MesaError(f"OpenVINO cannot load {path}: {first_line(error)}") from error
         request = compiled.create_infer_request()
-        ports = {port.get_any_name(): port for port in compiled.inputs}
-        outputs = [(port.get_any_name(), port) for port in compiled.outputs]
+        # A tensor that needs no conversion carries the names of both its ends.
+        ports = [(port.get_names(), port) for port in compiled.inputs]
+        outputs = [(port.get_names(), port) for port in compiled.outputs]
         brain = openvino.Type.bf16
 
         def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
             tensors = {}
-            for name, port in ports.items():
+            for names, port in ports:
+                name = next(name for name in names if name in feeds)
                 value = np.ascontiguousarray(feeds[name])
                 if port.get_element_type() == brain:
                     tensors[name] = openvino.Tensor(value, openvino.Shape(value.shape), brain)
@@ -122,9 +124,10 @@ class OpenVinoBackend:
             except RuntimeError as error:
                 raise MesaError(f"OpenVINO failed in {path.name}: {first_line(error)}") from error
             results = {}
-            for name, port in outputs:
+            for names, port in outputs:
                 data = request.get_tensor(port).data
-                results[name] = data.view(np.uint16) if port.get_element_type() == brain else data
+                array = data.view(np.uint16) if port.get_element_type() == brain else data
+                results.update(dict.fromkeys(names, array))
             return results
 
         return run

@@ -141,7 +141,13 @@ class TestOtherArchitectures:
 class TestOtherDtypes:
     @pytest.mark.parametrize(
         ("dtype", "backend"),
-        [("bfloat16", "openvino"), ("bfloat16", "torch"), ("float16", "onnxruntime"), ("float16", "torch")],
+        [
+            ("bfloat16", "openvino"),
+            ("bfloat16", "torch"),
+            ("float16", "onnxruntime"),
+            ("float16", "openvino"),
+            ("float16", "torch"),
+        ],
     )
     def test_errors_are_those_of_the_dtype(self, bundle, checkpoint, mesa_config, dtype, backend):
         """At most three times as far from float32 as PyTorch is in that dtype."""
