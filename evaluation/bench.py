@@ -77,19 +77,19 @@ class BenchResult:
         peak = ", ".join(f"{value / 1e9:.0f} GFLOP/s {name}" for name, value in self.machine.flops.items())
         lines = [
             f"{self.machine.cpu}, {self.machine.threads} threads: {peak}, {self.machine.bandwidth / 1e9:.1f} GB/s",
-            f"{'tokens':>7}  {'system':<26} {'first token':>11} {'speed-up':>8} {'of peak':>7}  {'tokens/s':>8} "
-            f"{'speed-up':>8} {'of GB/s':>7}  {'memory':>8} {'load':>6}",
+            f"{'tokens':>7}  {'system':<26} {'first token':>11} {'speed-up':>8} {'GFLOP/s':>8} {'of peak':>7}  "
+            f"{'tokens/s':>8} {'speed-up':>8} {'GB/s':>6} {'of peak':>7}  {'memory':>8} {'load':>6}",
         ]
         for tokens in dict.fromkeys(row.tokens for row in self.rows):
             rows = [row for row in self.rows if row.tokens == tokens]
             base = rows[0]
             for row in rows:
-                share = row.flops / row.first_token / self.machine.flops[row.dtype]
-                reads = row.bytes_per_token / row.per_token / self.machine.bandwidth
+                flops, reads = row.flops / row.first_token, row.bytes_per_token / row.per_token
                 sooner, faster = base.first_token / row.first_token, base.per_token / row.per_token
                 lines.append(
                     f"{tokens:>7}  {row.system:<26} {row.first_token:>9.2f} s {sooner:>7.2f}x "
-                    f"{share:>7.0%}  {1 / row.per_token:>8.1f} {faster:>7.2f}x {reads:>7.0%}  "
+                    f"{flops / 1e9:>8.1f} {flops / self.machine.flops[row.dtype]:>7.0%}  {1 / row.per_token:>8.1f} "
+                    f"{faster:>7.2f}x {reads / 1e9:>6.1f} {reads / self.machine.bandwidth:>7.0%}  "
                     f"{row.memory / 1e9:>5.2f} GB {row.load:>4.1f} s"
                 )
         lines.append("speed-up: over the first system of the same length; memory: peak anonymous resident memory")

@@ -7,6 +7,7 @@ Axes are symbolic: B batch, S new tokens, P past tokens, M tokens whose logits a
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,8 @@ def trace_place(module: nn.Module, kv_heads: int, key_size: int, dtype: torch.dt
 
 
 def _to_onnx(module: nn.Module, example: tuple[object, ...], shapes: tuple[object, ...]) -> ir.Model:
+    name = type(getattr(module, "model", module)).__name__
+    program: torch.export.ExportedProgram | None = None
     with _quiet():
         try:
             program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
@@ -110,11 +113,27 @@ def _to_onnx(module: nn.Module, example: tuple[object, ...], shapes: tuple[objec
         except MesaError:
             raise
         except Exception as error:  # torch raises many kinds; all mean the same to the user
-            name = type(getattr(module, "model", module)).__name__
-            raise MesaError(f"{name} cannot be traced: {first_line(error)}") from error
+            raise MesaError(f"{name} cannot be traced: {_reason(error, program)}") from error
     if translated is None:
-        raise MesaError(f"{type(module).__name__} cannot be traced: the ONNX exporter returned nothing")
+        raise MesaError(f"{name} cannot be traced: the ONNX exporter returned nothing")
     return translated.model
+
+
+def _reason(error: BaseException, program: torch.export.ExportedProgram | None) -> str:
+    """The innermost cause of a failure, and the part of the model where the exporter met it."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    reason = first_line(chain[-1])
+    found = next((match for e in chain if (match := re.search(r"translating node %(\w+)", str(e)))), None)
+    if found is None or program is None:
+        return reason
+    for node in program.graph.nodes:
+        if node.name == found[1]:
+            for path, kind in reversed(list((node.meta.get("nn_module_stack") or {}).values())):
+                part = re.sub(r"slice\([^)]*\)\.", "", path.removeprefix("model."))  # layers that the model slices
+                return f"{part} ({str(kind).rpartition('.')[2]}): {reason}"
+    return reason
 
 
 @contextmanager

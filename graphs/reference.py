@@ -147,7 +147,10 @@ class TorchReference:
         ]
 
     def _ids(self, input_ids: TokenIds) -> Tensor:
-        ids = torch.as_tensor(input_ids, dtype=torch.int64)
+        try:
+            ids = torch.as_tensor(input_ids, dtype=torch.int64)
+        except ValueError as error:
+            raise MesaError("the reference takes prompts of one length; run others one by one") from error
         ids = ids[None] if ids.dim() == 1 else ids
         if ids.shape[1] == 0:
             raise MesaError("the prompt is empty; give at least one token")

@@ -136,6 +136,12 @@ class TestCheckpoint:
         refused(tmp_path / "mistral", work, "slides a window of 16 tokens", "train_length <= 16")
 
 
+    def test_an_architecture_that_onnx_cannot_say(self, work, make_model, tmp_path):
+        make_model("mixtral", num_local_experts=4).save_pretrained(tmp_path / "mixtral")
+        part = "MixtralForCausalLM cannot be traced: model.layers.0.mlp.experts (MixtralExperts): No ONNX function"
+        refused(tmp_path / "mixtral", work, part)
+
+
 class TestOptions:
     def test_unknown_dtype(self, work, checkpoint):
         refused(checkpoint("tied_llama"), work, "unknown dtype 'float8'; there are float32, float16", dtype="float8")
