@@ -62,11 +62,6 @@ class Cache:
         """Tokens of a row from ``start`` on may be seen no more."""
         self.mask[row, ..., start:] = MASKED
 
-    def clear(self, row: int) -> None:
-        """Empties a row."""
-        self.rows[row] = Row()
-        self.forget(row, 0)
-
     def past(self, row: int) -> dict[str, Array]:
         """One row's buffers as a graph's inputs, ``[1, K, capacity, D]``."""
         return past_feeds([k[row : row + 1] for k in self.keys], [v[row : row + 1] for v in self.values])

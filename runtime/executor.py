@@ -50,9 +50,8 @@ class Executor:
         plan = Plan.extend(self.config, row.stairs, len(row.tokens), len(ids))
         tokens = [*row.tokens, *map(int, ids)]
         self._make_room(plan.length)
-        if plan.start == 0:
-            self.cache.clear(index)
-            row = self.cache.rows[index]
+        kept = len(row.tokens)
+        # A plan that starts again at 0 computes what is cached once more, as the head, to the same values.
         standing = row.stairs.positions(0, plan.start)  # where each key of the cache stands now
         target = plan.stairs.positions(0, plan.tail.start)
         moved = False
@@ -67,9 +66,9 @@ class Executor:
             logits = self._tail(index, tokens, plan, all_logits=all_logits)
         except BaseException:
             # Nothing is lost: the row is again what it was before this turn.
-            self.cache.forget(index, plan.start)
+            self.cache.forget(index, kept)
             if moved:
-                self.cache.move(index, target[: plan.start], standing[: plan.start], self._places)
+                self.cache.move(index, target[:kept], row.stairs.positions(0, kept), self._places)
             raise
         row.tokens, row.stairs = tokens, plan.stairs
         return logits

@@ -125,16 +125,17 @@ class MesaModel:
         Raises:
             MesaError: an empty prompt, ids outside the vocabulary, a prompt longer than the largest bucket.
         """
-        prompts = self._prompts(input_ids)
+        logits = self.executor.prefill(self._prompts(input_ids), all_logits=all_logits)
         self._unfed = []
-        return _stack(self.executor.prefill(prompts, all_logits=all_logits))
+        return _stack(logits)
 
     def extend(self, input_ids: ArrayLike | Sequence[Sequence[int]], *, all_logits: bool = False) -> Logits:
         """Appends tokens to the live cache, such as a second turn; arguments and result as of :meth:`prefill`."""
         prompts = self._prompts(input_ids)
         self._require_rows(len(prompts))
+        logits = self.executor.extend(prompts, all_logits=all_logits)
         self._unfed = []
-        return _stack(self.executor.extend(prompts, all_logits=all_logits))
+        return _stack(logits)
 
     def step(self, token: int | ArrayLike) -> Logits:
         """Appends one token to each row of the cache; logits of the next, float32 ``[B, 1, V]``."""
@@ -142,8 +143,9 @@ class MesaModel:
         self._require_rows(len(tokens))
         if not self.executor.cache.rows[0].tokens:
             raise MesaError("step needs a prompt in the cache; call prefill first")
+        logits = self.executor.step([row[0] for row in tokens])
         self._unfed = []
-        return self.executor.step([row[0] for row in tokens])[:, None]
+        return logits[:, None]
 
     @property
     def lengths(self) -> list[int]:

@@ -93,12 +93,13 @@ def test_a_prompt_that_is_refused_leaves_the_cache(model):
     assert model.lengths == [100]
 
 
-def test_a_failure_in_the_middle_of_a_turn_leaves_a_cache_that_can_be_used(model, monkeypatch):
+@pytest.mark.parametrize("cached", [100, 5])  # 5 are fewer than the head: the turn starts again at the first token
+def test_a_failure_in_the_middle_of_a_turn_leaves_a_cache_that_can_be_used(model, monkeypatch, cached):
     """Keys may have moved by then; what stands where must still be known."""
     turn = tokens(150, seed=1)
-    model.prefill(tokens(100))
+    model.prefill(tokens(cached))
     expected = model.extend(turn)
-    model.prefill(tokens(100))
+    model.prefill(tokens(cached))
     run = model.executor._graphs.run
 
     def fail_in_the_tail(role, bucket, feeds):
@@ -110,5 +111,5 @@ def test_a_failure_in_the_middle_of_a_turn_leaves_a_cache_that_can_be_used(model
         patch.setattr(model.executor._graphs, "run", fail_in_the_tail)
         with pytest.raises(MesaError, match="the engine gave up"):
             model.extend(turn)
-    assert model.lengths == [100]
+    assert model.lengths == [cached]
     assert np.abs(model.extend(turn) - expected).max() < 1e-4
