@@ -135,7 +135,6 @@ class TestCheckpoint:
         make_model("mistral", sliding_window=16).save_pretrained(tmp_path / "mistral")
         refused(tmp_path / "mistral", work, "slides a window of 16 tokens", "train_length <= 16")
 
-
     def test_an_architecture_that_onnx_cannot_say(self, work, make_model, tmp_path):
         make_model("mixtral", num_local_experts=4).save_pretrained(tmp_path / "mixtral")
         part = "MixtralForCausalLM cannot be traced: model.layers.0.mlp.experts (MixtralExperts): No ONNX function"
