@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import bucket_for
-from mesart.runtime.backends import choose_backend
+from mesart.runtime.backends import Array, choose_backend
 from mesart.runtime.executor import Executor
 from mesart.runtime.graphs import SpecialisedGraphs, SymbolicGraphs
 from mesart.runtime.sampling import Sampler, SamplingConfig
@@ -295,8 +295,8 @@ class MesaModel:
 
     def _prompts(self, input_ids: ArrayLike | Sequence[Sequence[int]]) -> list[list[int]]:
         """The rows of a batch, checked."""
-        ragged = isinstance(input_ids, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in input_ids)
-        rows = [np.asarray(row) for row in input_ids] if ragged else list(np.atleast_2d(np.asarray(input_ids)))  # type: ignore[union-attr]
+        nested = isinstance(input_ids, (list, tuple)) and any(np.ndim(row) for row in input_ids)
+        rows: list[Array] = [np.asarray(row) for row in input_ids] if nested else list(np.atleast_2d(input_ids))  # type: ignore[union-attr]
         vocabulary = int(self.manifest.model["vocab_size"])
         if not rows:
             raise MesaError("the prompt is empty; give at least one token")

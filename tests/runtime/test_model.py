@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from mesart.graphs import TorchReference
@@ -187,3 +188,13 @@ with MesaModel.load(sys.argv[1], sys.argv[2]) as model:
     command = [sys.executable, "-c", code, os.fspath(bundle()), backend]
     done = subprocess.run(command, check=False, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_prompts_may_be_lists_or_arrays(model):
+    """One prompt, a batch of one length, or of different lengths."""
+    first, second = [3, 4, 5], [6, 7, 8, 9]
+    expected = np.concatenate([model.prefill(first), model.prefill(second)])
+    for batch in ([first, second], (tuple(first), second), [np.array(first), np.array(second)]):
+        assert np.abs(model.prefill(batch) - expected).max() < 1e-5
+    for one in (np.array(first), np.array([first]), [first], tuple(first)):
+        assert np.array_equal(model.prefill(one), expected[:1])
