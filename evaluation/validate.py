@@ -7,6 +7,7 @@ floor is what the same reference loses in the bundle's precision; an engine may 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from tqdm import tqdm
 
 from mesart.graphs import MesaError, Plan, TorchReference
@@ -142,8 +144,9 @@ def validate(
     manifest = Manifest.read(folder)
     chosen = _buckets(manifest, buckets)
     high = torch.float64 if manifest.dtype == "float32" else torch.float32
-    truth = _reference(folder, manifest, against, high)
-    noisy = _reference(folder, manifest, against, getattr(torch, manifest.dtype))
+    plain = _plain_model(folder, manifest, against)
+    truth = TorchReference(copy.deepcopy(plain).to(high), manifest.config)
+    noisy = TorchReference(plain, manifest.config)
     checks: list[Check] = []
     name = backend
     runs = [(bucket, which) for bucket in chosen for which in graphs]
@@ -190,16 +193,15 @@ def _buckets(manifest: Manifest, wanted: Sequence[int] | None) -> list[Bucket]:
     return [known[chunks] for chunks in wanted]
 
 
-def _reference(folder: Path, manifest: Manifest, against: str | Path | None, dtype: torch.dtype) -> TorchReference:
+def _plain_model(folder: Path, manifest: Manifest, against: str | Path | None) -> nn.Module:
+    """The model that the bundle is compared with, in the bundle's dtype."""
     if against is not None:
         from mesart.export.checkpoint import load_model  # noqa: PLC0415  (export needs more packages)
 
-        model = load_model(against, manifest.dtype)
-    else:
-        from mesart.graphs.torch_graph import load_bundle_model  # noqa: PLC0415
+        return load_model(against, manifest.dtype)
+    from mesart.graphs.torch_graph import load_bundle_model  # noqa: PLC0415
 
-        model = load_bundle_model(folder, manifest)
-    return TorchReference(model.to(dtype), manifest.config)
+    return load_bundle_model(folder, manifest)
 
 
 def _tokens(manifest: Manifest, bucket: Bucket, steps: int, seed: int) -> tuple[list[int], list[int]]:

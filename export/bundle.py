@@ -92,8 +92,9 @@ def export_model(
         layers = _layer_infos(graphs.module)
         say(f"writing weights and {len(graphs.files)} graphs")
         _write_weights(folder / WEIGHTS_FILE, graphs)
+        offsets = tensor_offsets(folder / WEIGHTS_FILE)
         for file, graph in graphs.files.items():
-            _attach(graph, folder)
+            _attach(graph, folder, offsets)
             ir.save(graph, folder / file)
         _write_texts(model, network, folder)
         manifest = Manifest(
@@ -181,9 +182,8 @@ def _write_weights(path: Path, graphs: _Graphs) -> None:
     path.chmod(0o644)  # safetensors makes it readable by its owner only
 
 
-def _attach(graph: ir.Model, folder: Path) -> None:
-    """Points a graph's weights into the weight file."""
-    offsets = tensor_offsets(folder / WEIGHTS_FILE)
+def _attach(graph: ir.Model, folder: Path, offsets: dict[str, tuple[int, int]]) -> None:
+    """Points a graph's weights into the weight file, at the offset and length of each."""
     for value in graph.graph.initializers.values():
         name = value.metadata_props.pop("weight", None)
         if name is not None:
@@ -296,4 +296,4 @@ def _replace(folder: Path, target: Path) -> None:
         old.unlink()
 
 
-__all__: list[Any] = ["Report", "export_model"]
+__all__ = ["Report", "export_model"]

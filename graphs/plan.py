@@ -139,10 +139,6 @@ class Plan:
         chunks, tail, moved = _cut(config, cached, length, width)
         return cls(config, cached, length, None, chunks, tail, moved)
 
-    @property
-    def new_tokens(self) -> int:
-        return self.length - self.start
-
     def chunk_positions(self, chunk: Span) -> NDArray[np.int64]:
         """Local positions of a chunk's tokens, behind the head, int64 ``[len(chunk)]``."""
         return np.arange(self.config.head_length, self.config.head_length + len(chunk), dtype=np.int64)
