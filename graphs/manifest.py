@@ -17,9 +17,22 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 SYMBOLIC_FILE = "model.onnx"
+ENGINE_FILE = "engine.onnx"
+ENGINE_PLACE_FILE = "engine-place.onnx"
+ENGINES_FOLDER = "engines"
 
-Role = Literal["any", "head", "chunk", "tail", "step", "place"]
-"""What a graph computes; ``any``: the symbolic graph that serves head, chunk, tail and step."""
+Role = Literal["any", "head", "chunk", "tail", "step", "place", "engine", "engine_place"]
+"""What a graph computes.
+
+``any``: the symbolic graph that serves head, chunk, tail and step. ``engine``: the same with the cache updated in
+place, from which TensorRT engines are built; ``engine_place``: the place of all layers at once, for them.
+"""
+
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+Layout = Literal["bucket", "profile"]
+"""``bucket``: an engine for each role and bucket. ``profile``: an engine for each role, a profile for each bucket."""
+Weights = Literal["shared", "embedded"]
+"""``shared``: weights are inputs of every engine, one copy on the device. ``embedded``: each engine holds its own."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -67,6 +80,74 @@ class FileInfo:
 
 
 @dataclass(frozen=True)
+class WeightInfo:
+    """An input of an engine that is a weight: bytes of the bundle's weight file."""
+
+    name: str
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ProfileInfo:
+    """The fixed shapes that one optimisation profile of an engine runs, in tokens."""
+
+    role: Role
+    """head, chunk, tail, step or place."""
+    bucket: int | None
+    """Number of chunks, of a tail or step."""
+    new: int
+    """S, new tokens of a run; fewer are filled up at the end."""
+    slots: int
+    """P, slots of the cache buffers; for head and chunk of scratch buffers, head_length + chunk_length; 0 for place."""
+    columns: int
+    """A, the first slots of them, which attention looks at."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """One TensorRT plan."""
+
+    file: str
+    bytes: int
+    sha256: str
+    key: str
+    """SHA-256 of all that the plan follows from; another key means that it has to be built again."""
+    inputs: list[TensorInfo]
+    """Without the weights; the shapes of the first profile. Only what the network kept: a head has no ``logits_at``."""
+    outputs: list[TensorInfo]
+    weights: list[WeightInfo]
+    profiles: list[ProfileInfo]
+    """In the engine's order."""
+    seconds: float
+    """That building took."""
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """What one ``mesart build`` made: engines for every role and bucket."""
+
+    flavour: Flavour
+    version: str
+    """Of TensorRT; engines run with this one only."""
+    compute_capabilities: list[str]
+    """Of the GPUs that they run on, such as ``sm89``."""
+    layout: Layout
+    weights: Weights
+    engines: list[EngineInfo]
+
+    def find(self, role: Role, bucket: int | None = None) -> tuple[EngineInfo, int]:
+        """The engine for a role and bucket, and the index of its profile."""
+        for engine in self.engines:
+            for index, profile in enumerate(engine.profiles):
+                if (profile.role, profile.bucket) == (role, bucket):
+                    return engine, index
+        raise MesaError(
+            f"no engine for the {role}{'' if bucket is None else f' of {bucket} chunks'}; run `mesart build`"
+        )
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle holds."""
 
@@ -81,6 +162,9 @@ class Manifest:
     tools: dict[str, str]
     """Versions that made the bundle."""
     files: dict[str, FileInfo] = field(default_factory=dict)
+    """What the export wrote."""
+    engines: list[EngineSet] = field(default_factory=list)
+    """What ``mesart build`` added."""
     schema_version: int = SCHEMA_VERSION
 
     def graph(self, role: Role, bucket: int | None = None) -> GraphInfo:
@@ -120,6 +204,7 @@ class Manifest:
                 graphs=[_graph(graph) for graph in fields["graphs"]],
                 tools=fields["tools"],
                 files={name: FileInfo(**info) for name, info in fields["files"].items()},
+                engines=[_engine_set(engines) for engines in fields.get("engines", [])],
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise MesaError(
@@ -142,6 +227,13 @@ class Manifest:
             if contents and sha256(path) != info.sha256:
                 raise MesaError(f"{bundle}: {name} was altered (its SHA-256 differs); export the model again")
 
+    def write(self, bundle: Path) -> None:
+        """Replaces the manifest of a bundle; whoever reads it meanwhile finds the old one or the new one, whole."""
+        path = bundle / MANIFEST_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        partial.replace(path)
+
 
 def _graph(fields: dict[str, Any]) -> GraphInfo:
     return GraphInfo(
@@ -151,6 +243,22 @@ def _graph(fields: dict[str, Any]) -> GraphInfo:
         [TensorInfo(**tensor) for tensor in fields["inputs"]],
         [TensorInfo(**tensor) for tensor in fields["outputs"]],
     )
+
+
+def _engine_set(fields: dict[str, Any]) -> EngineSet:
+    engines = [
+        EngineInfo(
+            **{
+                **engine,
+                "inputs": [TensorInfo(**tensor) for tensor in engine["inputs"]],
+                "outputs": [TensorInfo(**tensor) for tensor in engine["outputs"]],
+                "weights": [WeightInfo(**weight) for weight in engine["weights"]],
+                "profiles": [ProfileInfo(**profile) for profile in engine["profiles"]],
+            }
+        )
+        for engine in fields["engines"]
+    ]
+    return EngineSet(**{**fields, "engines": engines})
 
 
 def sha256(path: Path) -> str:
