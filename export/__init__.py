@@ -1,5 +1,6 @@
-"""torch -> bundle: reads checkpoints, writes ONNX graphs and the manifest, validates them."""
+"""torch -> bundle: reads checkpoints, writes ONNX graphs and the manifest, validates them; builds engines from them."""
 
 from mesart.export.bundle import export_model
+from mesart.export.engines import build_engines
 
-__all__ = ["export_model"]
+__all__ = ["build_engines", "export_model"]

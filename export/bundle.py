@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from mesart.export.checkpoint import TOKENIZER_FILES, check_checkpoint, load_model, tensor_offsets
+from mesart.export.forms import with_attention
 from mesart.export.specialise import specialise
-from mesart.export.trace import trace_place, trace_roles
+from mesart.export.trace import trace_place, trace_places, trace_roles
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import (
+    ENGINE_FILE,
+    ENGINE_PLACE_FILE,
     MANIFEST_FILE,
     SYMBOLIC_FILE,
     WEIGHTS_FILE,
@@ -131,15 +134,20 @@ class _Graphs:
 
 
 def _trace(network: Any, config: MesaConfig, buckets: tuple[Bucket, ...]) -> _Graphs:
-    module = RoleModule(network, config.train_length)
+    module = RoleModule(network, config.train_length, "traced")
     graphs = _Graphs(module)
     with torch.no_grad():
-        graphs.add(SYMBOLIC_FILE, "any", None, trace_roles(module))
-        fused = trace_roles(RoleModule(network, config.train_length, "fused"))
+        traced = trace_roles(module)
         for name, spec in _place_files(module).items():
             dtype = next(network.parameters()).dtype
             place = trace_place(module.place(spec), spec.kv_heads, spec.key_size, dtype)
             graphs.add(name, "place", None, place)
+        places = trace_places(module)
+        if places is not None:
+            graphs.add(ENGINE_PLACE_FILE, "engine_place", None, places)
+    graphs.add(SYMBOLIC_FILE, "any", None, with_attention(traced, "split"))
+    graphs.add(ENGINE_FILE, "engine", None, with_attention(traced, "in_place"))
+    fused = with_attention(traced, "fused")
     head, chunk = config.head_length, config.chunk_length
     graphs.add("head.onnx", "head", None, specialise(fused, {"B": 1, "S": head, "P": 0, "M": 1}))
     graphs.add("chunk.onnx", "chunk", None, specialise(fused, {"B": 1, "S": chunk, "P": head, "M": 1}))
@@ -165,15 +173,21 @@ def _layer_infos(module: RoleModule) -> list[LayerInfo]:
 def _write_weights(path: Path, graphs: _Graphs) -> None:
     """All weights of the model and its graphs, each once, under the checkpoint's names."""
     tensors: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
     stored: set[int] = set()
     for file, graph in graphs.files.items():
-        prefix = f"{Path(file).stem}." if graphs.roles[file][0] == "place" else ""
+        prefix = f"{Path(file).stem}." if graphs.roles[file][0] in ("place", "engine_place") else ""
         for name, value in graph.graph.initializers.items():
             raw = getattr(value.const_value, "raw", None)
             if isinstance(raw, Tensor):
-                value.metadata_props["weight"] = prefix + name
-                tensors[prefix + name] = raw.detach().contiguous()
+                # The graphs that move keys have tables of their own, with the same numbers.
+                equal = (known for known in tables if torch.equal(tables[known], raw)) if prefix else iter(())
+                where = next(equal, prefix + name)
+                value.metadata_props["weight"] = where
+                tensors[where] = raw.detach().contiguous()
                 stored.add(raw.data_ptr())
+                if prefix:
+                    tables[where] = raw
     # Also those that folding has taken out of the graphs: the torch backend runs the model's own code.
     for name, parameter in graphs.module.model.named_parameters():
         if parameter.data_ptr() not in stored:

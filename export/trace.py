@@ -1,6 +1,7 @@
 """torch -> ONNX: one symbolic graph that computes every role.
 
-The model's own code is traced by ``torch.export`` and translated by torch's ONNX exporter into standard operators.
+The model's own code is traced by ``torch.export`` and translated by torch's ONNX exporter into standard operators, but
+for attention, which stays one operator of our own until :mod:`~mesart.export.forms` writes it out.
 Axes are symbolic: B batch, S new tokens, P past tokens, M tokens whose logits are wanted.
 """
 
@@ -16,10 +17,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
 from onnxscript import optimizer, rewriter
-from torch import nn
+from torch import Tensor, nn
 
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.role import RoleModule
+from mesart.graphs.rotary import Place
 
 OPSET = 23
 IR_VERSION = 11
@@ -27,6 +29,10 @@ IR_VERSION = 11
 
 _FOLD_BYTES = 1024
 """Constants larger than this are not folded."""
+
+ATTENTION_DOMAIN = "mesart"
+"""Of the operator ``Attention`` in a traced graph: inputs query ``[B, H, S, D]``, key and value ``[B, K, S, D]``, past
+key and value ``[B, K, P, D]``, ``past_mask``, ``new_mask``; attributes ``layer`` and ``softcap`` (0: none)."""
 
 _ROLE_AXES = {
     "input_ids": "B S",
@@ -46,7 +52,7 @@ _SMALL = 16
 
 
 def trace_roles(module: RoleModule) -> ir.Model:
-    """The symbolic graph of a model, weights attached as initializers under the checkpoint's names.
+    """The symbolic graph of a model in form ``traced``, weights attached as initializers under the checkpoint's names.
 
     Inputs: ``input_ids``, ``position_ids``, ``past_mask``, ``new_mask``, ``query_scale``, ``logits_at`` and
     ``past_key_values.N.key`` / ``.value``; outputs: ``logits`` and ``present.N.key`` / ``.value`` (see ``RoleModule``).
@@ -101,6 +107,37 @@ def trace_place(module: nn.Module, kv_heads: int, key_size: int, dtype: torch.dt
     _rename(model, ["key", "from_ids", "to_ids"], ["moved"])
     _name_axes(model, {"key": "B . S .", "moved": "B . S .", "": "B S"})
     return _tidy(model)
+
+
+def trace_places(module: RoleModule) -> ir.Model | None:
+    """The place of all layers at once, for engines that keep the cache on a device; ``None`` if no layer turns keys.
+
+    Inputs ``key.N`` ``[B, K, S, D]`` of each layer N that turns its keys, ``from_ids`` and ``to_ids``, int64
+    ``[B, S]``; outputs ``moved.N``.
+    """
+    layers = {index: spec for index, spec in enumerate(module.layers) if spec.layout is not None}
+    if not layers:
+        return None
+    dtype = next(module.parameters()).dtype
+    keys = [torch.zeros(2, spec.kv_heads, 5, spec.key_size, dtype=dtype) for spec in layers.values()]
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    any_size = torch.export.Dim.DYNAMIC
+    sequence = {0: any_size, 1: any_size}
+    shapes = ([{0: any_size, 2: any_size}] * len(layers), sequence, sequence)
+    shared = {spec: module.place(spec) for spec in layers.values()}
+    model = _to_onnx(_Places([shared[spec] for spec in layers.values()]), (keys, ids, ids.clone()), shapes)
+    _rename(model, [*(f"key.{i}" for i in layers), "from_ids", "to_ids"], [f"moved.{i}" for i in layers])
+    _name_axes(model, {"key.": "B . S .", "moved.": "B . S .", "": "B S"})
+    return _tidy(model)
+
+
+class _Places(nn.Module):
+    def __init__(self, places: list[Place]) -> None:
+        super().__init__()
+        self.places = nn.ModuleList(places)
+
+    def forward(self, keys: list[Tensor], from_ids: Tensor, to_ids: Tensor) -> list[Tensor]:
+        return [place(key, from_ids, to_ids) for place, key in zip(self.places, keys, strict=True)]
 
 
 def _to_onnx(module: nn.Module, example: tuple[object, ...], shapes: tuple[object, ...]) -> ir.Model:
@@ -202,13 +239,18 @@ def _tidy(model: ir.Model) -> ir.Model:
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "mesart", ""
     model.graph.name = "mesart"
+    tidy_names(model)
+    return model
+
+
+def tidy_names(model: ir.Model) -> None:
+    """Drops what passes leave behind in the metadata."""
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
     for node in model.graph:
         node.metadata_props.clear()
     for value in [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]:
         value.metadata_props.clear()
-    return model
 
 
 def fold(model: ir.Model) -> None:

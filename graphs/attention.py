@@ -21,13 +21,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from mesart.graphs.errors import MesaError
 
-AttentionForm = Literal["split", "fused"]
-"""How a graph computes attention over past and new keys; the results are equal.
+AttentionForm = Literal["split", "fused", "traced"]
+"""How attention over past and new keys is computed; the results are equal.
 
-``split``: scores of past and new keys apart, one softmax over both. Nothing of the past is copied: for engines that run
-plain matrix products well.
-``fused``: keys joined, then the standard ``Attention`` operator: for engines with a kernel for it. Layers that cap
-their scores (Gemma 2) take the split form in either case.
+``split``: scores of past and new keys apart, one softmax over both. ``fused``: keys joined, then torch's own attention;
+layers that cap their scores (Gemma 2) take the split form in either case. ``traced``: not computed, only named in the
+graph, as the operator ``mesart::Attention``, which the export writes out for each kind of engine.
 """
 
 _UNSUPPORTED = ("s_aux", "head_mask", "position_bias", "block_mask")
@@ -102,13 +101,24 @@ def mesa_attention(
         )
     inputs.new_keys[layer], inputs.new_values[layer] = key, value
 
-    # Grouped queries share a key: fold the group into the rows, so that no key is repeated.
     kv_heads, new = key.shape[1], key.shape[2]
     group = query.shape[1] // kv_heads
     head_size, value_size = query.shape[-1], value.shape[-1]
     scale = head_size**-0.5 if scaling is None else scaling
-    query = (query * (inputs.query_scale * scale).to(query.dtype)).reshape(-1, kv_heads, group * new, head_size)
+    query = query * (inputs.query_scale * scale).to(query.dtype)
     past_key, past_value = inputs.past_keys[layer], inputs.past_values[layer]
+    if inputs.form == "traced":
+        named: Tensor = torch.onnx.ops.symbolic(
+            "mesart::Attention",
+            (query, key, value, past_key, past_value, inputs.past_mask, inputs.new_mask),
+            {"layer": layer, "softcap": float(softcap or 0)},
+            dtype=query.dtype,
+            shape=(*query.shape[:3], value_size),
+            version=1,
+        )
+        return named.transpose(1, 2), None
+    # Grouped queries share a key: fold the group into the rows, so that no key is repeated.
+    query = query.reshape(-1, kv_heads, group * new, head_size)
     if inputs.form == "fused" and softcap is None:
         output = _fused(query, key, value, past_key, past_value, inputs, group)
     else:

@@ -122,6 +122,19 @@ class EngineInfo:
     seconds: float
     """That building took."""
 
+    def verify(self, bundle: Path) -> Path:
+        """The plan's path, if it is the one that was built: a plan is code, so no other may be loaded.
+
+        Raises:
+            MesaError: it is missing or altered.
+        """
+        path = bundle / self.file
+        if not path.is_file():
+            raise MesaError(f"{bundle}: {self.file} is missing; run `mesart build` again")
+        if path.stat().st_size != self.bytes or sha256(path) != self.sha256:
+            raise MesaError(f"{bundle}: {self.file} was altered (its SHA-256 differs); run `mesart build` again")
+        return path
+
 
 @dataclass(frozen=True)
 class EngineSet:
@@ -246,19 +259,20 @@ def _graph(fields: dict[str, Any]) -> GraphInfo:
 
 
 def _engine_set(fields: dict[str, Any]) -> EngineSet:
-    engines = [
-        EngineInfo(
-            **{
-                **engine,
-                "inputs": [TensorInfo(**tensor) for tensor in engine["inputs"]],
-                "outputs": [TensorInfo(**tensor) for tensor in engine["outputs"]],
-                "weights": [WeightInfo(**weight) for weight in engine["weights"]],
-                "profiles": [ProfileInfo(**profile) for profile in engine["profiles"]],
-            }
-        )
-        for engine in fields["engines"]
-    ]
-    return EngineSet(**{**fields, "engines": engines})
+    return EngineSet(**{**fields, "engines": [engine_info(engine) for engine in fields["engines"]]})
+
+
+def engine_info(fields: dict[str, Any]) -> EngineInfo:
+    """An engine's record as it stands in JSON."""
+    return EngineInfo(
+        **{
+            **fields,
+            "inputs": [TensorInfo(**tensor) for tensor in fields["inputs"]],
+            "outputs": [TensorInfo(**tensor) for tensor in fields["outputs"]],
+            "weights": [WeightInfo(**weight) for weight in fields["weights"]],
+            "profiles": [ProfileInfo(**profile) for profile in fields["profiles"]],
+        }
+    )
 
 
 def sha256(path: Path) -> str:

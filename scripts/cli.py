@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mesart {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_export(commands)
+    _add_build(commands)
     _add_inspect(commands)
     _add_validate(commands)
     _add_generate(commands)
@@ -110,6 +111,37 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_build(commands: Any) -> None:
+    parser = _command(commands, "build", _build, "Build TensorRT engines from a bundle's graphs.")
+    parser.add_argument("bundle")
+    parser.add_argument("--engine", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt-rtx")
+    parser.add_argument(
+        "--gpu", metavar="NAMES", help="such as sm89,rtx5090 (default: this machine's); only tensorrt-rtx can choose"
+    )
+    parser.add_argument(
+        "--layout", choices=("bucket", "profile"), default="bucket", help="an engine a role and bucket, or a role"
+    )
+    parser.add_argument(
+        "--weights", choices=("shared", "embedded"), default="shared", help="one copy for all engines, or one in each"
+    )
+    parser.add_argument("--max-tokens", type=int, help="build only the buckets for prompts up to this length")
+
+
+def _build(options: argparse.Namespace) -> int:
+    from mesart.export import build_engines  # noqa: PLC0415  (torch is slow to import)
+
+    build_engines(
+        options.bundle,
+        options.engine,
+        options.gpu,
+        layout=options.layout,
+        weights=options.weights,
+        max_tokens=options.max_tokens,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    return 0
+
+
 def _add_inspect(commands: Any) -> None:
     parser = _command(commands, "inspect", _inspect, "Print what a bundle holds.")
     parser.add_argument("bundle")
@@ -121,6 +153,9 @@ def _inspect(options: argparse.Namespace) -> int:
     bundle = Path(options.bundle)
     manifest = Manifest.read(bundle)
     manifest.verify(bundle, contents=options.verify)
+    if options.verify:
+        for engine in (engine for built in manifest.engines for engine in built.engines):
+            engine.verify(bundle)
     print(manifest.to_json() if options.json else summary(bundle, manifest), end="" if options.json else "\n")
     return 0
 
@@ -141,6 +176,14 @@ def summary(bundle: Path, manifest: Manifest) -> str:
         f"  {'chunks':>6}  {'up to tokens':>12}  {'stair width':>11}",
     ]
     lines += [f"  {b.chunks:>6}  {b.max_tokens:>12,}  {b.stair_width:>11}" for b in manifest.buckets]
+    if manifest.engines:
+        lines.append("")
+    for built in manifest.engines:
+        size = sum(engine.bytes for engine in built.engines)
+        lines.append(
+            f"  {built.flavour} {built.version} for {', '.join(built.compute_capabilities)}: {len(built.engines)} "
+            f"engines, layout {built.layout}, weights {built.weights}, {size / 1e6:.1f} MB"
+        )
     made = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
     return "\n".join([*lines, "", f"  made by {made}"])
 

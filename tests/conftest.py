@@ -49,6 +49,7 @@ SMALL = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},  # grouped queries
     "tied_llama": {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 1},
+    "wide_llama": {"model_type": "llama", "head_dim": 128, "num_hidden_layers": 1},  # heads as large models have them
     "qwen2": {},  # biases in the projections
     "qwen3": {"head_dim": 16},  # queries and keys normed; heads wider than hidden / heads
     "mistral": {"sliding_window": TRAIN_LENGTH},

@@ -1,0 +1,129 @@
+"""The graphs that TensorRT engines are built from: which shapes each role and bucket needs, and the ONNX for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from mesart.export.forms import attend_to_all_slots
+from mesart.graphs.manifest import (
+    ENGINE_FILE,
+    ENGINE_PLACE_FILE,
+    Layout,
+    Manifest,
+    ProfileInfo,
+    Role,
+    WeightInfo,
+    Weights,
+)
+from mesart.graphs.plan import Bucket
+
+TAIL_SLICE = 256
+"""New tokens of a tail run; longer tails run in slices."""
+
+SHARED_BYTES = 16 << 10
+"""Weights from this size on become inputs; smaller ones (norms, biases) are worth a constant that can be fused."""
+
+_SLOTS = 64
+"""Caches have a multiple of this many slots, which is what attention kernels work on."""
+
+
+@dataclass(frozen=True)
+class EngineShapes:
+    """One engine to build."""
+
+    name: str
+    graph: str
+    """The file of the bundle that it is made from."""
+    profiles: tuple[ProfileInfo, ...]
+
+
+def engine_shapes(manifest: Manifest, layout: Layout, buckets: Sequence[Bucket]) -> list[EngineShapes]:
+    """The engines of a layout: head, chunk, place, and tail and step of every bucket.
+
+    A cache has room for a whole slice behind the last slot that a slice may begin at, because TensorRT writes all of
+    a slice, also the tokens that fill it up.
+    """
+    config = manifest.config
+    scratch = config.head_length + config.chunk_length
+    tail = min(TAIL_SLICE, config.train_length)
+    slots = {bucket.chunks: _round_up(bucket.max_tokens + tail - 1) for bucket in buckets}
+    largest = max(slots.values())
+
+    def profile(role: Role, bucket: Bucket, new: int) -> ProfileInfo:
+        columns = slots[bucket.chunks]
+        return ProfileInfo(role, bucket.chunks, new, columns if layout == "bucket" else largest, columns)
+
+    engines = []
+    if buckets[-1].chunks:
+        for role, new in (("head", config.head_length), ("chunk", config.chunk_length)):
+            engines.append(EngineShapes(role, ENGINE_FILE, (ProfileInfo(role, None, new, scratch, scratch),)))  # type: ignore[arg-type]
+    if any(graph.role == "engine_place" for graph in manifest.graphs):
+        # Also without chunks: a long generation moves keys.
+        place = ProfileInfo("place", None, config.chunk_length, 0, 0)
+        engines.append(EngineShapes("place", ENGINE_PLACE_FILE, (place,)))
+    for role, new in (("tail", tail), ("step", 1)):
+        profiles = tuple(profile(role, bucket, new) for bucket in buckets)  # type: ignore[arg-type]
+        if layout == "profile":
+            engines.append(EngineShapes(role, ENGINE_FILE, profiles))
+        else:
+            engines += [EngineShapes(f"{role}-{x.bucket}", ENGINE_FILE, (x,)) for x in profiles]
+    return engines
+
+
+def _round_up(slots: int) -> int:
+    return -(-slots // _SLOTS) * _SLOTS
+
+
+def engine_graph(bundle: Path, shapes: EngineShapes, weights: Weights) -> tuple[ir.Model, list[WeightInfo]]:
+    """The ONNX graph of an engine, and the weights that are inputs of it.
+
+    All axes are fixed but A, slots attended to, where several profiles differ in it.
+    """
+    model = ir.load(bundle / shapes.graph)
+    first = shapes.profiles[0]
+    if first.role in ("head", "chunk"):  # nobody reads their logits
+        model.graph.outputs.remove(next(value for value in model.graph.outputs if value.name == "logits"))
+    sizes = {"B": 1, "S": first.new, "P": first.slots, "M": 1}
+    if all(profile.columns == profile.slots for profile in shapes.profiles):
+        sizes["A"] = first.columns
+    ends = [*model.graph.inputs, *model.graph.outputs]
+    for value in ends:
+        assert value.shape is not None
+        value.shape = ir.Shape([_fixed(dim, sizes) for dim in value.shape])
+    known = {id(value) for value in ends}
+    for node in model.graph:
+        for value in node.outputs:
+            if id(value) not in known:
+                value.shape = None  # TensorRT infers it
+    if "A" in sizes and first.role != "place":
+        attend_to_all_slots(model)
+    passes.RemoveUnusedNodesPass()(model)
+    for value in list(model.graph.inputs):
+        if not value.uses():
+            model.graph.inputs.remove(value)
+    return model, (_share_weights(model) if weights == "shared" else [])
+
+
+def _fixed(dim: int | ir.SymbolicDim, sizes: dict[str, int]) -> int | ir.SymbolicDim:
+    return sizes.get(str(dim.value), dim) if isinstance(dim, ir.SymbolicDim) else dim
+
+
+def _share_weights(model: ir.Model) -> list[WeightInfo]:
+    """Turns large weights into inputs, so that all engines can read one copy of them on the device."""
+    shared = []
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and (tensor.length or 0) >= SHARED_BYTES:
+            del model.graph.initializers[name]
+            value.shape, value.type, value.const_value = tensor.shape, ir.TensorType(tensor.dtype), None
+            model.graph.inputs.append(value)
+            shared.append(WeightInfo(name, tensor.offset or 0, tensor.length or 0))
+    return shared
+
+
+__all__ = ["EngineShapes", "engine_graph", "engine_shapes"]

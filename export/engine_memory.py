@@ -1,0 +1,96 @@
+"""What engines need on the card: exact for weights and caches, estimated for what TensorRT allocates inside a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mesart.export.engine_graphs import EngineShapes
+from mesart.graphs.errors import MesaError
+from mesart.graphs.manifest import WEIGHTS_FILE, Manifest, ProfileInfo, Weights
+
+_GIB = 1 << 30
+_CONTEXT = 400 << 20
+"""What CUDA and TensorRT take for themselves."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Device memory for one live prompt in the largest bucket, bytes."""
+
+    chunks: int
+    """The bucket."""
+    weights: int
+    """Of one engine for each role if the weights are embedded, else one copy."""
+    cache: int
+    scratch: int
+    """The head and a chunk, and where keys are moved."""
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.scratch + self.activations + _CONTEXT
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total / _GIB:.1f} GiB for {self.chunks} chunks (weights {self.weights / _GIB:.1f}, "
+            f"cache {self.cache / _GIB:.2f}, scratch {self.scratch / _GIB:.2f}, "
+            f"activations about {self.activations / _GIB:.2f}, CUDA {_CONTEXT / _GIB:.1f})"
+        )
+
+
+def estimate(bundle: Path, manifest: Manifest, engines: Sequence[EngineShapes], weights: Weights) -> list[Memory]:
+    """The memory of each bucket, smallest first."""
+    steps = {p.bucket: p for engine in engines for p in engine.profiles if p.role == "step"}
+    return [_estimate(bundle, manifest, engines, weights, step) for step in steps.values()]
+
+
+def _estimate(
+    bundle: Path, manifest: Manifest, engines: Sequence[EngineShapes], weights: Weights, step: ProfileInfo
+) -> Memory:
+    config = manifest.config
+    slot = 2 * sum(x.kv_heads * (x.key_size + x.value_size) for x in manifest.layers)
+    moved = 2 * sum(x.kv_heads * x.key_size for x in manifest.layers if x.place)
+    scratch = config.head_length + config.chunk_length if step.bucket else 0
+    runs = [p for e in engines for p in e.profiles if p.role in ("head", "chunk") or p.bucket == step.bucket]
+    stored = manifest.files[WEIGHTS_FILE].bytes
+    roles = len({p.role for p in runs if p.role != "place"})
+    return Memory(
+        chunks=step.bucket or 0,
+        weights=stored * (roles if weights == "embedded" else 1),
+        cache=step.slots * slot,
+        scratch=scratch * slot + 2 * config.chunk_length * moved,
+        activations=max(_activations(bundle, manifest, run) for run in runs),
+    )
+
+
+def _activations(bundle: Path, manifest: Manifest, run: ProfileInfo) -> int:
+    """The widest moment of a layer: hidden states, queries, keys, values, both halves of the MLP; mask and logits."""
+    fields: dict[str, Any] = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
+    hidden = int(fields.get("hidden_size") or 0)
+    inner = int(fields.get("intermediate_size") or 4 * hidden)
+    wide = (
+        max(inner, hidden) * 3
+        + hidden * 4
+        + 2 * sum(x.kv_heads * (x.key_size + x.value_size) for x in manifest.layers[:1])
+    )
+    return 2 * run.new * wide + 2 * run.new * run.columns + 4 * int(manifest.model["vocab_size"])
+
+
+def require_fit(memory: Memory, available: int, name: str) -> None:
+    """Refuses what does not fit on a card.
+
+    Raises:
+        MesaError: says by how much.
+    """
+    if memory.total > available:
+        raise MesaError(
+            f"{name} has {available / _GIB:.1f} GiB, the bucket of {memory.chunks} chunks needs "
+            f"{(memory.total - available) / _GIB:.1f} GiB more: {memory}; give a smaller --max-tokens or a larger card"
+        )
+
+
+__all__ = ["Memory", "estimate", "require_fit"]

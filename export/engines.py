@@ -1,0 +1,284 @@
+"""Bundle -> engines: a TensorRT engine for every role and bucket, built only if what it follows from has changed.
+
+What a build has finished is in ``engines/build.jsonl``, a line for each engine; the manifest learns of them last, all
+at once. So a build that is killed leaves the bundle as it was, and the next one goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from tqdm import tqdm
+
+from mesart.export.engine_graphs import EngineShapes, engine_graph, engine_shapes
+from mesart.export.engine_memory import estimate, require_fit
+from mesart.export.gpus import Gpu, local_gpu, parse_gpus
+from mesart.export.tensorrt_builder import Plan, TensorRtBuilder
+from mesart.graphs.errors import MesaError
+from mesart.graphs.manifest import (
+    ENGINES_FOLDER,
+    WEIGHTS_FILE,
+    EngineInfo,
+    EngineSet,
+    Flavour,
+    Layout,
+    Manifest,
+    WeightInfo,
+    Weights,
+    engine_info,
+    sha256,
+)
+from mesart.graphs.plan import Bucket
+
+LOG_FILE = "build.jsonl"
+
+Report = Callable[[str], None]
+
+
+def build_engines(
+    bundle: str | os.PathLike[str],
+    flavour: Flavour = "tensorrt-rtx",
+    gpus: str | None = None,
+    *,
+    layout: Layout = "bucket",
+    weights: Weights = "shared",
+    max_tokens: int | None = None,
+    progress: bool = True,
+    report: Report | None = None,
+) -> EngineSet:
+    """Builds TensorRT engines from a bundle's graphs and records them in its manifest.
+
+    Args:
+        bundle: a folder made by :func:`~mesart.export.export_model`, in float16 or bfloat16.
+        flavour: ``tensorrt-rtx`` builds for any of its GPUs, also without one; ``tensorrt`` for this machine's.
+        gpus: such as ``sm89,rtx5090``; this machine's if left out.
+        layout: an engine for each role and bucket, or for each role with a profile for each bucket.
+        weights: inputs of the engines, one copy for all of them, or embedded in each.
+        max_tokens: build only the buckets that prompts up to this length need; all if left out.
+        progress: show a bar.
+        report: called with a line for each stage.
+
+    Returns:
+        What was built or was there already.
+
+    Raises:
+        MesaError: an unusable bundle, dtype, GPU or package; a bucket that does not fit on the card; TensorRT cannot
+            build a graph; the disk is full. What was built until then is kept for the next try.
+    """
+    say = report or (lambda line: None)
+    folder = Path(bundle)
+    manifest = Manifest.read(folder)
+    manifest.verify(folder)
+    _check_dtype(manifest)
+    targets = _targets(flavour, gpus)
+    _check_brain(manifest, targets)
+    buckets = _buckets(manifest, max_tokens)
+    capabilities = list(dict.fromkeys(gpu.capability for gpu in targets))
+    engines_folder = folder / ENGINES_FOLDER
+    builder = TensorRtBuilder(flavour, capabilities, engines_folder / f"{flavour}.timing")
+    engines = engine_shapes(manifest, layout, buckets)
+    memory = estimate(folder, manifest, engines, weights)
+    say(f"device memory at run time: about {memory[-1]}")
+    for gpu in targets:
+        for need in memory:
+            if gpu.memory is not None:
+                require_fit(need, gpu.memory, gpu.name)
+    name = "-".join([flavour, builder.version, *capabilities, layout, weights])
+    with _clear_disk_errors(engines_folder):
+        (engines_folder / name).mkdir(parents=True, exist_ok=True)
+        log = _Log(engines_folder / LOG_FILE)
+        with tqdm(total=len(engines), desc="build", unit="engine", disable=not progress) as bar:
+            infos = [_build(folder, manifest, builder, shapes, weights, name, log, bar, say) for shapes in engines]
+        built = EngineSet(flavour, builder.version, capabilities, layout, weights, infos)
+        _record(folder, built)
+    size = sum(info.bytes for info in infos)
+    say(f"{len(infos)} engines, {size / 1e6:.1f} MB, for {', '.join(capabilities)} with TensorRT {builder.version}")
+    return built
+
+
+def _check_dtype(manifest: Manifest) -> None:
+    if manifest.dtype == "float32":
+        raise MesaError(
+            "TensorRT's attention kernels compute float16 and bfloat16, this bundle is float32; "
+            "export again with --dtype bfloat16, or float16 for GPUs before sm80"
+        )
+
+
+def _check_brain(manifest: Manifest, targets: Sequence[Gpu]) -> None:
+    old = [gpu.name for gpu in targets if int(gpu.capability.removeprefix("sm")) < 80]
+    if old and manifest.dtype == "bfloat16":
+        raise MesaError(f"{old[0]} computes no bfloat16; export again with --dtype float16")
+
+
+def _targets(flavour: Flavour, gpus: str | None) -> list[Gpu]:
+    asked = parse_gpus(gpus) if gpus else []
+    if flavour == "tensorrt-rtx" and asked:
+        return asked
+    local = local_gpu()
+    if local is None and flavour == "tensorrt":
+        raise MesaError(
+            "TensorRT builds on the GPU that the engines are for, and there is none here (or no driver, or no "
+            "cuda-python: pip install 'mesart[tensorrt]'); --engine tensorrt-rtx --gpu ... builds without one"
+        )
+    if local is None:
+        raise MesaError("there is no GPU here to build for; name those that the engines are for, as --gpu sm89,sm120")
+    if asked and [gpu.capability for gpu in asked] != [local.capability]:
+        raise MesaError(
+            f"TensorRT builds for this machine's GPU only, {local.name} ({local.capability}), not for {gpus}"
+        )
+    return [local]
+
+
+def _buckets(manifest: Manifest, max_tokens: int | None) -> list[Bucket]:
+    if max_tokens is None:
+        return manifest.buckets
+    needed = [b for b in manifest.buckets if b.max_tokens < max_tokens]
+    if len(needed) == len(manifest.buckets):
+        raise MesaError(
+            f"the bundle's largest bucket serves {manifest.buckets[-1].max_tokens} tokens, not {max_tokens}; "
+            f"export again with --max-tokens {max_tokens}"
+        )
+    return manifest.buckets[: len(needed) + 1]
+
+
+def _build(
+    bundle: Path,
+    manifest: Manifest,
+    builder: TensorRtBuilder,
+    shapes: EngineShapes,
+    weights: Weights,
+    folder: str,
+    log: _Log,
+    bar: Any,
+    say: Report,
+) -> EngineInfo:
+    """One engine: the one that is there if nothing has changed, or a new one."""
+    model, shared = engine_graph(bundle, shapes, weights)
+    onnx = ir.to_proto(model).SerializeToString(deterministic=True)
+    file = f"{ENGINES_FOLDER}/{folder}/{shapes.name}.plan"
+    key = _key(onnx, manifest, shapes, folder)
+    bar.set_postfix_str(shapes.name)
+    known = log.find(file, key)
+    if known is not None and _is_whole(bundle, known):
+        bar.update()
+        say(f"{shapes.name}: unchanged")
+        return known
+    start = time.monotonic()
+    count = sum(node.op_type == "Attention" for node in model.graph)
+    updates = sum(node.op_type == "TensorScatter" for node in model.graph)
+    profiles = [{"columns": [p.columns]} for p in shapes.profiles] if _has_columns(model) else []
+
+    def show(phase: str, done: int, steps: int) -> None:
+        bar.set_postfix_str(f"{shapes.name}: {phase} {done}/{steps}", refresh=not bar.disable and _is_due(bar))
+
+    try:
+        plan = builder.build(onnx, bundle, profiles, count, updates, show)
+    except MesaError as error:
+        raise MesaError(f"{shapes.name}: {error}") from error
+    info = _write(bundle, file, key, plan, shapes, shared, time.monotonic() - start)
+    log.append(info, builder.version)
+    bar.update()
+    say(f"{shapes.name}: {info.bytes / 1e6:.1f} MB in {info.seconds:.1f} s")
+    return info
+
+
+def _is_due(bar: Any) -> bool:
+    """TensorRT reports more often than anyone can read."""
+    due: bool = time.time() - bar.last_print_t > bar.mininterval
+    return due
+
+
+def _has_columns(model: ir.Model) -> bool:
+    return any(value.name == "columns" for value in model.graph.inputs)
+
+
+def _key(onnx: bytes, manifest: Manifest, shapes: EngineShapes, target: str) -> str:
+    """A hash of all that a plan follows from."""
+    parts = [manifest.files[WEIGHTS_FILE].sha256, repr(shapes.profiles), repr(manifest.config), target]
+    return hashlib.sha256(onnx + "\0".join(parts).encode()).hexdigest()
+
+
+def _is_whole(bundle: Path, info: EngineInfo) -> bool:
+    path = bundle / info.file
+    return path.is_file() and path.stat().st_size == info.bytes and sha256(path) == info.sha256
+
+
+def _write(
+    bundle: Path, file: str, key: str, plan: Plan, shapes: EngineShapes, shared: list[WeightInfo], seconds: float
+) -> EngineInfo:
+    path = bundle / file
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_bytes(plan.data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    names = {weight.name for weight in shared}
+    return EngineInfo(
+        file=file,
+        bytes=len(plan.data),
+        sha256=hashlib.sha256(plan.data).hexdigest(),
+        key=key,
+        inputs=[tensor for tensor in plan.inputs if tensor.name not in names],
+        outputs=plan.outputs,
+        weights=shared,
+        profiles=list(shapes.profiles),
+        seconds=round(seconds, 3),
+    )
+
+
+class _Log:
+    """What was built, a line of JSON for each engine, the newest last."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def find(self, file: str, key: str) -> EngineInfo | None:
+        """The latest entry of a file, if it was made from the same things."""
+        if not self._path.is_file():
+            return None
+        for line in reversed(self._path.read_text(encoding="utf-8").splitlines()):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a killed build has left unfinished
+                info = engine_info(json.loads(line)["engine"])
+                if info.file == file:
+                    return info if info.key == key else None
+        return None
+
+    def append(self, info: EngineInfo, version: str) -> None:
+        entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "tensorrt": version, "engine": dataclasses.asdict(info)}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _record(bundle: Path, built: EngineSet) -> None:
+    """Puts a set in front of the others in the manifest, in place of an older one of the same kind."""
+    manifest = Manifest.read(bundle)  # anew: another build may have finished meanwhile
+    others = [
+        other
+        for other in manifest.engines
+        if dataclasses.replace(other, engines=[]) != dataclasses.replace(built, engines=[])
+    ]
+    dataclasses.replace(manifest, engines=[built, *others]).write(bundle)
+
+
+@contextlib.contextmanager
+def _clear_disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MesaError(f"the disk is full: {folder}; the engines built so far are kept, build again") from error
+        raise MesaError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+__all__ = ["build_engines"]

@@ -1,0 +1,223 @@
+"""How a graph computes attention: the traced graph names it only; each form writes it out for a kind of engine.
+
+The results are equal. Axes: B batch, S new tokens, P past tokens or slots of the cache, A slots attended to, H heads, K
+key-value heads, G = H / K, D head size.
+
+``split``: scores of past and new keys apart, one softmax over both. Nothing of the past is copied: for engines that run
+plain matrix products well. ``fused``: keys joined, then the standard ``Attention`` operator: for engines with a kernel
+for it. ``in_place``: new keys are written into the cache by ``TensorScatter``, then ``Attention`` over the cache, with
+a mask that the graph makes of ``write_at``: for engines that keep the cache on a device (opset 24).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from mesart.export.trace import ATTENTION_DOMAIN, tidy_names
+
+Form = Literal["split", "fused", "in_place"]
+
+_IN_PLACE_OPSET = 24
+"""``TensorScatter``."""
+
+_END = 2**63 - 1
+
+
+def with_attention(traced: ir.Model, form: Form) -> ir.Model:
+    """A copy of a traced graph with its attention written out.
+
+    ``split`` and ``fused`` keep the inputs and outputs of :func:`~mesart.export.trace.trace_roles`. ``in_place`` has
+    ``write_at`` (int64 ``[B]``, the slot of the first new token) and ``columns`` (int64 ``[A]``, 0 .. A - 1) instead of
+    the masks, caches ``[B, K, P, D]`` with P >= A, and gives the written caches as ``present``.
+    """
+    model = traced.clone()
+    if form == "in_place":
+        _add_write_inputs(model)
+    for node in list(model.graph):
+        if node.domain == ATTENTION_DOMAIN:
+            _replace(model, node, form)
+    model.opset_imports.pop(ATTENTION_DOMAIN, None)
+    if form == "in_place":
+        model.opset_imports[""] = _IN_PLACE_OPSET
+        for name in ("past_mask", "new_mask"):
+            model.graph.inputs.remove(_input(model, name))
+    ir.passes.Sequential(
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(size_limit=16),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.NameFixPass(),
+    )(model)
+    tidy_names(model)
+    return model
+
+
+def _replace(model: ir.Model, node: ir.Node, form: Form) -> None:
+    attention = _Attention(model, node)
+    softcap = node.attributes.get_float("softcap", 0.0)
+    if form == "in_place":
+        output = attention.in_place(softcap)
+    elif form == "fused" and not softcap:
+        output = attention.fused()
+    else:
+        output = attention.split(softcap)
+    output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
+    model.graph.insert_before(node, attention.tape.nodes)
+    ir.convenience.replace_all_uses_with(node.outputs[0], output)
+    model.graph.remove(node, safe=True)
+
+
+class _Attention:
+    """The operators of one layer's attention."""
+
+    def __init__(self, model: ir.Model, node: ir.Node) -> None:
+        self.model, self.tape = model, ir.tape.Tape()
+        query, key, value, past_key, past_value, past_mask, new_mask = node.inputs
+        assert query is not None and key is not None and value is not None  # noqa: PT018
+        assert past_key is not None and past_value is not None  # noqa: PT018
+        assert past_mask is not None and new_mask is not None  # noqa: PT018
+        self.query, self.key, self.value = query, key, value
+        self.past_key, self.past_value, self.past_mask, self.new_mask = past_key, past_value, past_mask, new_mask
+        assert query.shape is not None
+        assert key.shape is not None
+        self.heads, self.kv_heads = int(query.shape[1]), int(key.shape[1])  # type: ignore[arg-type]
+        self.head_size, self.value_size = int(query.shape[3]), int(value.shape[3])  # type: ignore[arg-type, index]
+        assert query.dtype is not None
+        self.dtype = query.dtype
+        self.layer = node.attributes.get_int("layer")
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    def op(self, kind: str, *inputs: ir.Value | None, **attributes: float | int | str | list[int]) -> ir.Value:
+        return self.tape.op(kind, inputs, attributes)
+
+    def ints(self, *values: int) -> ir.Value:
+        return self.op("Constant", value_ints=list(values))
+
+    def size(self, value: ir.Value, axis: int) -> ir.Value:
+        """The extent of an axis, int64 ``[1]``."""
+        return self.op("Shape", value, start=axis, end=axis + 1)
+
+    def cast(self, value: ir.Value, old: ir.DataType, new: ir.DataType) -> ir.Value:
+        return value if old == new else self.op("Cast", value, to=new.value)
+
+    def folded_query(self) -> ir.Value:
+        """Grouped queries share a key: the group as rows, ``[B, K, G * S, D]``, so that no key is repeated."""
+        if self.group == 1:
+            return self.query
+        return self.op("Reshape", self.query, self.ints(0, self.kv_heads, -1, self.head_size))
+
+    def unfolded(self, output: ir.Value) -> ir.Value:
+        """``[B, K, G * S, D]`` back to ``[B, H, S, D]``."""
+        if self.group == 1:
+            return output
+        return self.op("Reshape", output, self.ints(0, self.heads, -1, self.value_size))
+
+    def grouped_mask(self, mask: ir.Value) -> ir.Value:
+        """The mask is the same for each query of a group: ``[B, 1, S, X]`` to ``[B, 1, G * S, X]``."""
+        return mask if self.group == 1 else self.op("Tile", mask, self.ints(1, 1, self.group, 1))
+
+    def split(self, softcap: float) -> ir.Value:
+        query = self.folded_query()
+        past_scores = self.scores(query, self.past_key, softcap)
+        new_scores = self.scores(query, self.key, softcap)
+        past_scores = self.op("Add", past_scores, self.past_mask)
+        if self.group == 1:
+            new_scores = self.op("Add", new_scores, self.new_mask)
+        else:
+            # The zeros keep the extents of B and of the keys; the -1 is S.
+            apart = self.op("Reshape", new_scores, self.ints(0, self.kv_heads, self.group, 0, -1))
+            masked = self.op("Add", apart, self.op("Unsqueeze", self.new_mask, self.ints(1)))
+            new_scores = self.op("Reshape", masked, self.ints(0, self.kv_heads, -1, 0))
+        weights = self.op("Softmax", self.op("Concat", past_scores, new_scores, axis=-1), axis=-1)
+        weights = self.cast(weights, ir.DataType.FLOAT, self.dtype)
+        past, axis = self.size(self.past_key, 2), self.ints(3)
+        of_past = self.op("Slice", weights, self.ints(0), past, axis)
+        of_new = self.op("Slice", weights, past, self.ints(_END), axis)
+        output = self.op("Add", self.op("MatMul", of_past, self.past_value), self.op("MatMul", of_new, self.value))
+        return self.unfolded(output)
+
+    def scores(self, query: ir.Value, key: ir.Value, softcap: float) -> ir.Value:
+        """float32 ``[B, K, G * S, X]``."""
+        scores = self.op("MatMul", query, self.op("Transpose", key, perm=[0, 1, 3, 2]))
+        if softcap:
+            cap = self.cast(self.op("Constant", value_float=softcap), ir.DataType.FLOAT, self.dtype)
+            scores = self.op("Mul", self.op("Tanh", self.op("Div", scores, cap)), cap)
+        return self.cast(scores, self.dtype, ir.DataType.FLOAT)
+
+    def fused(self) -> ir.Value:
+        extents = [self.size(self.new_mask, axis) for axis in (0, 1, 2)]
+        shape = self.op("Concat", *extents, self.size(self.past_mask, 3), axis=0)
+        past_mask = self.op("Expand", self.past_mask, shape)
+        assert self.new_mask.shape is not None
+        assert self.past_mask.shape is not None
+        past_mask.shape = ir.Shape([*self.new_mask.shape[:3], self.past_mask.shape[3]])  # to be seen when it is empty
+        mask = self.op("Concat", past_mask, self.new_mask, axis=-1)
+        mask = self.grouped_mask(self.cast(mask, ir.DataType.FLOAT, self.dtype))
+        keys = self.op("Concat", self.past_key, self.key, axis=2)
+        values = self.op("Concat", self.past_value, self.value, axis=2)
+        return self.unfolded(self.op("Attention", self.folded_query(), keys, values, mask, scale=1.0))
+
+    def in_place(self, softcap: float) -> ir.Value:
+        columns, write_at = _input(self.model, "columns"), _input(self.model, "write_at")
+        keys, values = (self.written(kind) for kind in ("key", "value"))
+        new = self.op("Squeeze", self.size(_input(self.model, "input_ids"), 1), self.ints(0))
+        rows = self.op("Range", _scalar(self, 0), new, _scalar(self, 1))
+        last = self.op("Add", self.op("Unsqueeze", write_at, self.ints(1)), rows)  # that each query sees, [B, S]
+        seen = self.op("Unsqueeze", last, self.ints(1, 3))
+        mask = self.op("LessOrEqual", self.op("Unsqueeze", columns, self.ints(0, 1, 2)), seen)
+        until = self.op("Shape", columns)
+        attended = [self.op("Slice", cache, self.ints(0), until, self.ints(2)) for cache in (keys, values)]
+        return self.op("Attention", self.query, *attended, mask, scale=1.0, softcap=softcap)
+
+    def written(self, kind: str) -> ir.Value:
+        """The cache with the new keys or values in it, which is what the graph gives as ``present``."""
+        past, new = (self.past_key, self.key) if kind == "key" else (self.past_value, self.value)
+        cache = self.op("TensorScatter", past, new, _input(self.model, "write_at"), axis=2, mode="linear")
+        name = f"present.{self.layer}.{kind}"
+        outputs = self.model.graph.outputs
+        index = next(i for i, value in enumerate(outputs) if value.name == name)
+        outputs[index].name = None
+        outputs[index] = cache
+        cache.name, cache.shape, cache.type = name, past.shape, past.type
+        return cache
+
+
+def attend_to_all_slots(model: ir.Model) -> None:
+    """Turns ``columns`` of an in-place graph whose shapes are fixed, A = P, into a constant; nothing is sliced then."""
+    columns = _input(model, "columns")
+    assert columns.shape is not None
+    for node in list(model.graph):
+        producer = node.inputs[0].producer() if node.op_type == "Slice" and node.inputs[0] is not None else None
+        if producer is not None and producer.op_type == "TensorScatter":
+            assert node.inputs[0] is not None
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+            model.graph.remove(node, safe=True)
+    tensor = ir.tensor(list(range(int(columns.shape[0]))), dtype=ir.DataType.INT64, name="all_columns")  # type: ignore[arg-type]
+    constant = ir.Value(name="all_columns", shape=columns.shape, type=columns.type, const_value=tensor)
+    model.graph.register_initializer(constant)
+    ir.convenience.replace_all_uses_with(columns, constant)
+    model.graph.inputs.remove(columns)
+
+
+def _scalar(attention: _Attention, value: int) -> ir.Value:
+    return attention.op("Constant", value_int=value)
+
+
+def _input(model: ir.Model, name: str) -> ir.Value:
+    return next(value for value in model.graph.inputs if value.name == name)
+
+
+def _add_write_inputs(model: ir.Model) -> None:
+    number = ir.TensorType(ir.DataType.INT64)
+    model.graph.inputs.append(ir.Value(name="write_at", shape=ir.Shape(["B"]), type=number))
+    model.graph.inputs.append(ir.Value(name="columns", shape=ir.Shape(["A"]), type=number))
+
+
+__all__ = ["Form", "attend_to_all_slots", "with_attention"]
