@@ -41,6 +41,11 @@ class EngineShapes:
     """The file of the bundle that it is made from."""
     profiles: tuple[ProfileInfo, ...]
 
+    @property
+    def all_fixed(self) -> bool:
+        """Whether no axis is free: attention looks at all slots of the cache."""
+        return all(profile.columns == profile.slots for profile in self.profiles)
+
 
 def engine_shapes(manifest: Manifest, layout: Layout, buckets: Sequence[Bucket]) -> list[EngineShapes]:
     """The engines of a layout: head, chunk, place, and tail and step of every bucket.
@@ -89,7 +94,7 @@ def engine_graph(bundle: Path, shapes: EngineShapes, weights: Weights) -> tuple[
     if first.role in ("head", "chunk"):  # nobody reads their logits
         model.graph.outputs.remove(next(value for value in model.graph.outputs if value.name == "logits"))
     sizes = {"B": 1, "S": first.new, "P": first.slots, "M": 1}
-    if all(profile.columns == profile.slots for profile in shapes.profiles):
+    if shapes.all_fixed:
         sizes["A"] = first.columns
     ends = [*model.graph.inputs, *model.graph.outputs]
     for value in ends:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import gzip
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from tqdm import tqdm
 from mesart.export.engine_graphs import EngineShapes, engine_graph, engine_shapes
 from mesart.export.engine_memory import estimate, require_fit
 from mesart.export.gpus import Gpu, local_gpu, parse_gpus
-from mesart.export.tensorrt_builder import Plan, TensorRtBuilder
+from mesart.export.tensorrt_builder import NoKernelError, Plan, TensorRtBuilder
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import (
     ENGINES_FOLDER,
@@ -163,9 +165,8 @@ def _build(
     say: Report,
 ) -> EngineInfo:
     """One engine: the one that is there if nothing has changed, or a new one."""
-    model, shared = engine_graph(bundle, shapes, weights)
-    onnx = ir.to_proto(model).SerializeToString(deterministic=True)
-    file = f"{ENGINES_FOLDER}/{folder}/{shapes.name}.plan"
+    onnx, shared = _graph(bundle, shapes, weights)
+    file = f"{ENGINES_FOLDER}/{folder}/{shapes.name}.plan.gz"
     key = _key(onnx, manifest, shapes, folder)
     bar.set_postfix_str(shapes.name)
     known = log.find(file, key)
@@ -173,18 +174,24 @@ def _build(
         bar.update()
         say(f"{shapes.name}: unchanged")
         return known
-    start = time.monotonic()
-    count = sum(node.op_type == "Attention" for node in model.graph)
-    updates = sum(node.op_type == "TensorScatter" for node in model.graph)
-    profiles = [{"columns": [p.columns]} for p in shapes.profiles] if _has_columns(model) else []
 
     def show(phase: str, done: int, steps: int) -> None:
         bar.set_postfix_str(f"{shapes.name}: {phase} {done}/{steps}", refresh=not bar.disable and _is_due(bar))
 
+    start = time.monotonic()
     try:
-        plan = builder.build(onnx, bundle, profiles, count, updates, show)
+        try:
+            plan = builder.build(onnx, bundle, _profiles(shapes), show)
+        except NoKernelError:
+            # The kernel for a single query ends at some length of the cache (24 thousand slots, in TensorRT for RTX
+            # 1.7); the one for several does not. So a step is computed with a second token, which fills up.
+            if shapes.profiles[0].role != "step":
+                raise
+            shapes = replace(shapes, profiles=tuple(replace(profile, new=2) for profile in shapes.profiles))
+            onnx, shared = _graph(bundle, shapes, weights)
+            plan = builder.build(onnx, bundle, _profiles(shapes), show)
     except MesaError as error:
-        raise MesaError(f"{shapes.name}: {error}") from error
+        raise type(error)(f"{shapes.name}: {error}") from error
     info = _write(bundle, file, key, plan, shapes, shared, time.monotonic() - start)
     log.append(info, builder.version)
     bar.update()
@@ -192,14 +199,22 @@ def _build(
     return info
 
 
+def _graph(bundle: Path, shapes: EngineShapes, weights: Weights) -> tuple[bytes, list[WeightInfo]]:
+    model, shared = engine_graph(bundle, shapes, weights)
+    return ir.to_proto(model).SerializeToString(deterministic=True), shared
+
+
+def _profiles(shapes: EngineShapes) -> list[dict[str, list[int]]]:
+    """The one free axis, A, in each profile; nothing if it is fixed too."""
+    if shapes.all_fixed:
+        return []
+    return [{"columns": [profile.columns]} for profile in shapes.profiles]
+
+
 def _is_due(bar: Any) -> bool:
     """TensorRT reports more often than anyone can read."""
     due: bool = time.time() - bar.last_print_t > bar.mininterval
     return due
-
-
-def _has_columns(model: ir.Model) -> bool:
-    return any(value.name == "columns" for value in model.graph.inputs)
 
 
 def _key(onnx: bytes, manifest: Manifest, shapes: EngineShapes, target: str) -> str:
@@ -217,17 +232,19 @@ def _write(
     bundle: Path, file: str, key: str, plan: Plan, shapes: EngineShapes, shared: list[WeightInfo], seconds: float
 ) -> EngineInfo:
     path = bundle / file
+    packed = gzip.compress(plan.data, compresslevel=6, mtime=0)
     partial = path.with_suffix(".partial")
     try:
-        partial.write_bytes(plan.data)
+        partial.write_bytes(packed)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     names = {weight.name for weight in shared}
     return EngineInfo(
         file=file,
-        bytes=len(plan.data),
-        sha256=hashlib.sha256(plan.data).hexdigest(),
+        bytes=len(packed),
+        sha256=hashlib.sha256(packed).hexdigest(),
+        unpacked=len(plan.data),
         key=key,
         inputs=[tensor for tensor in plan.inputs if tensor.name not in names],
         outputs=plan.outputs,
@@ -263,12 +280,8 @@ class _Log:
 def _record(bundle: Path, built: EngineSet) -> None:
     """Puts a set in front of the others in the manifest, in place of an older one of the same kind."""
     manifest = Manifest.read(bundle)  # anew: another build may have finished meanwhile
-    others = [
-        other
-        for other in manifest.engines
-        if dataclasses.replace(other, engines=[]) != dataclasses.replace(built, engines=[])
-    ]
-    dataclasses.replace(manifest, engines=[built, *others]).write(bundle)
+    others = [other for other in manifest.engines if replace(other, engines=[]) != replace(built, engines=[])]
+    replace(manifest, engines=[built, *others]).write(bundle)
 
 
 @contextlib.contextmanager

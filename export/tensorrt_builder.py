@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import Flavour, TensorInfo
 
@@ -20,6 +22,10 @@ Shapes = dict[str, list[int]]
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase of the build, its finished steps and their number."""
+
+
+class NoKernelError(MesaError):
+    """TensorRT has no kernel of its own for an attention of such shapes."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +70,23 @@ class TensorRtBuilder:
 
     def build(
         self,
-        onnx: bytes,
+        graph: bytes,
         folder: Path,
         profiles: Sequence[Shapes],
-        attentions: int,
-        cache_updates: int,
         progress: Progress,
     ) -> Plan:
         """Builds one engine.
 
         Args:
-            onnx: a serialised model.
+            graph: a serialised ONNX model; each of its ``Attention`` must become one of TensorRT's own kernels, and
+                each ``TensorScatter`` an update in place.
             folder: where its external data lies.
             profiles: an entry for each optimisation profile, with minimum, optimum and maximum the same; empty if all
                 shapes are fixed.
-            attentions: attention layers that the network must have, each for TensorRT's own kernel.
-            cache_updates: in-place updates of the cache that it must have.
             progress: called now and then.
 
         Raises:
+            NoKernelError: an attention would have to be taken apart.
             MesaError: TensorRT cannot parse or build the graph; the message has its reason.
         """
         trt = self.trt
@@ -90,13 +94,13 @@ class TensorRtBuilder:
         builder = trt.Builder(self._logger)
         network = builder.create_network(_network_flags(trt))
         parser = trt.OnnxParser(network, self._logger)
-        if not parser.parse(onnx, str(folder / "engine.onnx")):
+        if not parser.parse(graph, str(folder / "engine.onnx")):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             reasons = [f"{error.node_operator()} ({error.node_name()}): {error.desc()}" for error in errors]
             raise MesaError(f"TensorRT {self.version} cannot read the graph: {first_line_of(reasons)}")
-        self._check_attention(network, attentions, cache_updates)
+        operators = [node.op_type for node in onnx.load_model_from_string(graph).graph.node]
+        self._check_attention(network, operators.count("Attention"), operators.count("TensorScatter"))
         config = builder.create_builder_config()
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if self._rtx:
             config.num_compute_capabilities = len(self._capabilities)
             for index, capability in enumerate(self._capabilities):
@@ -115,7 +119,7 @@ class TensorRtBuilder:
         if monitor.error is not None:
             raise monitor.error
         if serialized is None:
-            self._explain_attention()
+            self._require_kernel()
             raise MesaError(f"TensorRT {self.version} cannot build the engine: {first_line_of(self._logger.errors)}")
         if not self._rtx:
             self._timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
@@ -124,9 +128,9 @@ class TensorRtBuilder:
         outputs = [self._tensor(network.get_output(i), fixed) for i in range(network.num_outputs)]
         return Plan(bytes(serialized), inputs, outputs)
 
-    def _explain_attention(self) -> None:
+    def _require_kernel(self) -> None:
         if any("dedicated kernel" in error or "decompose_composite_ops" in error for error in self._logger.errors):
-            raise MesaError(
+            raise NoKernelError(
                 f"TensorRT {self.version} has no attention kernel for this model's head size and dtype; "
                 "use another backend (onnxruntime, openvino) for it"
             )
@@ -215,4 +219,4 @@ def _monitor(trt: Any, progress: Progress) -> Any:
     return Monitor()
 
 
-__all__ = ["Plan", "Progress", "TensorRtBuilder"]
+__all__ = ["NoKernelError", "Plan", "Progress", "TensorRtBuilder"]

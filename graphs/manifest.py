@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -106,11 +107,14 @@ class ProfileInfo:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """One TensorRT plan."""
+    """One TensorRT plan, compressed by gzip (a plan is mostly code that repeats itself)."""
 
     file: str
     bytes: int
     sha256: str
+    """Of the file."""
+    unpacked: int
+    """Bytes of the plan itself."""
     key: str
     """SHA-256 of all that the plan follows from; another key means that it has to be built again."""
     inputs: list[TensorInfo]
@@ -122,8 +126,8 @@ class EngineInfo:
     seconds: float
     """That building took."""
 
-    def verify(self, bundle: Path) -> Path:
-        """The plan's path, if it is the one that was built: a plan is code, so no other may be loaded.
+    def read(self, bundle: Path) -> bytes:
+        """The plan, if its file is the one that was built: a plan is code, so no other may be loaded.
 
         Raises:
             MesaError: it is missing or altered.
@@ -131,9 +135,10 @@ class EngineInfo:
         path = bundle / self.file
         if not path.is_file():
             raise MesaError(f"{bundle}: {self.file} is missing; run `mesart build` again")
-        if path.stat().st_size != self.bytes or sha256(path) != self.sha256:
+        packed = path.read_bytes()
+        if hashlib.sha256(packed).hexdigest() != self.sha256:
             raise MesaError(f"{bundle}: {self.file} was altered (its SHA-256 differs); run `mesart build` again")
-        return path
+        return gzip.decompress(packed)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def _inspect(options: argparse.Namespace) -> int:
     manifest.verify(bundle, contents=options.verify)
     if options.verify:
         for engine in (engine for built in manifest.engines for engine in built.engines):
-            engine.verify(bundle)
+            engine.read(bundle)
     print(manifest.to_json() if options.json else summary(bundle, manifest), end="" if options.json else "\n")
     return 0
 

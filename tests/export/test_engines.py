@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_every_role_and_bucket_has_an_engine(built):
     count = 5 if made.layout == "profile" else 3 + 2 * len(manifest.buckets)
     assert len(made.engines) == count
     for info in made.engines:
-        assert info.verify(folder).stat().st_size == info.bytes > 0
+        assert len(info.read(folder)) == info.unpacked > info.bytes == (folder / info.file).stat().st_size
 
 
 def test_inputs_and_outputs(built):
@@ -197,7 +198,7 @@ class TestBuildingAgain:
         again = build_engines(copy, gpus="sm89", progress=False, report=lines.append)
         assert sum("unchanged" in line for line in lines) == len(first.engines) - 1
         assert [info.key for info in again.engines] == [info.key for info in first.engines]
-        again.engines[2].verify(copy)
+        again.engines[2].read(copy)
 
     def test_another_target_is_another_build(self, copy):
         first = build_engines(copy, gpus="sm89", progress=False, max_tokens=10)
@@ -245,18 +246,14 @@ def test_progress_is_reported_phase_by_phase(copy):
     phases: list[tuple[str, int, int]] = []
     builder = TensorRtBuilder("tensorrt-rtx", ["sm89"], copy / "timing")
     onnx = ir.to_proto(model).SerializeToString()
-    builder.build(onnx, copy, [], 1, 2, lambda *phase: phases.append(phase))
+    builder.build(onnx, copy, [], lambda *phase: phases.append(phase))
     assert len({name for name, _, _ in phases}) > 3
-    with pytest.raises(MesaError, match="runs 1 of the graph's 2 attention layers in its own kernel"):
-        builder.build(onnx, copy, [], 2, 2, lambda *phase: None)
-    with pytest.raises(MesaError, match="updates 2 of 3 caches in place"):
-        builder.build(onnx, copy, [], 1, 3, lambda *phase: None)
 
     def interrupt(*phase: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        builder.build(onnx, copy, [], 1, 2, interrupt)
+        builder.build(onnx, copy, [], interrupt)
 
 
 def test_embedded_weights_are_paid_for_in_every_engine(demo, tmp_path):
@@ -277,6 +274,50 @@ def test_memory_grows_by_the_cache(bundle):
     for need, bucket in zip(memory, manifest.buckets, strict=True):
         assert 0 <= need.cache - slot * bucket.max_tokens <= slot * (64 + manifest.config.train_length)
         assert need.weights == manifest.files[WEIGHTS_FILE].bytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_behind_a_long_cache_is_computed_with_a_second_token(copy, monkeypatch, layout):
+    """TensorRT for RTX has no kernel for one query and more than 24 thousand keys."""
+    manifest = Manifest.read(copy)
+    *_, step = engine_shapes(manifest, layout, manifest.buckets[:1])
+    assert step.profiles[0].new == 1
+    longer = tuple(replace(profile, slots=2**15, columns=2**15) for profile in step.profiles)
+    monkeypatch.setattr("mesart.export.engines.engine_shapes", lambda *_: [replace(step, profiles=longer)])
+    made = build_engines(copy, gpus="sm89", layout=layout, progress=False)
+    (info,) = made.engines
+    assert info.profiles == [replace(longer[0], new=2)]
+    assert next(tensor.shape for tensor in info.inputs if tensor.name == "input_ids") == [1, 2]
+    lines: list[str] = []
+    assert build_engines(copy, gpus="sm89", layout=layout, progress=False, report=lines.append) == made
+    assert "step-0: unchanged" in lines or "step: unchanged" in lines
+
+
+def test_attention_that_tensorrt_would_take_apart_is_refused(copy, monkeypatch):
+    """What is counted is the built network; here one in which TensorRT was allowed to."""
+    import onnx
+
+    manifest = Manifest.read(copy)
+    shapes = engine_shapes(manifest, "bucket", manifest.buckets)[0]
+    model, _ = engine_graph(copy, shapes, "shared")
+    builder = TensorRtBuilder("tensorrt-rtx", ["sm89"], copy / "timing")
+    load = onnx.load_model_from_string
+
+    def one_more(kind: str) -> None:
+        def count(graph: bytes) -> onnx.ModelProto:
+            loaded = load(graph)
+            loaded.graph.node.add(op_type=kind)
+            return loaded
+
+        monkeypatch.setattr("mesart.export.tensorrt_builder.onnx.load_model_from_string", count)
+
+    graph = ir.to_proto(model).SerializeToString()
+    one_more("Attention")
+    with pytest.raises(MesaError, match="runs 0 of the graph's 1 attention layers in its own kernel"):
+        builder.build(graph, copy, [], lambda *phase: None)
+    one_more("TensorScatter")
+    with pytest.raises(MesaError, match="updates 2 of 3 caches in place"):
+        builder.build(graph, copy, [], lambda *phase: None)
 
 
 class TestRefusals:
@@ -352,7 +393,7 @@ class TestRefusals:
         next(node for node in model.graph if node.op_type == "MatMul").op_type = "Abracadabra"
         builder = TensorRtBuilder("tensorrt-rtx", ["sm89"], copy / "timing")
         with pytest.raises(MesaError, match="cannot read the graph: .*Abracadabra") as error:
-            builder.build(ir.to_proto(model).SerializeToString(), copy, [], 1, 2, lambda *phase: None)
+            builder.build(ir.to_proto(model).SerializeToString(), copy, [], lambda *phase: None)
         assert "\n" not in str(error.value)
 
 
