@@ -7,19 +7,22 @@ ratios within one table. A short prompt is run first and not counted: engines co
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -28,6 +31,24 @@ from mesart.graphs.manifest import Manifest
 from mesart.runtime import backend_names, present_backends
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_WORKER = [sys.executable, "-m", "mesart.evaluation.bench_worker"]
+
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|MemoryError|failed to allocate|unable to allocate|ALLOC_FAILED|bad_alloc"
+    r"|GiB more: ",  # an engine that is known not to fit
+    re.IGNORECASE,
+)
+
+Death = Literal["failed", "out of memory", "time limit"]
+
+
+class ProcessError(MesaError):
+    """A process that gave no result."""
+
+    def __init__(self, death: Death, reason: str) -> None:
+        super().__init__(reason)
+        self.death: Death = death
 
 
 @dataclass(frozen=True)
@@ -143,15 +164,24 @@ def run_bench(
             if transformers:
                 bar.set_postfix_str(f"transformers, {tokens} tokens")
                 found = _work({**common, "system": "transformers", "dtype": plain, "tokens": tokens})
-                rows.append(_row(f"transformers sdpa {plain}", plain, tokens, found, manifest, dense=True))
+                rows.append(make_row(f"transformers sdpa {plain}", plain, tokens, found, manifest, dense=True))
                 bar.update()
             for name in systems:
                 bar.set_postfix_str(f"{name}, {tokens} tokens")
                 found = _work({**common, "system": name, "tokens": tokens})
-                rows.append(_row(f"mesart {name} {manifest.dtype}", manifest.dtype, tokens, found, manifest))
+                rows.append(make_row(f"mesart {name} {manifest.dtype}", manifest.dtype, tokens, found, manifest))
                 bar.update()
-    packages = ["mesart", "torch", "transformers", *(name for name in systems if name != "torch")]
-    return BenchResult(str(bundle), machine, rows, {name: version(name) for name in packages})
+    packages = ["mesart", "torch", "transformers", *(name for name in systems if name != "torch"), "onnxruntime-gpu"]
+    return BenchResult(str(bundle), machine, rows, versions(packages))
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those packages that are installed: onnxruntime has another name where it runs on GPUs."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _default_lengths(manifest: Manifest) -> list[int]:
@@ -182,22 +212,68 @@ def _best_transformers(common: dict[str, Any], manifest: Manifest) -> str:
 
 
 def _work(job: dict[str, Any]) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"])}
-    done = subprocess.run(
-        [sys.executable, "-m", "mesart.evaluation.bench_worker", json.dumps(job)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    try:
+        return run_worker(job)
+    except ProcessError as error:
+        raise MesaError(f"{job['system']} failed at {job['tokens']} tokens: {error}") from error
+
+
+def run_worker(job: dict[str, Any], limit: float | None = None, **environment: str) -> dict[str, Any]:
+    """One job of :mod:`mesart.evaluation.bench_worker` in a process of its own; arguments as of :func:`run_process`."""
+    if "threads" in job:
+        environment["OMP_NUM_THREADS"] = str(job["threads"])
+    done = run_process([*_WORKER, json.dumps(job)], limit, **environment)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()
-        raise MesaError(f"{job['system']} failed at {job['tokens']} tokens: {reason[-1] if reason else 'no message'}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        raise process_error(done)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # engines may print too
+    if not lines:
+        raise ProcessError("failed", "ended without a result")
+    result: dict[str, Any] = json.loads(lines[-1])
     return result
 
 
-def _row(name: str, dtype: str, tokens: int, found: dict[str, Any], manifest: Manifest, *, dense: bool = False) -> Row:
+def run_process(command: list[str], limit: float | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, and ends what it has started.
+
+    Args:
+        command: what to run.
+        limit: seconds that it may take.
+        environment: variables that differ from this process's.
+
+    Raises:
+        ProcessError: it took longer.
+    """
+    pipe = subprocess.PIPE
+    # In a session of its own: a compiler that it has started would outlive it.
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired as error:
+            raise ProcessError("time limit", f"took longer than {limit:.0f} s") from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def process_error(done: subprocess.CompletedProcess[str]) -> ProcessError:
+    """What a process died of: the last line that looks like an error, else its last."""
+    if done.returncode < 0 and not _OUT_OF_MEMORY.search(done.stderr):
+        name = signal.Signals(-done.returncode).name
+        hint = " (the host's memory may have been full)" if name == "SIGKILL" else ""
+        return ProcessError("failed", f"killed by {name}{hint}")
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"mesart: error: |[\w.]+(Error|Exception)\b", line)]
+    reason = next(iter([*errors[-1:], *lines[-1:]]), "no message")
+    return ProcessError("out of memory" if _OUT_OF_MEMORY.search(done.stderr) else "failed", reason)
+
+
+def make_row(
+    name: str, dtype: str, tokens: int, found: dict[str, Any], manifest: Manifest, *, dense: bool = False
+) -> Row:
+    """What a worker has found, beside what the prompt and a token need."""
     return Row(
         name,
         dtype,
@@ -249,7 +325,36 @@ def measure_machine(threads: int) -> Machine:
     flops["float16"] = flops["float32"]  # CPU engines compute float16 in float32
     block = torch.ones(1 << 28)
     bandwidth = block.numel() * 4 / _best_time(block.sum)
-    return Machine(_cpu_name(), threads, flops, bandwidth)
+    return Machine(cpu_name(), threads, flops, bandwidth)
+
+
+def measure_gpu() -> dict[str, Any]:
+    """The same of the first GPU: ``flops`` of products of 8192 x 8192 matrices, ``bandwidth`` of a copy on the device,
+    which reads and writes each byte."""
+    import torch  # noqa: PLC0415  (slow to import)
+
+    event: Any = torch.cuda.Event
+
+    def timed(function: Any) -> float:
+        function()
+        times = []
+        for _ in range(3):
+            start, end = event(enable_timing=True), event(enable_timing=True)
+            start.record()
+            for _ in range(10):
+                function()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / 1e4)  # ms, of ten
+        return float(min(times))
+
+    flops = {}
+    for dtype in ("bfloat16", "float16"):
+        left, right = (torch.randn(8192, 8192, device="cuda", dtype=getattr(torch, dtype)) for _ in range(2))
+        flops[dtype] = 2 * 8192**3 / timed(lambda left=left, right=right: left @ right)
+    source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return {"flops": flops, "bandwidth": 2 * source.numel() / timed(lambda: target.copy_(source))}
 
 
 def _best_time(function: Any, runs: int = 5) -> float:
@@ -262,7 +367,7 @@ def _best_time(function: Any, runs: int = 5) -> float:
     return min(times)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -33,7 +33,7 @@ FLOOR = 5e-7
 """Relative error that is always allowed: float32 rounding of norms that PyTorch does in either precision."""
 
 Floats = NDArray[np.float64]
-Which = Literal["symbolic", "specialised"]
+Which = Literal["symbolic", "specialised", "engines"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def validate(
     against: str | Path | None = None,
     *,
     backend: str = "auto",
-    graphs: Sequence[Which] = ("symbolic", "specialised"),
+    graphs: Sequence[Which] | None = None,
     buckets: Sequence[int] | None = None,
     steps: int = 8,
     seed: int = 0,
@@ -132,7 +132,8 @@ def validate(
         against: the checkpoint that it was made from; the bundle's own weights if left out (that would not notice a
             wrong weight).
         backend: what runs the bundle.
-        graphs: which of the bundle's graphs to run.
+        graphs: which of the bundle's graphs to run; all that the backend runs if left out: its engines with TensorRT,
+            else the symbolic and the specialised ones.
         buckets: numbers of chunks; all buckets if left out.
         steps: decoding steps after each prompt.
         seed: of the random tokens.
@@ -149,6 +150,7 @@ def validate(
     noisy = TorchReference(plain, manifest.config)
     checks: list[Check] = []
     name = backend
+    graphs = graphs or (("engines",) if backend.startswith("tensorrt") else ("symbolic", "specialised"))
     runs = [(bucket, which) for bucket in chosen for which in graphs]
     expected: dict[int, tuple[list[Piece], list[Piece]]] = {}
     with tqdm(total=len(runs), desc="validate", unit="run", disable=not progress) as bar:
@@ -158,6 +160,9 @@ def validate(
             ) as model:
                 name = model.backend
                 for bucket in chosen:
+                    if bucket not in model.manifest.buckets and buckets is None:
+                        bar.update()  # `mesart build` was told to leave it out
+                        continue
                     bar.set_postfix_str(f"{which}, {bucket.chunks} chunks")
                     prompt, forced = _tokens(manifest, bucket, steps, seed)
                     if bucket.chunks not in expected:
@@ -224,7 +229,8 @@ def _engine_pieces(model: MesaModel, prompt: list[int], forced: list[int]) -> It
     logits = model.prefill(prompt)
 
     def cache() -> tuple[list[Any], list[Any]]:
-        return ([_floats(k) for k in model.executor.cache.keys], [_floats(v) for v in model.executor.cache.values])
+        keys, values = model.executor.cache.snapshot(0)
+        return [_floats(key[None]) for key in keys], [_floats(value[None]) for value in values]
 
     yield from _pieces(model.manifest.config, len(prompt), logits[0], cache)
     if forced:

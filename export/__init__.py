@@ -2,5 +2,6 @@
 
 from mesart.export.bundle import export_model
 from mesart.export.engines import build_engines
+from mesart.export.triton import export_triton_repository
 
-__all__ = ["build_engines", "export_model"]
+__all__ = ["build_engines", "export_model", "export_triton_repository"]

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer
 
-from mesart.export.checkpoint import TOKENIZER_FILES, check_checkpoint, load_model, tensor_offsets
+from mesart.export.checkpoint import TOKENIZER_FILES, check_checkpoint, local_folder
+from mesart.export.folders import atomic, check_target, require_space
 from mesart.export.forms import with_attention
 from mesart.export.specialise import specialise
 from mesart.export.trace import trace_place, trace_places, trace_roles
+from mesart.export.weights import WeightFiles, WeightMode, open_network
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import (
+    DTYPES,
     ENGINE_FILE,
     ENGINE_PLACE_FILE,
     MANIFEST_FILE,
     SYMBOLIC_FILE,
-    WEIGHTS_FILE,
     FileInfo,
     GraphInfo,
     LayerInfo,
@@ -60,7 +57,9 @@ def export_model(
     *,
     max_tokens: int | None = None,
     dtype: str = "float32",
+    weights: WeightMode = "link",
     force: bool = False,
+    progress: bool = False,
     report: Report | None = None,
 ) -> Path:
     """Exports a checkpoint as a bundle: ONNX graphs for every role and bucket, weights, manifest, tokenizer.
@@ -71,7 +70,10 @@ def export_model(
         config: chosen from the model's config if left out, see :class:`~mesart.graphs.MesaConfig`.
         max_tokens: the longest prompt, in tokens; 16 times the trained length if left out.
         dtype: of weights, cache and computation: float32, float16 or bfloat16.
+        weights: leave the checkpoint's weights in its files and link to them (hard links: the bundle survives the
+            checkpoint's deletion) where they have the dtype, or copy all of them.
         force: replace ``output`` whatever it is.
+        progress: show a bar while weights are converted.
         report: called with a line for each stage.
 
     Returns:
@@ -82,30 +84,36 @@ def export_model(
     """
     say = report or (lambda line: None)
     target = Path(output)
-    _check_target(target, force=force)
+    check_target(target, MANIFEST_FILE, "bundle", force=force)
     config = (config or MesaConfig()).for_model(model)
     limit = max_tokens if max_tokens is not None else 16 * config.train_length
     buckets = buckets_up_to(config, limit)
+    if dtype not in DTYPES:
+        raise MesaError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     checked = check_checkpoint(model)
-    say(f"loading {model} in {dtype}")
-    network = load_model(model, dtype, checked)
-    with _atomic(target, _weight_bytes(network) + _GRAPH_BYTES * (2 * len(buckets) + 4)) as folder:
-        say("tracing the model")
-        graphs = _trace(network, config, buckets)
+    source = local_folder(model)
+    network = open_network(source, dtype, checked, say)
+    graph_bytes = _GRAPH_BYTES * (2 * len(buckets) + 4)
+    with atomic(target, "bundle", graph_bytes) as folder, closing(WeightFiles(network, folder, weights)) as files:
+        require_space(target.parent, "bundle", graph_bytes + files.bytes_to_write)
+        say(f"tracing {model} in {dtype}")
+        graphs = _trace(network.module, config, buckets)
         layers = _layer_infos(graphs.module)
         say(f"writing weights and {len(graphs.files)} graphs")
-        _write_weights(folder / WEIGHTS_FILE, graphs)
-        offsets = tensor_offsets(folder / WEIGHTS_FILE)
+        _name_weights(files, graphs)
+        places = files.write(progress=progress)
         for file, graph in graphs.files.items():
-            _attach(graph, folder, offsets)
+            _attach(graph, folder, places)
             ir.save(graph, folder / file)
-        _write_texts(model, network, folder)
+        _write_texts(source, network.module, folder)
+        weight_infos = files.infos()
+        others = sorted(path for path in folder.iterdir() if path.name not in weight_infos)
         manifest = Manifest(
             model={
-                "architecture": type(network).__name__,
+                "architecture": type(network.module).__name__,
                 "model_type": graphs.module.config.model_type,
                 "vocab_size": graphs.module.config.get_text_config().vocab_size,
-                "parameters": sum(p.numel() for p in network.parameters()),
+                "parameters": sum(p.numel() for p in network.module.parameters()),
             },
             dtype=dtype,
             config=config,
@@ -114,7 +122,8 @@ def export_model(
             layers=layers,
             graphs=[_describe(file, *graphs.roles[file], graph) for file, graph in graphs.files.items()],
             tools={name: version(name) for name in _TOOLS},
-            files={path.name: FileInfo(path.stat().st_size, sha256(path)) for path in sorted(folder.iterdir())},
+            files=weight_infos | {path.name: FileInfo(path.stat().st_size, sha256(path)) for path in others},
+            weight_files=list(weight_infos),
         )
         (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     say(f"wrote {target}")
@@ -170,41 +179,26 @@ def _layer_infos(module: RoleModule) -> list[LayerInfo]:
     return [LayerInfo(s.kv_heads, s.key_size, s.value_size, files.get(s)) for s in module.layers]
 
 
-def _write_weights(path: Path, graphs: _Graphs) -> None:
-    """All weights of the model and its graphs, each once, under the checkpoint's names."""
-    tensors: dict[str, Tensor] = {}
-    tables: dict[str, Tensor] = {}
-    stored: set[int] = set()
+def _name_weights(files: WeightFiles, graphs: _Graphs) -> None:
+    """Notes at each weight of the graphs under which name it will be stored."""
     for file, graph in graphs.files.items():
-        prefix = f"{Path(file).stem}." if graphs.roles[file][0] in ("place", "engine_place") else ""
+        table = graphs.roles[file][0] in ("place", "engine_place")
+        prefix = f"{Path(file).stem}." if table else ""
         for name, value in graph.graph.initializers.items():
             raw = getattr(value.const_value, "raw", None)
             if isinstance(raw, Tensor):
-                # The graphs that move keys have tables of their own, with the same numbers.
-                equal = (known for known in tables if torch.equal(tables[known], raw)) if prefix else iter(())
-                where = next(equal, prefix + name)
-                value.metadata_props["weight"] = where
-                tensors[where] = raw.detach().contiguous()
-                stored.add(raw.data_ptr())
-                if prefix:
-                    tables[where] = raw
-    # Also those that folding has taken out of the graphs: the torch backend runs the model's own code.
-    for name, parameter in graphs.module.model.named_parameters():
-        if parameter.data_ptr() not in stored:
-            tensors[name] = parameter.detach().contiguous()
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes it readable by its owner only
+                value.metadata_props["weight"] = files.place(raw, prefix + name, table=table)
 
 
-def _attach(graph: ir.Model, folder: Path, offsets: dict[str, tuple[int, int]]) -> None:
-    """Points a graph's weights into the weight file, at the offset and length of each."""
+def _attach(graph: ir.Model, folder: Path, places: dict[str, tuple[str, int, int]]) -> None:
+    """Points a graph's weights into the weight files, at the offset and length of each."""
     for value in graph.graph.initializers.values():
         name = value.metadata_props.pop("weight", None)
         if name is not None:
-            offset, length = offsets[name]
+            file, offset, length = places[name]
             assert value.const_value is not None
             value.const_value = ir.ExternalTensor(
-                WEIGHTS_FILE,
+                file,
                 offset,
                 length,
                 value.const_value.dtype,
@@ -248,66 +242,6 @@ def _write_texts(model: str | os.PathLike[str], network: Any, folder: Path) -> N
     tokenizer.save_pretrained(folder)
     if not (folder / "tokenizer.json").is_file():
         raise MesaError(f"{source} has no fast tokenizer (tokenizer.json); convert it with transformers first")
-
-
-def _weight_bytes(network: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in network.parameters())
-
-
-def _check_target(target: Path, *, force: bool) -> None:
-    if not target.exists() or force:
-        return
-    if not target.is_dir():
-        raise MesaError(f"{target} is a file; give another output folder, or --force to replace it")
-    if any(target.iterdir()) and not (target / MANIFEST_FILE).is_file():
-        raise MesaError(f"{target} exists and is no bundle; give another output folder, or --force to replace it")
-
-
-@contextmanager
-def _atomic(target: Path, needed: int) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place when all went well, and vanishes otherwise."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        raise MesaError(f"cannot write to {target.parent}: {error.strerror}") from error
-    free = shutil.disk_usage(target.parent).free
-    try:
-        if free < needed:
-            raise MesaError(f"{target.parent} has {free >> 20} MiB free, the bundle needs about {needed >> 20} MiB")
-        folder.chmod(0o755)
-        yield folder
-        _replace(folder, target)
-    except (OSError, SafetensorError) as error:
-        if _is_full(error):
-            raise MesaError(f"the disk is full: {target.parent} needs about {needed >> 20} MiB") from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_full(error: Exception) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return any(f"os error {number})" in str(error) for number in full)  # safetensors gives the number in its text
-
-
-def _replace(folder: Path, target: Path) -> None:
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = folder.with_suffix(".replaced")
-    target.rename(old)
-    try:
-        folder.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink()
 
 
 __all__ = ["Report", "export_model"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,6 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import DTYPES
+
+_HUB_FILES = ("*.safetensors", "*.json", "pytorch_model*.bin", "*.model", "*.txt", "*.jinja")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 """A checkpoint that has one of these has a tokenizer."""
@@ -25,12 +27,18 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> Any:
     """The config of a checkpoint that looks usable: checked without reading its weights.
 
     Raises:
-        MesaError: no checkpoint, no causal language model, no safetensors, or a truncated file.
+        MesaError: no checkpoint, no causal language model, no weights, a truncated file, or quantised weights.
     """
     source = os.fspath(checkpoint)
     config = load_config(source)
+    scheme = getattr(config, "quantization_config", None)
+    if scheme is not None:
+        method = scheme.get("quant_method") if isinstance(scheme, dict) else getattr(scheme, "quant_method", None)
+        raise MesaError(
+            f"{source} is quantised ({method}), which is not supported; give the checkpoint it was made from"
+        )
     if Path(source).is_dir():
-        check_weights(Path(source))
+        weight_files(Path(source))
     return config
 
 
@@ -82,36 +90,50 @@ def load_config(source: str) -> Any:
     return config
 
 
-def check_weights(folder: Path) -> None:
-    """Checks that all safetensors files of a checkpoint are there and whole, without reading their tensors."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MesaError(f"{index} is not a valid index of weights: {error}") from error
-        files = [folder / name for name in names]
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint; a hub id is downloaded, or found in the hub's cache.
+
+    Raises:
+        MesaError: the hub does not have it, or cannot be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(os.fspath(source), allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise MesaError(f"{source} cannot be downloaded: {first_line(error)}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, safetensors before pickles; checked without reading their tensors.
+
+    Raises:
+        MesaError: there are none, one is missing or truncated, or the index is broken.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.is_file():
+            files = [folder / name for name in _index(index)]
+            break
+        if single.is_file():
+            files = [single]
+            break
     else:
-        files = [folder / "model.safetensors"]
+        raise MesaError(f"{folder} has no model.safetensors and no pytorch_model.bin")
     for file in files:
         if not file.is_file():
-            others = sorted(p.name for p in folder.glob("*.bin"))
-            hint = f"; it has {others[0]}, save it with save_pretrained to get safetensors" if others else ""
-            raise MesaError(f"{folder} has no {file.name}{hint}")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise MesaError(f"{file} is truncated or no safetensors file: {first_line(error)}") from error
+            raise MesaError(f"{folder} has no {file.name}, which {index.name} names; is the download complete?")
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    tensors.keys()
+            except (SafetensorError, OSError) as error:
+                raise MesaError(f"{file} is truncated or no safetensors file: {first_line(error)}") from error
+    return files
 
 
-def tensor_offsets(file: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file lies: offset and length in bytes."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header: dict[str, Any] = json.loads(stream.read(length))
-    return {
-        name: (8 + length + info["data_offsets"][0], info["data_offsets"][1] - info["data_offsets"][0])
-        for name, info in header.items()
-        if name != "__metadata__"
-    }
+def _index(path: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MesaError(f"{path} is not a valid index of weights: {error}") from error

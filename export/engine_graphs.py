@@ -127,7 +127,7 @@ def _share_weights(model: ir.Model) -> list[WeightInfo]:
             del model.graph.initializers[name]
             value.shape, value.type, value.const_value = tensor.shape, ir.TensorType(tensor.dtype), None
             model.graph.inputs.append(value)
-            shared.append(WeightInfo(name, tensor.offset or 0, tensor.length or 0))
+            shared.append(WeightInfo(name, tensor.offset or 0, tensor.length or 0, str(tensor.location)))
     return shared
 
 

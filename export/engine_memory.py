@@ -10,7 +10,7 @@ from typing import Any
 
 from mesart.export.engine_graphs import EngineShapes
 from mesart.graphs.errors import MesaError
-from mesart.graphs.manifest import WEIGHTS_FILE, Manifest, ProfileInfo, Weights
+from mesart.graphs.manifest import Manifest, ProfileInfo, Weights
 
 _GIB = 1 << 30
 _CONTEXT = 400 << 20
@@ -56,7 +56,7 @@ def _estimate(
     moved = 2 * sum(x.kv_heads * x.key_size for x in manifest.layers if x.place)
     scratch = config.head_length + config.chunk_length if step.bucket else 0
     runs = [p for e in engines for p in e.profiles if p.role in ("head", "chunk") or p.bucket == step.bucket]
-    stored = manifest.files[WEIGHTS_FILE].bytes
+    stored = manifest.weight_bytes
     roles = len({p.role for p in runs if p.role != "place"})
     return Memory(
         chunks=step.bucket or 0,

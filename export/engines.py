@@ -29,7 +29,6 @@ from mesart.export.tensorrt_builder import NoKernelError, Plan, TensorRtBuilder
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import (
     ENGINES_FOLDER,
-    WEIGHTS_FILE,
     EngineInfo,
     EngineSet,
     Flavour,
@@ -81,10 +80,10 @@ def build_engines(
     folder = Path(bundle)
     manifest = Manifest.read(folder)
     manifest.verify(folder)
-    _check_dtype(manifest)
-    targets = _targets(flavour, gpus)
-    _check_brain(manifest, targets)
-    buckets = _buckets(manifest, max_tokens)
+    check_dtype(manifest)
+    targets = find_targets(flavour, gpus)
+    check_brain(manifest, targets)
+    buckets = buckets_for(manifest, max_tokens)
     capabilities = list(dict.fromkeys(gpu.capability for gpu in targets))
     engines_folder = folder / ENGINES_FOLDER
     builder = TensorRtBuilder(flavour, capabilities, engines_folder / f"{flavour}.timing")
@@ -108,7 +107,7 @@ def build_engines(
     return built
 
 
-def _check_dtype(manifest: Manifest) -> None:
+def check_dtype(manifest: Manifest) -> None:
     if manifest.dtype == "float32":
         raise MesaError(
             "TensorRT's attention kernels compute float16 and bfloat16, this bundle is float32; "
@@ -116,13 +115,13 @@ def _check_dtype(manifest: Manifest) -> None:
         )
 
 
-def _check_brain(manifest: Manifest, targets: Sequence[Gpu]) -> None:
+def check_brain(manifest: Manifest, targets: Sequence[Gpu]) -> None:
     old = [gpu.name for gpu in targets if int(gpu.capability.removeprefix("sm")) < 80]
     if old and manifest.dtype == "bfloat16":
         raise MesaError(f"{old[0]} computes no bfloat16; export again with --dtype float16")
 
 
-def _targets(flavour: Flavour, gpus: str | None) -> list[Gpu]:
+def find_targets(flavour: Flavour, gpus: str | None) -> list[Gpu]:
     asked = parse_gpus(gpus) if gpus else []
     if flavour == "tensorrt-rtx" and asked:
         return asked
@@ -141,7 +140,7 @@ def _targets(flavour: Flavour, gpus: str | None) -> list[Gpu]:
     return [local]
 
 
-def _buckets(manifest: Manifest, max_tokens: int | None) -> list[Bucket]:
+def buckets_for(manifest: Manifest, max_tokens: int | None) -> list[Bucket]:
     if max_tokens is None:
         return manifest.buckets
     needed = [b for b in manifest.buckets if b.max_tokens < max_tokens]
@@ -176,7 +175,7 @@ def _build(
         return known
 
     def show(phase: str, done: int, steps: int) -> None:
-        bar.set_postfix_str(f"{shapes.name}: {phase} {done}/{steps}", refresh=not bar.disable and _is_due(bar))
+        bar.set_postfix_str(f"{shapes.name}: {phase} {done}/{steps}", refresh=not bar.disable and is_due(bar))
 
     start = time.monotonic()
     try:
@@ -211,7 +210,7 @@ def _profiles(shapes: EngineShapes) -> list[dict[str, list[int]]]:
     return [{"columns": [profile.columns]} for profile in shapes.profiles]
 
 
-def _is_due(bar: Any) -> bool:
+def is_due(bar: Any) -> bool:
     """TensorRT reports more often than anyone can read."""
     due: bool = time.time() - bar.last_print_t > bar.mininterval
     return due
@@ -219,7 +218,8 @@ def _is_due(bar: Any) -> bool:
 
 def _key(onnx: bytes, manifest: Manifest, shapes: EngineShapes, target: str) -> str:
     """A hash of all that a plan follows from."""
-    parts = [manifest.files[WEIGHTS_FILE].sha256, repr(shapes.profiles), repr(manifest.config), target]
+    weights = [manifest.files[name].sha256 for name in manifest.weight_files]
+    parts = [*weights, repr(shapes.profiles), repr(manifest.config), target]
     return hashlib.sha256(onnx + "\0".join(parts).encode()).hexdigest()
 
 
@@ -232,7 +232,7 @@ def _write(
     bundle: Path, file: str, key: str, plan: Plan, shapes: EngineShapes, shared: list[WeightInfo], seconds: float
 ) -> EngineInfo:
     path = bundle / file
-    packed = gzip.compress(plan.data, compresslevel=6, mtime=0)
+    packed = gzip.compress(plan.data, compresslevel=3, mtime=0)
     partial = path.with_suffix(".partial")
     try:
         partial.write_bytes(packed)

@@ -7,16 +7,21 @@ key-value heads, G = H / K, D head size.
 plain matrix products well. ``fused``: keys joined, then the standard ``Attention`` operator: for engines with a kernel
 for it. ``in_place``: new keys are written into the cache by ``TensorScatter``, then ``Attention`` over the cache, with
 a mask that the graph makes of ``write_at``: for engines that keep the cache on a device (opset 24).
+
+Written out in every form are capped scores, which TensorRT's ``Attention`` refuses, and what the operator cannot say:
+sinks and ALiBi's bias of each head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from mesart.export.trace import ATTENTION_DOMAIN, tidy_names
+from mesart.graphs.attention import MASKED
 
 Form = Literal["split", "fused", "in_place"]
 
@@ -31,7 +36,8 @@ def with_attention(traced: ir.Model, form: Form) -> ir.Model:
 
     ``split`` and ``fused`` keep the inputs and outputs of :func:`~mesart.export.trace.trace_roles`. ``in_place`` has
     ``write_at`` (int64 ``[B]``, the slot of the first new token) and ``columns`` (int64 ``[A]``, 0 .. A - 1) instead of
-    the masks, caches ``[B, K, P, D]`` with P >= A, and gives the written caches as ``present``.
+    the masks, caches ``[B, K, P, D]`` with P >= A, and gives the written caches as ``present``. Its
+    ``past_position_ids``, if it has them, are those of all slots, also of the new tokens.
     """
     model = traced.clone()
     if form == "in_place":
@@ -58,13 +64,12 @@ def with_attention(traced: ir.Model, form: Form) -> ir.Model:
 
 def _replace(model: ir.Model, node: ir.Node, form: Form) -> None:
     attention = _Attention(model, node)
-    softcap = node.attributes.get_float("softcap", 0.0)
-    if form == "in_place":
-        output = attention.in_place(softcap)
-    elif form == "fused" and not softcap:
-        output = attention.fused()
-    else:
-        output = attention.split(softcap)
+    write: dict[Form, Callable[[], ir.Value]] = {
+        "split": attention.split,
+        "fused": attention.fused,
+        "in_place": attention.in_place,
+    }
+    output = write[form]()
     output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
     model.graph.insert_before(node, attention.tape.nodes)
     ir.convenience.replace_all_uses_with(node.outputs[0], output)
@@ -76,12 +81,13 @@ class _Attention:
 
     def __init__(self, model: ir.Model, node: ir.Node) -> None:
         self.model, self.tape = model, ir.tape.Tape()
-        query, key, value, past_key, past_value, past_mask, new_mask = node.inputs
+        query, key, value, past_key, past_value, past_mask, new_mask = node.inputs[:7]
         assert query is not None and key is not None and value is not None  # noqa: PT018
         assert past_key is not None and past_value is not None  # noqa: PT018
         assert past_mask is not None and new_mask is not None  # noqa: PT018
         self.query, self.key, self.value = query, key, value
         self.past_key, self.past_value, self.past_mask, self.new_mask = past_key, past_value, past_mask, new_mask
+        self.positions, self.past_positions, self.sinks = (*node.inputs[7:], None, None, None)[:3]
         assert query.shape is not None
         assert key.shape is not None
         self.heads, self.kv_heads = int(query.shape[1]), int(key.shape[1])  # type: ignore[arg-type]
@@ -89,6 +95,14 @@ class _Attention:
         assert query.dtype is not None
         self.dtype = query.dtype
         self.layer = node.attributes.get_int("layer")
+        self.softcap = node.attributes.get_float("softcap", 0.0)
+        self.window = node.attributes.get_int("window", 0)
+        self.slopes = list(node.attributes.get_floats("slopes", ()))
+
+    @property
+    def standard(self) -> bool:
+        """Whether the standard operator says it, on every engine."""
+        return self.sinks is None and not self.slopes and not self.softcap
 
     @property
     def group(self) -> int:
@@ -123,35 +137,76 @@ class _Attention:
         """The mask is the same for each query of a group: ``[B, 1, S, X]`` to ``[B, 1, G * S, X]``."""
         return mask if self.group == 1 else self.op("Tile", mask, self.ints(1, 1, self.group, 1))
 
-    def split(self, softcap: float) -> ir.Value:
-        query = self.folded_query()
-        past_scores = self.scores(query, self.past_key, softcap)
-        new_scores = self.scores(query, self.key, softcap)
-        past_scores = self.op("Add", past_scores, self.past_mask)
-        if self.group == 1:
-            new_scores = self.op("Add", new_scores, self.new_mask)
-        else:
-            # The zeros keep the extents of B and of the keys; the -1 is S.
-            apart = self.op("Reshape", new_scores, self.ints(0, self.kv_heads, self.group, 0, -1))
-            masked = self.op("Add", apart, self.op("Unsqueeze", self.new_mask, self.ints(1)))
-            new_scores = self.op("Reshape", masked, self.ints(0, self.kv_heads, -1, 0))
-        weights = self.op("Softmax", self.op("Concat", past_scores, new_scores, axis=-1), axis=-1)
-        weights = self.cast(weights, ir.DataType.FLOAT, self.dtype)
+    def each_row(self, heads: ir.Value) -> ir.Value:
+        """A number of each head, ``[H]``, for the rows of the folded query: ``[1, K, G * S, 1]``."""
+        new = self.size(self.key, 2) if self.group > 1 else self.ints(1)
+        repeats = self.op("Concat", self.ints(1, 1, 1), new, axis=0)
+        apart = self.op("Tile", self.op("Reshape", heads, self.ints(1, self.kv_heads, self.group, 1)), repeats)
+        return self.op("Reshape", apart, self.ints(1, self.kv_heads, -1, 1))
+
+    def masked_beyond_window(self, mask: ir.Value, key_positions: ir.Value) -> ir.Value:
+        """The mask of keys that stand at ``key_positions``, ``[B, X]``, where the window ends: ``[B, 1, S, X]``."""
+        assert self.positions is not None
+        queries = self.op("Unsqueeze", self.positions, self.ints(1, 3))
+        away = self.op("Sub", queries, self.op("Unsqueeze", key_positions, self.ints(1, 2)))
+        seen = self.op("Less", away, _scalar(self, self.window))
+        if mask.dtype == ir.DataType.BOOL:
+            return self.op("And", mask, seen)
+        return self.op("Where", seen, mask, _float(self, MASKED))
+
+    def biased(self, scores: ir.Value, key_positions: ir.Value) -> ir.Value:
+        """ALiBi's bias."""
+        keys = self.op("Cast", self.op("Unsqueeze", key_positions, self.ints(1, 2)), to=ir.DataType.FLOAT.value)
+        slopes = self.each_row(self.op("Constant", value_floats=self.slopes))
+        return self.op("Add", scores, self.op("Mul", slopes, keys))
+
+    def split(self) -> ir.Value:
+        query, parts = self.folded_query(), []
+        for keys, mask, positions in (
+            (self.past_key, self.past_mask, self.past_positions),
+            (self.key, self.new_mask, self.positions),
+        ):
+            if self.window:
+                assert positions is not None
+                mask = self.masked_beyond_window(mask, positions)
+            rows_differ = self.window or mask is self.new_mask
+            scores = self.op("Add", self.scores(query, keys), self.grouped_mask(mask) if rows_differ else mask)
+            if self.slopes:
+                assert positions is not None
+                scores = self.biased(scores, positions)
+            parts.append(scores)
+        weights = self.weights(*parts)
         past, axis = self.size(self.past_key, 2), self.ints(3)
         of_past = self.op("Slice", weights, self.ints(0), past, axis)
         of_new = self.op("Slice", weights, past, self.ints(_END), axis)
         output = self.op("Add", self.op("MatMul", of_past, self.past_value), self.op("MatMul", of_new, self.value))
         return self.unfolded(output)
 
-    def scores(self, query: ir.Value, key: ir.Value, softcap: float) -> ir.Value:
+    def scores(self, query: ir.Value, key: ir.Value) -> ir.Value:
         """float32 ``[B, K, G * S, X]``."""
         scores = self.op("MatMul", query, self.op("Transpose", key, perm=[0, 1, 3, 2]))
-        if softcap:
-            cap = self.cast(self.op("Constant", value_float=softcap), ir.DataType.FLOAT, self.dtype)
+        if self.softcap:
+            cap = self.cast(self.op("Constant", value_float=self.softcap), ir.DataType.FLOAT, self.dtype)
             scores = self.op("Mul", self.op("Tanh", self.op("Div", scores, cap)), cap)
         return self.cast(scores, self.dtype, ir.DataType.FLOAT)
 
+    def weights(self, *scores: ir.Value) -> ir.Value:
+        """One softmax over all scores; a sink takes its share of it, and is then left out."""
+        parts = list(scores)
+        if self.sinks is not None:
+            assert self.sinks.dtype is not None
+            rows = self.op("Concat", self.op("Shape", scores[0], end=3), self.ints(1), axis=0)
+            sinks = self.each_row(self.cast(self.sinks, self.sinks.dtype, ir.DataType.FLOAT))
+            parts.append(self.op("Expand", sinks, rows))
+        joined = self.op("Concat", *parts, axis=-1) if len(parts) > 1 else parts[0]
+        weights = self.op("Softmax", joined, axis=-1)
+        if self.sinks is not None:
+            weights = self.op("Slice", weights, self.ints(0), self.ints(-1), self.ints(3))
+        return self.cast(weights, ir.DataType.FLOAT, self.dtype)
+
     def fused(self) -> ir.Value:
+        if not self.standard:
+            return self.split()
         extents = [self.size(self.new_mask, axis) for axis in (0, 1, 2)]
         shape = self.op("Concat", *extents, self.size(self.past_mask, 3), axis=0)
         past_mask = self.op("Expand", self.past_mask, shape)
@@ -159,12 +214,16 @@ class _Attention:
         assert self.past_mask.shape is not None
         past_mask.shape = ir.Shape([*self.new_mask.shape[:3], self.past_mask.shape[3]])  # to be seen when it is empty
         mask = self.op("Concat", past_mask, self.new_mask, axis=-1)
+        if self.window:
+            assert self.positions is not None and self.past_positions is not None  # noqa: PT018
+            positions = self.op("Concat", self.past_positions, self.positions, axis=1)
+            mask = self.masked_beyond_window(mask, positions)
         mask = self.grouped_mask(self.cast(mask, ir.DataType.FLOAT, self.dtype))
         keys = self.op("Concat", self.past_key, self.key, axis=2)
         values = self.op("Concat", self.past_value, self.value, axis=2)
         return self.unfolded(self.op("Attention", self.folded_query(), keys, values, mask, scale=1.0))
 
-    def in_place(self, softcap: float) -> ir.Value:
+    def in_place(self) -> ir.Value:
         columns, write_at = _input(self.model, "columns"), _input(self.model, "write_at")
         keys, values = (self.written(kind) for kind in ("key", "value"))
         new = self.op("Squeeze", self.size(_input(self.model, "input_ids"), 1), self.ints(0))
@@ -172,9 +231,23 @@ class _Attention:
         last = self.op("Add", self.op("Unsqueeze", write_at, self.ints(1)), rows)  # that each query sees, [B, S]
         seen = self.op("Unsqueeze", last, self.ints(1, 3))
         mask = self.op("LessOrEqual", self.op("Unsqueeze", columns, self.ints(0, 1, 2)), seen)
+        mask.dtype = ir.DataType.BOOL
         until = self.op("Shape", columns)
         attended = [self.op("Slice", cache, self.ints(0), until, self.ints(2)) for cache in (keys, values)]
-        return self.op("Attention", self.query, *attended, mask, scale=1.0, softcap=softcap)
+        positions = None
+        if self.past_positions is not None:
+            positions = self.op("Slice", self.past_positions, self.ints(0), until, self.ints(1))
+        if self.window:
+            assert positions is not None
+            mask = self.masked_beyond_window(mask, positions)
+        if self.standard:
+            return self.op("Attention", self.query, *attended, mask, scale=1.0)
+        unseen = self.op("Where", mask, _float(self, 0.0), _float(self, MASKED))
+        scores = self.op("Add", self.scores(self.folded_query(), attended[0]), self.grouped_mask(unseen))
+        if self.slopes:
+            assert positions is not None
+            scores = self.biased(scores, positions)
+        return self.unfolded(self.op("MatMul", self.weights(scores), attended[1]))
 
     def written(self, kind: str) -> ir.Value:
         """The cache with the new keys or values in it, which is what the graph gives as ``present``."""
@@ -208,6 +281,10 @@ def attend_to_all_slots(model: ir.Model) -> None:
 
 def _scalar(attention: _Attention, value: int) -> ir.Value:
     return attention.op("Constant", value_int=value)
+
+
+def _float(attention: _Attention, value: float) -> ir.Value:
+    return attention.op("Constant", value_float=value)
 
 
 def _input(model: ir.Model, name: str) -> ir.Value:

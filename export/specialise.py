@@ -21,7 +21,7 @@ def specialise(symbolic: ir.Model, sizes: dict[str, int]) -> ir.Model:
         if value.shape is not None:
             value.shape = ir.Shape([_fixed(dim, sizes) for dim in value.shape])
     _join_without_empty(model)
-    fold(model)
+    fold(model, rewrite=False)
     for value in list(model.graph.inputs):
         if _is_empty(value) and not value.uses():
             model.graph.inputs.remove(value)

@@ -31,13 +31,18 @@ _FOLD_BYTES = 1024
 """Constants larger than this are not folded."""
 
 ATTENTION_DOMAIN = "mesart"
-"""Of the operator ``Attention`` in a traced graph: inputs query ``[B, H, S, D]``, key and value ``[B, K, S, D]``, past
-key and value ``[B, K, P, D]``, ``past_mask``, ``new_mask``; attributes ``layer`` and ``softcap`` (0: none)."""
+"""Of the operator ``Attention`` in a traced graph.
+
+Inputs: query ``[B, H, S, D]``, key and value ``[B, K, S, D]``, past key and value ``[B, K, P, D]``, ``past_mask``,
+``new_mask``, and where the layer needs them ``position_ids``, ``past_position_ids`` and a sink of each head, ``[H]``.
+Attributes: ``layer``, ``softcap`` (0: none), ``window`` (0: none), ``slopes`` (ALiBi's, one a head; absent: none).
+"""
 
 _ROLE_AXES = {
     "input_ids": "B S",
     "position_ids": "B S",
     "past_mask": "B . . P",
+    "past_position_ids": "B P",
     "new_mask": "B . S S",
     "query_scale": "B . S .",
     "logits_at": "M",
@@ -56,6 +61,7 @@ def trace_roles(module: RoleModule) -> ir.Model:
 
     Inputs: ``input_ids``, ``position_ids``, ``past_mask``, ``new_mask``, ``query_scale``, ``logits_at`` and
     ``past_key_values.N.key`` / ``.value``; outputs: ``logits`` and ``present.N.key`` / ``.value`` (see ``RoleModule``).
+    A model with layers that look at the positions of keys has ``past_position_ids`` too.
 
     Raises:
         MesaError: torch cannot trace the architecture; the message carries torch's reason.
@@ -74,6 +80,7 @@ def trace_roles(module: RoleModule) -> ir.Model:
         torch.zeros(wanted, dtype=torch.int64),
         past_keys,
         past_values,
+        torch.zeros(batch, past, dtype=torch.int64),
     )
     any_size = torch.export.Dim.DYNAMIC
     per_layer = [{0: any_size, 2: any_size}] * len(layers)
@@ -86,15 +93,20 @@ def trace_roles(module: RoleModule) -> ir.Model:
         {0: any_size},
         per_layer,
         per_layer,
+        {0: any_size, 1: any_size},
     )
     count = range(len(layers))
     inputs = ["input_ids", "position_ids", "past_mask", "new_mask", "query_scale", "logits_at"]
     inputs += [f"past_key_values.{i}.key" for i in count] + [f"past_key_values.{i}.value" for i in count]
+    inputs += ["past_position_ids"]
     outputs = ["logits"] + [f"present.{i}.key" for i in count] + [f"present.{i}.value" for i in count]
     model = _to_onnx(module, example, shapes)
     _rename(model, inputs, outputs)
     _name_axes(model, _ROLE_AXES)
-    return _tidy(model)
+    model = _tidy(model)
+    if not model.graph.inputs[-1].uses():
+        model.graph.inputs.pop()
+    return model
 
 
 def trace_place(module: nn.Module, kv_heads: int, key_size: int, dtype: torch.dtype) -> ir.Model:
@@ -253,9 +265,12 @@ def tidy_names(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def fold(model: ir.Model) -> None:
-    """Folds constants and merges shared subexpressions, in place; leaves weights alone."""
-    for _ in range(2):
+def fold(model: ir.Model, *, rewrite: bool = True) -> None:
+    """Folds constants and merges shared subexpressions, in place; leaves weights alone.
+
+    ``rewrite``: also onnxscript's rules, which take a hundred times as long; once for a traced graph is enough.
+    """
+    for last in (False, True):
         optimizer.fold_constants(
             model,
             onnx_shape_inference=False,
@@ -263,7 +278,8 @@ def fold(model: ir.Model) -> None:
             output_size_limit=_FOLD_BYTES,
             should_fold=_keep_weights,
         )
-        rewriter.rewrite(model)
+        if rewrite and not last:
+            rewriter.rewrite(model)
     ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

@@ -9,7 +9,7 @@ Axes: B batch, S new tokens, P past tokens, H heads, K key-value heads, G = H / 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,15 +21,22 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from mesart.graphs.errors import MesaError
 
+ATTENTION = "mesa"
+"""The name of Mesa attention in transformers' attention interface."""
+
 AttentionForm = Literal["split", "fused", "traced"]
 """How attention over past and new keys is computed; the results are equal.
 
 ``split``: scores of past and new keys apart, one softmax over both. ``fused``: keys joined, then torch's own attention;
-layers that cap their scores (Gemma 2) take the split form in either case. ``traced``: not computed, only named in the
-graph, as the operator ``mesart::Attention``, which the export writes out for each kind of engine.
+layers that cap their scores (Gemma 2), have sinks (gpt-oss) or a bias by position (ALiBi) take the split form in
+either case. ``traced``: not computed, only named in the graph, as the operator ``mesart::Attention``, which the export
+writes out for each kind of engine.
 """
 
-_UNSUPPORTED = ("s_aux", "head_mask", "position_bias", "block_mask")
+MASKED = -1e9
+"""Added to the scores of what may not be seen: far below any score, and finite, so that no row becomes NaN."""
+
+_UNSUPPORTED = ("head_mask", "position_bias", "block_mask", "indexer_mask")
 """Arguments that change the result of attention and that this function does not compute."""
 
 
@@ -48,6 +55,10 @@ class AttentionInputs:
     past_values: list[Tensor]
     """``[B, K, P, D]`` each, a layer each."""
     train_length: int
+    position_ids: Tensor | None = None
+    """Where the new tokens stand, int64 ``[B, S]``."""
+    past_position_ids: Tensor | None = None
+    """Where the past keys stand, int64 ``[B, P]``; only layers that look at positions need both."""
     new_keys: dict[int, Tensor] = field(default_factory=dict)
     new_values: dict[int, Tensor] = field(default_factory=dict)
 
@@ -75,9 +86,19 @@ def mesa_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    alibi_slopes: Sequence[float] | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """Attention of new queries ``[B, H, S, D]`` to the past and to new keys and values ``[B, K, S, D]``.
+
+    Args:
+        sliding_window: a key is seen where its position is less than this before the query's. Positions, not tokens:
+            on stairs the layer stays within the distances that it was trained on.
+        softcap: scores are bent to stay within it.
+        s_aux: a sink: one more score a head, for a key without value, ``[H]``.
+        alibi_slopes: one for each head; times a key's position it is added to its scores. (The query's position would
+            add the same to all of them.)
 
     Returns:
         The result ``[B, S, H, D]``, and no attention weights.
@@ -94,12 +115,16 @@ def mesa_attention(
             raise MesaError(
                 f"layer {layer} ({type(module).__name__}) uses {name}, which Mesa attention does not compute"
             )
-    if sliding_window is not None and sliding_window < inputs.train_length:
-        raise MesaError(
-            f"layer {layer} ({type(module).__name__}) slides a window of {sliding_window} tokens, less than "
-            f"train_length = {inputs.train_length}; export with train_length <= {sliding_window}"
-        )
+    if attention_mask is not None:
+        raise MesaError(f"layer {layer} ({type(module).__name__}) makes a mask of its own, which Mesa attention ignores")
+    if layer in inputs.new_keys:
+        raise MesaError(f"layer {layer} ({type(module).__name__}) attends more than once; only one cache a layer is kept")
     inputs.new_keys[layer], inputs.new_values[layer] = key, value
+    # Positions are below train_length: a window as long as that hides nothing.
+    window = sliding_window if sliding_window is not None and sliding_window < inputs.train_length else None
+    by_position = window is not None or alibi_slopes is not None
+    if by_position and (inputs.position_ids is None or inputs.past_position_ids is None):
+        raise MesaError(f"layer {layer} ({type(module).__name__}) looks at positions of keys; give past_position_ids")
 
     kv_heads, new = key.shape[1], key.shape[2]
     group = query.shape[1] // kv_heads
@@ -108,22 +133,42 @@ def mesa_attention(
     query = query * (inputs.query_scale * scale).to(query.dtype)
     past_key, past_value = inputs.past_keys[layer], inputs.past_values[layer]
     if inputs.form == "traced":
+        positions = (inputs.position_ids, inputs.past_position_ids) if by_position else (None, None)
+        attributes: dict[str, Any] = {"layer": layer, "softcap": float(softcap or 0), "window": window or 0}
+        if alibi_slopes is not None:
+            attributes["slopes"] = [float(slope) for slope in alibi_slopes]
         named: Tensor = torch.onnx.ops.symbolic(
             "mesart::Attention",
-            (query, key, value, past_key, past_value, inputs.past_mask, inputs.new_mask),
-            {"layer": layer, "softcap": float(softcap or 0)},
+            (query, key, value, past_key, past_value, inputs.past_mask, inputs.new_mask, *positions, s_aux),
+            attributes,
             dtype=query.dtype,
             shape=(*query.shape[:3], value_size),
             version=1,
         )
-        return named.transpose(1, 2), None
+        return named.transpose(1, 2).contiguous(), None
+    masks = _masks(inputs, window, alibi_slopes)
     # Grouped queries share a key: fold the group into the rows, so that no key is repeated.
     query = query.reshape(-1, kv_heads, group * new, head_size)
-    if inputs.form == "fused" and softcap is None:
-        output = _fused(query, key, value, past_key, past_value, inputs, group)
+    if inputs.form == "fused" and softcap is None and s_aux is None and alibi_slopes is None:
+        output = _fused(query, key, value, past_key, past_value, masks, group)
     else:
-        output = _split(query, key, value, past_key, past_value, inputs, softcap, group)
-    return output.reshape(-1, kv_heads * group, new, value_size).transpose(1, 2), None
+        output = _split(query, key, value, past_key, past_value, masks, softcap, s_aux, group)
+    return output.reshape(-1, kv_heads * group, new, value_size).transpose(1, 2).contiguous(), None
+
+
+def _masks(inputs: AttentionInputs, window: int | None, slopes: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    """What is added to the scores of past and new keys, ``[B, 1 or H, 1 or S, P]`` and ``[B, 1 or H, S, S]``."""
+    if inputs.position_ids is None or inputs.past_position_ids is None:
+        return inputs.past_mask, inputs.new_mask
+    result = []
+    for mask, keys in ((inputs.past_mask, inputs.past_position_ids), (inputs.new_mask, inputs.position_ids)):
+        keys = keys[:, None, None, :]
+        if window is not None:
+            mask = mask.where(inputs.position_ids[:, None, :, None] - keys < window, MASKED)
+        if slopes is not None:
+            mask = mask + torch.tensor(slopes)[None, :, None, None] * keys
+        result.append(mask)
+    return result[0], result[1]
 
 
 def _split(
@@ -132,22 +177,25 @@ def _split(
     value: Tensor,
     past_key: Tensor,
     past_value: Tensor,
-    inputs: AttentionInputs,
+    masks: tuple[Tensor, Tensor],
     softcap: float | None,
+    sinks: Tensor | None,
     group: int,
 ) -> Tensor:
-    past, new = past_key.shape[2], key.shape[2]
-    past_scores = query @ past_key.transpose(-1, -2)
-    new_scores = query @ key.transpose(-1, -2)
-    if softcap is not None:
-        past_scores = (past_scores / softcap).tanh() * softcap
-        new_scores = (new_scores / softcap).tanh() * softcap
-    past_scores = past_scores.float() + inputs.past_mask
-    # The mask is the same for each query of a group.
-    grouped = new_scores.float().reshape(-1, key.shape[1], group, new, new) + inputs.new_mask.unsqueeze(1)
-    new_scores = grouped.reshape(-1, key.shape[1], group * new, new)
-    weights = torch.cat([past_scores, new_scores], dim=-1).softmax(dim=-1).to(query.dtype)
-    return weights[..., :past] @ past_value + weights[..., past:] @ value
+    past, kv_heads, new = past_key.shape[2], key.shape[1], key.shape[2]
+    parts = []
+    for keys, mask in zip((past_key, key), masks, strict=True):
+        scores = query @ keys.transpose(-1, -2)
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
+        apart = scores.float().reshape(len(scores), kv_heads, group, new, keys.shape[2])
+        # One mask for all heads, or one for each.
+        apart = apart + (mask.unsqueeze(1) if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, group)))
+        parts.append(apart)
+    if sinks is not None:
+        parts.append(sinks.float().reshape(1, kv_heads, group, 1, 1).expand(*parts[0].shape[:4], 1))
+    weights = torch.cat(parts, dim=-1).softmax(dim=-1).to(query.dtype).flatten(2, 3)
+    return weights[..., :past] @ past_value + weights[..., past : past + new] @ value
 
 
 def _fused(
@@ -156,11 +204,12 @@ def _fused(
     value: Tensor,
     past_key: Tensor,
     past_value: Tensor,
-    inputs: AttentionInputs,
+    masks: tuple[Tensor, Tensor],
     group: int,
 ) -> Tensor:
-    batch, new, past = inputs.new_mask.shape[0], key.shape[2], past_key.shape[2]
-    mask = torch.cat([inputs.past_mask.expand(batch, 1, new, past), inputs.new_mask], dim=-1).to(query.dtype)
+    past_mask, new_mask = masks
+    batch, new, past = new_mask.shape[0], key.shape[2], past_key.shape[2]
+    mask = torch.cat([past_mask.expand(batch, 1, new, past), new_mask], dim=-1).to(query.dtype)
     return nn.functional.scaled_dot_product_attention(
         query,
         torch.cat([past_key, key], dim=2),
@@ -174,5 +223,5 @@ def _no_mask(*_: Any, **__: Any) -> None:
     """Masks are inputs of the role; transformers need not make one."""
 
 
-AttentionInterface.register("mesa", mesa_attention)
-AttentionMaskInterface.register("mesa", _no_mask)
+AttentionInterface.register(ATTENTION, mesa_attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)

@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
@@ -34,6 +34,9 @@ Layout = Literal["bucket", "profile"]
 """``bucket``: an engine for each role and bucket. ``profile``: an engine for each role, a profile for each bucket."""
 Weights = Literal["shared", "embedded"]
 """``shared``: weights are inputs of every engine, one copy on the device. ``embedded``: each engine holds its own."""
+
+Plan: TypeAlias = bytes
+"""A serialised TensorRT engine."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -82,11 +85,12 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """An input of an engine that is a weight: bytes of the bundle's weight file."""
+    """An input of an engine that is a weight: bytes of one of the bundle's weight files."""
 
     name: str
     offset: int
     bytes: int
+    file: str = WEIGHTS_FILE
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ class EngineInfo:
     seconds: float
     """That building took."""
 
-    def read(self, bundle: Path) -> bytes:
+    def read(self, bundle: Path) -> Plan:
         """The plan, if its file is the one that was built: a plan is code, so no other may be loaded.
 
         Raises:
@@ -183,13 +187,25 @@ class Manifest:
     """What the export wrote."""
     engines: list[EngineSet] = field(default_factory=list)
     """What ``mesart build`` added."""
+    weight_files: list[str] = field(default_factory=lambda: [WEIGHTS_FILE])
+    """safetensors; those of the checkpoint, if they are linked, and one of the bundle's own."""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weight files."""
+        return sum(self.files[name].bytes for name in self.weight_files)
 
     def graph(self, role: Role, bucket: int | None = None) -> GraphInfo:
         for graph in self.graphs:
             if graph.role == role and graph.bucket == bucket:
                 return graph
         raise MesaError(f"the bundle holds no {role} graph{'' if bucket is None else f' for {bucket} chunks'}")
+
+    @property
+    def looks_at_positions(self) -> bool:
+        """Whether graphs take ``past_position_ids``: where the past keys stand, for windows and ALiBi."""
+        return any(tensor.name == "past_position_ids" for graph in self.graphs for tensor in graph.inputs)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
@@ -223,6 +239,7 @@ class Manifest:
                 tools=fields["tools"],
                 files={name: FileInfo(**info) for name, info in fields["files"].items()},
                 engines=[_engine_set(engines) for engines in fields.get("engines", [])],
+                weight_files=fields.get("weight_files", [WEIGHTS_FILE]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise MesaError(

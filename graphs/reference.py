@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from mesart.graphs.attention import MASKED
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.plan import Plan, Span
@@ -18,10 +19,6 @@ from mesart.graphs.role import RoleModule, RoleOutputs
 from mesart.graphs.stairs import ORDINARY, Stairs
 
 TokenIds: TypeAlias = "Sequence[int] | ArrayLike | Tensor"
-
-MASKED = -1e9
-"""Added to the scores of what may not be seen: far below any score, and finite, so that no row becomes NaN."""
-
 
 class TorchReference:
     """Runs a transformers model under Mesa-Extrapolation: a span at a time, nothing batched, nothing padded.
@@ -80,25 +77,28 @@ class TorchReference:
 
         if plan.head is not None:
             local = np.arange(len(plan.head))
-            self._append(self._run(plan.head, local, self.keys, self.values))
+            self._append(self._run(plan.head, local, self.keys, self.values, standing))
             standing = local
         if plan.chunks:
             # A chunk sees the head at its ordinary positions, wherever the head stands in the cache.
             head = slice(0, self.config.head_length)
-            head_keys = self._move([k[:, :, head] for k in self.keys], standing[head], np.arange(head.stop))
+            head_local = np.arange(head.stop)
+            head_keys = self._move([k[:, :, head] for k in self.keys], standing[head], head_local)
             head_values = [v[:, :, head] for v in self.values]
         for chunk in plan.chunks:
             local = plan.chunk_positions(chunk)
-            self._append(self._run(chunk, local, head_keys, head_values))
+            self._append(self._run(chunk, local, head_keys, head_values, head_local))
             standing = np.concatenate([standing, local])
 
-        self.keys = self._move(self.keys, standing, plan.stairs.positions(0, len(standing)))
+        placed = plan.stairs.positions(0, len(standing))
+        self.keys = self._move(self.keys, standing, placed)
         self.stairs = plan.stairs
         output = self._run(
             plan.tail,
             plan.stairs.positions(plan.tail.start, plan.tail.stop),
             self.keys,
             self.values,
+            placed,
             plan.query_scales(plan.tail),
             all_logits,
         )
@@ -115,6 +115,7 @@ class TorchReference:
         positions: NDArray[np.int64],
         past_keys: list[Tensor],
         past_values: list[Tensor],
+        past_positions: NDArray[np.int64],
         scales: NDArray[np.float32] | None = None,
         all_logits: bool = False,
     ) -> RoleOutputs:
@@ -130,6 +131,7 @@ class TorchReference:
             logits_at=torch.arange(new) if all_logits else torch.tensor([new - 1]),
             past_keys=past_keys,
             past_values=past_values,
+            past_position_ids=torch.from_numpy(past_positions).expand(batch, past),
         )
         return output
 

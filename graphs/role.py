@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mesart.graphs.adapters import prepare
 from mesart.graphs.attention import AttentionForm, AttentionInputs, attention_inputs
 from mesart.graphs.errors import MesaError
-from mesart.graphs.rotary import LayerSpec, Place, install_rotary_table, probe_layers
+from mesart.graphs.rotary import LayerSpec, Place, probe_layers
 
 
 class RoleOutputs(NamedTuple):
@@ -51,10 +52,9 @@ class RoleModule(nn.Module):
             raise MesaError(
                 f"{type(model).__name__} is no causal language model; it has no decoder with a language head"
             )
-        self.model.set_attn_implementation("mesa")
         self.train_length = train_length
         self.form: AttentionForm = form
-        table = install_rotary_table(self.model, train_length)
+        table = prepare(self.model, train_length)
         self.layers: list[LayerSpec] = probe_layers(self.model, table)
         count = int(self.config.num_hidden_layers)
         if len(self.layers) != count:
@@ -73,7 +73,7 @@ class RoleModule(nn.Module):
         """The module that moves the keys of such a layer."""
         if layer.layout is None:
             raise ValueError("a layer that does not turn its keys has nothing to move")
-        return Place(self.tables[layer.table], layer.layout)
+        return Place(self.tables[layer.table], layer)
 
     def forward(
         self,
@@ -85,6 +85,7 @@ class RoleModule(nn.Module):
         logits_at: Tensor,
         past_keys: list[Tensor],
         past_values: list[Tensor],
+        past_position_ids: Tensor | None = None,
     ) -> RoleOutputs:
         """Runs the model on new tokens.
 
@@ -97,8 +98,19 @@ class RoleModule(nn.Module):
             logits_at: int64 ``[M]``, indices of the new tokens whose logits are wanted.
             past_keys: a layer each ``[B, K, P, D]``.
             past_values: a layer each ``[B, K, P, D]``.
+            past_position_ids: int64 ``[B, P]``, where the past keys stand; only some models need it.
         """
-        inputs = AttentionInputs(self.form, past_mask, new_mask, query_scale, past_keys, past_values, self.train_length)
+        inputs = AttentionInputs(
+            self.form,
+            past_mask,
+            new_mask,
+            query_scale,
+            past_keys,
+            past_values,
+            self.train_length,
+            position_ids,
+            past_position_ids,
+        )
         with attention_inputs(inputs):
             output = self.model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logits_at

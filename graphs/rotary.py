@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import product
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +52,15 @@ class LayerSpec:
     key_size: int
     value_size: int
     layout: Layout | None
-    """``None``: the layer does not turn its keys (NoPE)."""
+    """``None``: the layer does not turn its keys (NoPE, ALiBi)."""
     table: str | None
     """The layer type whose table it uses, where the model has several."""
+    first: int = 0
+    """The first dimension of a key that turns."""
+    turning: int = 0
+    """R, the number of dimensions that turn."""
+    backwards: bool = False
+    """Whether they turn by the negative angle (nanochat)."""
 
 
 def install_rotary_table(model: nn.Module, train_length: int) -> RotaryTable:
@@ -69,18 +77,25 @@ def install_rotary_table(model: nn.Module, train_length: int) -> RotaryTable:
     ]
     if len(found) != 1:
         raise MesaError(
-            f"{type(model).__name__} has {len(found) or 'no'} rotary embedding module{'s' * (len(found) > 1)}; "
-            "exactly one that the whole model shares can be traced (RoPE models; ALiBi and learned positions cannot)"
+            f"{type(model).__name__} has {len(found) or 'no'} rotary embedding module{'s' * (len(found) > 1)}; exactly "
+            "one that the whole model shares can be traced (RoPE models, and ALiBi models that are known; keys with "
+            "learned positions cannot be moved)"
         )
     parent, name, rotary = found[0]
     config: Any = rotary.config
     real = type(rotary)(config=config).to("cpu")  # on the meta device the original has no numbers
     positions = torch.arange(train_length)[None]
-    layer_types: list[str | None] = list(getattr(real, "layer_types", [None]))
+    layer_types: list[str | None] = [None]
+    if hasattr(real, "layer_types"):
+        kinds = getattr(real, "rope_type", None)  # by layer type; some types have no rotary embedding
+        layer_types = [name for name in real.layer_types if not isinstance(kinds, dict) or name in kinds]
     tables: dict[str | None, tuple[Tensor, Tensor]] = {}
     for layer_type in layer_types:
         arguments = () if layer_type is None else (layer_type,)
-        cos, sin = real(torch.zeros(1, dtype=torch.float32), positions, *arguments)
+        found_tables = real(torch.zeros(1, dtype=torch.float32), positions, *arguments)
+        if not isinstance(found_tables, tuple):
+            raise MesaError(f"{type(rotary).__name__} gives complex numbers, not cos and sin; ONNX has none")
+        cos, sin = found_tables
         tables[layer_type] = (cos[0].float(), sin[0].float())
     table = RotaryTable(tables)
     setattr(parent, name, table)
@@ -98,11 +113,12 @@ def probe_layers(model: nn.Module, table: RotaryTable) -> list[LayerSpec]:
     attention = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and _is_attention(m)]
     known: dict[Any, LayerSpec] = {}
     result: list[LayerSpec] = []
-    for index, layer in enumerate(sorted(attention, key=lambda m: int(m.layer_idx))):  # type: ignore[arg-type]
-        name = None if table.names == [None] or layer_types is None else layer_types[index]
+    sizes = {name: cos.shape[-1] for name, (cos, _) in table.values.items()}
+    for layer in sorted(attention, key=lambda m: int(m.layer_idx)):  # type: ignore[arg-type]
+        name = None if layer_types is None or None in sizes else layer_types[int(layer.layer_idx)]  # type: ignore[arg-type]
         kind = (type(layer), name, _shape_key(layer), *_switches(layer))
         if kind not in known:
-            known[kind] = _probe(layer, name, table.values[name][0].shape[-1])
+            known[kind] = _probe(layer, name, sizes.get(name))
         result.append(known[kind])
     return result
 
@@ -124,24 +140,31 @@ def _switches(layer: nn.Module) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _probe(layer: nn.Module, table: str | None, size: int) -> LayerSpec:
-    plain, value = _keys(layer, torch.ones(1, 1, size), torch.zeros(1, 1, size))
-    turned, _ = _keys(layer, torch.zeros(1, 1, size), torch.ones(1, 1, size))
+def _probe(layer: nn.Module, table: str | None, size: int | None) -> LayerSpec:
+    """``size``: of a table's row; none for a layer that has no table, to which models hand no rotation."""
+    if size is None:
+        plain, value = turned, _ = _keys(layer, None)
+    else:
+        plain, value = _keys(layer, (torch.ones(1, 1, size), torch.zeros(1, 1, size)))
+        turned, _ = _keys(layer, (torch.zeros(1, 1, size), torch.ones(1, 1, size)))
     kv_heads, key_size, value_size = plain.shape[1], plain.shape[3], value.shape[3]
-    if torch.equal(plain, turned):
+    differing = (plain - turned).abs().amax(dim=(0, 1, 2)).gt(1e-6).nonzero().flatten().tolist()
+    if not differing or size is None:
         return LayerSpec(kv_heads, key_size, value_size, None, table)
-    if torch.allclose(turned[..., size:], plain[..., size:]):
-        layouts: tuple[Layout, ...] = ("half", "interleaved")
-        for layout in layouts:
-            if torch.allclose(turned[..., :size], quarter_turn(plain[..., :size], layout), atol=1e-5):
-                return LayerSpec(kv_heads, key_size, value_size, layout, table)
+    first, turning = differing[0], len(differing)
+    if differing == list(range(first, first + turning)) and turning in (size, 2 * size):
+        part = slice(first, first + turning)
+        for layout, backwards in product(get_args(Layout), (False, True)):
+            quarter = quarter_turn(plain[..., part], layout) * (-1 if backwards else 1)
+            if torch.allclose(turned[..., part], quarter, atol=1e-5):
+                return LayerSpec(kv_heads, key_size, value_size, layout, table, first, turning, backwards)
     raise MesaError(
         f"{type(layer).__name__} turns its keys in a way that is not known here (neither halves nor interleaved pairs "
-        f"of the first {size} dimensions)"
+        f"of {size} neighbouring dimensions)"
     )
 
 
-def _keys(layer: nn.Module, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _keys(layer: nn.Module, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Keys and values ``[1, K, 1, D]`` that one attention layer makes of a random hidden state and a given rotation."""
     real = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
@@ -152,12 +175,14 @@ def _keys(layer: nn.Module, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     hidden = torch.randn(1, 1, width, generator=generator)
     index = int(real.layer_idx)  # type: ignore[arg-type]
     empty = torch.zeros(1, 1, 1, 0)
-    inputs = AttentionInputs("split", empty, empty, torch.ones(1, 1, 1, 1), [], [], 0)
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    inputs = AttentionInputs("split", empty, empty, torch.ones(1, 1, 1, 1), [], [], 0, zero, zero)
+    positions = {"position_ids": zero} if "position_ids" in inspect.signature(real.forward).parameters else {}
     with torch.no_grad(), attention_inputs(inputs):
         try:
             # There is no past to attend to; the keys are recorded before that is noticed.
             with contextlib.suppress(IndexError):
-                real(hidden_states=hidden, position_embeddings=(cos, sin), attention_mask=None)
+                real(hidden_states=hidden, position_embeddings=rotation, attention_mask=None, **positions)
         except TypeError as error:
             raise MesaError(
                 f"{type(layer).__name__} cannot be run alone to see how it turns its keys: {error}"
@@ -181,16 +206,21 @@ class Place(nn.Module):
     A scale inside the table (YaRN) is divided out: it is in the key already.
     """
 
-    def __init__(self, table: tuple[Tensor, Tensor], layout: Layout) -> None:
+    def __init__(self, table: tuple[Tensor, Tensor], layer: LayerSpec) -> None:
         super().__init__()
         cos, sin = table
-        if layout == "interleaved" and not torch.equal(cos[:, 0::2], cos[:, 1::2]):
-            half = cos.shape[-1] // 2  # kept as halves in the table and spread over the pairs by the model
-            cos, sin = cos[:, :half].repeat_interleave(2, -1), sin[:, :half].repeat_interleave(2, -1)
+        half = layer.turning // 2
+        if layer.layout == "half" and cos.shape[-1] == half:
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        elif layer.layout == "interleaved" and (
+            cos.shape[-1] == half or not torch.equal(cos[:, 0::2], cos[:, 1::2])
+        ):
+            # Kept as halves in the table and spread over the pairs by the model.
+            cos, sin = (x[:, :half].repeat_interleave(2, -1) for x in (cos, sin))
         scale = (cos.square() + sin.square()).sqrt()
         self.register_buffer("cos", cos / scale, persistent=False)
-        self.register_buffer("sin", sin / scale, persistent=False)
-        self.layout: Layout = layout
+        self.register_buffer("sin", (-sin if layer.backwards else sin) / scale, persistent=False)
+        self.layer = layer
 
     def forward(self, key: Tensor, from_ids: Tensor, to_ids: Tensor) -> Tensor:
         """Keys ``[B, K, S, D]`` at positions ``from_ids`` to ``to_ids``, int64 ``[B, S]`` both."""
@@ -199,7 +229,9 @@ class Place(nn.Module):
         sin_from, sin_to = (nn.functional.embedding(ids, sin_table).unsqueeze(1) for ids in (from_ids, to_ids))
         cos = cos_to * cos_from + sin_to * sin_from
         sin = sin_to * cos_from - cos_to * sin_from
-        size = cos_table.shape[-1]
-        turned, rest = key[..., :size].float(), key[..., size:]
-        moved = turned * cos + quarter_turn(turned, self.layout) * sin
-        return torch.cat((moved.to(key.dtype), rest), dim=-1) if rest.shape[-1] else moved.to(key.dtype)
+        assert self.layer.layout is not None
+        first, stop = self.layer.first, self.layer.first + self.layer.turning
+        turned = key[..., first:stop].float()
+        moved = (turned * cos + quarter_turn(turned, self.layer.layout) * sin).to(key.dtype)
+        parts = [part for part in (key[..., :first], moved, key[..., stop:]) if part.shape[-1]]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else moved

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from mesart.graphs.errors import MesaError
-from mesart.graphs.manifest import WEIGHTS_FILE, Manifest
+from mesart.graphs.manifest import Manifest
 from mesart.graphs.role import RoleModule
+from mesart.graphs.torch_weights import fill_weights
 
 Feeds = Mapping[str, NDArray[Any]]
 Run = Callable[[Feeds], dict[str, NDArray[Any]]]
@@ -34,23 +33,9 @@ def load_plain_model(bundle: Path, dtype: torch.dtype, **options: Any) -> nn.Mod
     with no_init_weights():  # random numbers for weights that are filled right away
         model: Any = auto.from_config(config, dtype=dtype, **options).eval()
     model.tie_weights()
-    _fill_weights(model, bundle)
+    fill_weights(model, bundle, Manifest.read(bundle))
     plain: nn.Module = model
     return plain
-
-
-def _fill_weights(model: nn.Module, bundle: Path) -> None:
-    # Weights that share memory in the model are stored once, under any of their names.
-    names: dict[int, list[str]] = {id(p): [] for p in model.parameters()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-    with safe_open(bundle / WEIGHTS_FILE, framework="pt") as weights, torch.no_grad():
-        stored = set(weights.keys())
-        for parameter in model.parameters():
-            found = [name for name in names[id(parameter)] if name in stored]
-            if not found:
-                raise MesaError(f"{bundle / WEIGHTS_FILE} lacks the weight {names[id(parameter)][0]}; export again")
-            parameter.copy_(weights.get_tensor(found[0]))
 
 
 def open_torch(path: Path, opened: dict[str, RoleModule]) -> Run:
@@ -79,7 +64,8 @@ def open_torch(path: Path, opened: dict[str, RoleModule]) -> Run:
     count = range(len(module.layers))
 
     def run(feeds: Feeds) -> dict[str, NDArray[Any]]:
-        plain = ("input_ids", "position_ids", "past_mask", "new_mask", "query_scale", "logits_at")
+        plain = ["input_ids", "position_ids", "past_mask", "new_mask", "query_scale", "logits_at"]
+        plain += ["past_position_ids"] * manifest.looks_at_positions
         arguments = {name: torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in plain}
         past = {
             kind: [_to_torch(feeds[f"past_key_values.{i}.{kind}"], manifest.dtype) for i in count]

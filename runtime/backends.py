@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.errors import MesaError, first_line
+from mesart.runtime.engines import PACKAGES
 
 Array = NDArray[Any]
 
@@ -159,23 +160,25 @@ _BACKENDS: dict[str, tuple[str, Callable[..., Backend]]] = {
 
 def backend_names() -> list[str]:
     """The backends that exist, the fastest first."""
-    return list(_BACKENDS)
+    return [*PACKAGES, *_BACKENDS]
 
 
 def present_backends() -> list[str]:
-    """The backends whose package is installed, the fastest first."""
+    """The backends that are installed and run any bundle, the fastest first: not TensorRT, which needs engines."""
     return [name for name, (package, _) in _BACKENDS.items() if importlib.util.find_spec(package)]
 
 
 def choose_backend(name: str, dtype: str, threads: int | None = None) -> tuple[Backend, str]:
     """The backend of that name, or with ``auto`` the fastest that is installed; and the reason, a phrase for people.
 
+    TensorRT is none of them: it runs engines, not ONNX files (:mod:`mesart.runtime.load`).
+
     Raises:
         MesaError: unknown name, missing package, or a dtype that the backend does not compute.
     """
     if name != "auto":
         if name not in _BACKENDS:
-            raise MesaError(f"unknown backend {name!r}; there are auto, {', '.join(_BACKENDS)}")
+            raise MesaError(f"unknown backend {name!r}; there are auto, {', '.join(backend_names())}")
         package, make = _BACKENDS[name]
         if importlib.util.find_spec(package) is None:
             extra = "export" if name == "torch" else name

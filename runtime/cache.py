@@ -1,92 +1,113 @@
-"""The keys and values of live prompts."""
+"""What a live cache is: the keys and values of a batch of prompts, and what computes on them.
+
+The executor knows the plan and no memory; a live cache knows the memory and no plan. One lies in numpy arrays
+(:mod:`mesart.runtime.host_cache`), one on a GPU (:mod:`mesart.runtime.device_cache`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.manifest import LayerInfo
-from mesart.graphs.stairs import ORDINARY, Stairs
-from mesart.runtime.backends import Array, Graph
+from mesart.graphs.errors import MesaError
+from mesart.graphs.manifest import Manifest
+from mesart.graphs.plan import Span
+from mesart.runtime.backends import Array
 
-MASKED = np.float32(-1e9)
-"""Added to the scores of empty slots: far below any score, and finite, so that no row becomes NaN."""
-
-
-@dataclass
-class Row:
-    """One prompt of the batch."""
-
-    tokens: list[int] = field(default_factory=list)
-    """All tokens whose keys are in the cache."""
-    stairs: Stairs = ORDINARY
-    """Where they stand."""
+Positions = NDArray[np.int64]
 
 
-class Cache:
-    """Buffers ``[B, K, capacity, D]`` for keys and values of each layer; slot i of a row holds its token i.
+@dataclass(frozen=True)
+class NextToken:
+    """One decoding step of one row."""
 
-    Written in place; copied only when the capacity grows.
+    token: int
+    slot: int
+    """The number of tokens before it."""
+    position: int
+    scale: float
+    """Of its query (log-n scaling)."""
+
+
+class LiveCache(Protocol):
+    """Keys and values of the rows of a batch; slot ``i`` of a row holds its token ``i``.
+
+    What computes writes its new keys and values in place. When a call fails, the slots that it does not write are as
+    they were. ``tokens`` are always all tokens of the row, of which the spans are parts.
     """
 
-    def __init__(self, layers: list[LayerInfo], dtype: type[np.generic], batch: int, capacity: int) -> None:
-        self.layers = layers
-        self.rows = [Row() for _ in range(batch)]
-        self.capacity = capacity
-        self.keys: list[Array] = [np.zeros((batch, x.kv_heads, capacity, x.key_size), dtype) for x in layers]
-        self.values: list[Array] = [np.zeros((batch, x.kv_heads, capacity, x.value_size), dtype) for x in layers]
-        self.mask = np.full((batch, 1, 1, capacity), MASKED)
-        """Added to the scores of each slot, float32: 0 where a key may be seen."""
+    last_logits_only: bool
+    """Whether the tail gives the logits of its last token only."""
 
-    def grow(self, capacity: int) -> None:
-        """Makes room for ``capacity`` tokens, more than now; what is there stays."""
-        for buffers in (self.keys, self.values):
-            for index, old in enumerate(buffers):
-                buffers[index] = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
-                buffers[index][:, :, : self.capacity] = old
-        mask = np.full((len(self.rows), 1, 1, capacity), MASKED)
-        mask[..., : self.capacity] = self.mask
-        self.mask, self.capacity = mask, capacity
+    @property
+    def capacity(self) -> int:
+        """Tokens for which the longest row has room."""
+        ...
 
-    def write(self, row: int, start: int, keys: list[Array], values: list[Array]) -> None:
-        """Stores new keys and values ``[K, S, D]`` of one row from slot ``start`` on; they may be seen from now on."""
-        stop = start + keys[0].shape[1]
-        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
-            self.keys[layer][row, :, start:stop] = key
-            self.values[layer][row, :, start:stop] = value
-        self.mask[row, ..., start:stop] = 0
+    def begin(self, lengths: Sequence[int]) -> None:
+        """Forgets all rows; makes empty ones, with room for so many tokens each. Fails: leaves one empty row."""
+        ...
+
+    def make_room(self, row: int, tokens: int) -> None:
+        """Makes room for ``tokens`` tokens in a row; what is there stays."""
+        ...
+
+    def head(self, row: int, tokens: Sequence[int], span: Span) -> None:
+        """Computes the head, at its ordinary positions."""
+        ...
+
+    def chunks(self, row: int, tokens: Sequence[int], spans: Sequence[Span], head: Positions) -> None:
+        """Computes chunks at their local positions, behind the head, whose keys stand at ``head``, int64 ``[F]``."""
+        ...
+
+    def tail(
+        self,
+        row: int,
+        tokens: Sequence[int],
+        span: Span,
+        positions: Positions,
+        scales: NDArray[np.float32],
+        *,
+        all_logits: bool,
+    ) -> NDArray[np.float32]:
+        """Computes the tail, a slice at a time: each sees all before it, so that slicing changes nothing.
+
+        Args:
+            positions: of the tail's tokens, int64 ``[len(span)]``.
+            scales: of their queries, float32 ``[len(span)]``.
+            all_logits: of all its tokens, float32 ``[len(span), V]``, not only of the last, ``[1, V]``.
+        """
+        ...
+
+    def step(self, tokens: Sequence[NextToken | None]) -> NDArray[np.float32]:
+        """Appends a token to each row that has one; logits ``[B, V]``, without meaning where there is none."""
+        ...
+
+    def move(self, row: int, old: Positions, new: Positions) -> None:
+        """Turns the keys of slots ``0 .. len(old) - 1`` from their old positions to new ones; all of them, or none."""
+        ...
 
     def forget(self, row: int, start: int) -> None:
         """Tokens of a row from ``start`` on may be seen no more."""
-        self.mask[row, ..., start:] = MASKED
+        ...
 
-    def past(self, row: int) -> dict[str, Array]:
-        """One row's buffers as a graph's inputs, ``[1, K, capacity, D]``."""
-        return past_feeds([k[row : row + 1] for k in self.keys], [v[row : row + 1] for v in self.values])
+    def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:
+        """Copies of a row's keys and values, ``[K, at least its tokens, D]``, a layer each, in the bundle's dtype."""
+        ...
 
-    def move(self, row: int, old: NDArray[np.int64], new: NDArray[np.int64], places: dict[str, Graph]) -> None:
-        """Moves the keys of slots ``0 .. len(old) - 1`` from their old positions to new ones."""
-        moved = np.flatnonzero(old != new)
-        if not len(moved):
-            return
-        span = slice(int(moved[0]), int(moved[-1]) + 1)
-        for layer, info in enumerate(self.layers):
-            if info.place is not None:
-                keys = self.keys[layer][row : row + 1, :, span]
-                keys[:] = move_keys(places[info.place], keys, old[span], new[span])
+    def close(self) -> None:
+        """Frees the memory."""
+        ...
 
 
-def move_keys(place: Graph, keys: Array, old: NDArray[np.int64], new: NDArray[np.int64]) -> Array:
-    """Keys ``[B, K, S, D]`` turned from positions ``old`` to ``new``, int64 ``[S]`` both."""
-    from_ids, to_ids = (np.broadcast_to(ids, (len(keys), len(ids))) for ids in (old, new))
-    feeds = {"key": np.ascontiguousarray(keys), "from_ids": np.array(from_ids), "to_ids": np.array(to_ids)}
-    return place(feeds)["moved"]
-
-
-def past_feeds(keys: list[Array], values: list[Array]) -> dict[str, Array]:
-    """The inputs ``past_key_values.N.key`` and ``.value``."""
-    feeds = {f"past_key_values.{index}.key": key for index, key in enumerate(keys)}
-    feeds.update({f"past_key_values.{index}.value": value for index, value in enumerate(values)})
-    return feeds
+def require_numbers(logits: NDArray[np.float32], role: str, manifest: Manifest) -> None:
+    """Raises a :class:`MesaError` if the logits of a role are no numbers."""
+    if np.isnan(logits).any():
+        raise MesaError(
+            f"NaN in the logits of the {role}: the weights are broken, or {manifest.dtype} overflows "
+            "(export with another --dtype); `mesart validate` names the layer"
+        )

@@ -17,9 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import bucket_for
-from mesart.runtime.backends import Array, choose_backend
+from mesart.runtime.backends import Array
+from mesart.runtime.device_cache import DeviceCache, DeviceMemory
 from mesart.runtime.executor import Executor
-from mesart.runtime.graphs import SpecialisedGraphs, SymbolicGraphs
+from mesart.runtime.load import load_cache
 from mesart.runtime.sampling import Sampler, SamplingConfig
 from mesart.runtime.stream import TextStream
 from mesart.runtime.text import Tokenizer, configured_eos_ids
@@ -58,20 +59,22 @@ class MesaModel:
 
         Args:
             bundle: a folder made by ``mesart export``.
-            backend: ``onnxruntime``, ``openvino``, ``torch``, or ``auto`` for the fastest that is installed.
+            backend: ``tensorrt`` or ``tensorrt-rtx`` for the engines of ``mesart build``; ``onnxruntime``,
+                ``openvino`` or ``torch`` for the graphs; ``auto`` for the fastest that runs here.
             threads: CPU threads; all that the process may use if left out.
             specialised: run the graphs of fixed shapes, one for each role and bucket, instead of the symbolic one.
-            verify: check the SHA-256 of every file; otherwise only that it is there and has its size.
+            verify: check the SHA-256 of every file; otherwise only that it is there and has its size (an engine is
+                checked in any case, before it is opened).
 
         Raises:
-            MesaError: no bundle, a missing or altered file, or a backend that is unknown or not installed.
+            MesaError: no bundle, a missing or altered file, a backend that is unknown or not installed, or engines that
+                do not run on this machine.
         """
         folder = Path(bundle)
         manifest = Manifest.read(folder)
         manifest.verify(folder, contents=verify)
-        engine, choice = choose_backend(backend, manifest.dtype, threads)
-        graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(folder, manifest, engine)
-        return cls(folder, manifest, Executor(manifest, graphs), engine.name, engine.device, choice)
+        it = load_cache(folder, manifest, backend, threads=threads, specialised=specialised, verify=verify)
+        return cls(folder, it.manifest, Executor(it.manifest, it.cache), it.backend, it.device, it.choice)
 
     def __enter__(self) -> MesaModel:
         return self
@@ -83,6 +86,8 @@ class MesaModel:
 
     def close(self) -> None:
         """Frees the engine and the cache; the model cannot be used any more."""
+        if self._executor is not None:
+            self._executor.cache.close()
         self._executor = None
 
     @property
@@ -141,16 +146,22 @@ class MesaModel:
         """Appends one token to each row of the cache; logits of the next, float32 ``[B, 1, V]``."""
         tokens = self._prompts(np.asarray(token).reshape(-1, 1))
         self._require_rows(len(tokens))
-        if not self.executor.cache.rows[0].tokens:
+        if not self.executor.rows[0].tokens:
             raise MesaError("step needs a prompt in the cache; call prefill first")
         logits = self.executor.step([row[0] for row in tokens])
         self._unfed = []
         return logits[:, None]
 
     @property
+    def device_memory(self) -> DeviceMemory | None:
+        """What the model takes of the GPU's memory now; ``None`` where no engines run it."""
+        cache = self.executor.cache
+        return cache.memory if isinstance(cache, DeviceCache) else None
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens in the cache, a number for each row."""
-        return [len(row.tokens) for row in self.executor.cache.rows]
+        return [len(row.tokens) for row in self.executor.rows]
 
     def generate_ids(
         self,
@@ -183,7 +194,7 @@ class MesaModel:
             logits = self.prefill(prompts)
         seeds = [None if choice.seed is None else choice.seed + row for row in rows]
         samplers = [Sampler(replace(choice, seed=seed)) for seed in seeds]
-        history = [list(self.executor.cache.rows[row].tokens) for row in rows]
+        history = [list(self.executor.rows[row].tokens) for row in rows]
         ended = [False] * len(prompts)
         end = set(self.eos_token_ids)
         for index in range(max_new_tokens):
@@ -313,7 +324,7 @@ class MesaModel:
         return [[int(token) for token in row] for row in rows]
 
     def _require_rows(self, rows: int) -> None:
-        live = len(self.executor.cache.rows)
+        live = len(self.executor.rows)
         if rows != live:
             raise MesaError(f"the cache holds {live} prompts, got tokens for {rows}")
 

@@ -82,7 +82,30 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("-o", "--output", required=True, help="the bundle's folder")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--max-tokens", type=int, help="longest prompt (default: 16 x T_r)")
+    parser.add_argument(
+        "--weights",
+        choices=("link", "copy"),
+        default="link",
+        help="link to the checkpoint's files, or copy them",
+    )
     parser.add_argument("--force", action="store_true", help="replace the output folder whatever it is")
+    triton = parser.add_argument_group("for NVIDIA Triton Inference Server")
+    triton.add_argument(
+        "--format",
+        choices=("bundle", "triton-repository"),
+        default="bundle",
+        help="triton-repository: MODEL is a bundle; writes a model that streams text, and one for each graph",
+    )
+    triton.add_argument(
+        "--engine",
+        choices=("tensorrt", "tensorrt-rtx", "onnxruntime"),
+        default="tensorrt",
+        help="what the graphs run on (default: tensorrt, for this machine's GPU; tensorrt-rtx: for your own backends)",
+    )
+    triton.add_argument("--gpu", metavar="NAMES", help="GPUs to build for, with tensorrt-rtx")
+    triton.add_argument(
+        "--name", default="mesart", help="the name of the model that streams text, a prefix of the others"
+    )
     for field in dataclasses.fields(MesaConfig):
         option = "--" + field.name.replace("_", "-")
         if field.name == "log_n":
@@ -95,8 +118,20 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from mesart.export import export_model  # noqa: PLC0415  (torch is slow to import)
+    from mesart.export import export_model, export_triton_repository  # noqa: PLC0415  (torch is slow to import)
 
+    if options.format == "triton-repository":
+        export_triton_repository(
+            options.model,
+            options.output,
+            engine=options.engine,
+            gpus=options.gpu,
+            name=options.name,
+            max_tokens=options.max_tokens,
+            force=options.force,
+            report=lambda line: print(line, file=sys.stderr),
+        )
+        return 0
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(MesaConfig)}
     config = MesaConfig.from_model(options.model, **given)
     export_model(
@@ -105,7 +140,9 @@ def _export(options: argparse.Namespace) -> int:
         config,
         max_tokens=options.max_tokens,
         dtype=options.dtype,
+        weights=options.weights,
         force=options.force,
+        progress=True,
         report=lambda line: print(line, file=sys.stderr),
     )
     return 0
@@ -189,7 +226,9 @@ def summary(bundle: Path, manifest: Manifest) -> str:
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="auto", help="auto, openvino, onnxruntime or torch")
+    parser.add_argument(
+        "--backend", default="auto", help="auto, tensorrt, tensorrt-rtx, openvino, onnxruntime or torch"
+    )
 
 
 def _add_validate(commands: Any) -> None:
@@ -197,7 +236,7 @@ def _add_validate(commands: Any) -> None:
     parser.add_argument("bundle")
     parser.add_argument("--against", metavar="MODEL", help="the checkpoint (default: the bundle's own weights)")
     _add_backend(parser)
-    parser.add_argument("--graphs", choices=("all", "symbolic", "specialised"), default="all")
+    parser.add_argument("--graphs", choices=("all", "symbolic", "specialised"), default="all", help="not for TensorRT")
     parser.add_argument("--buckets", type=int, nargs="+", metavar="CHUNKS", help="default: all")
     parser.add_argument("--steps", type=int, default=8, help="decoding steps after each prompt")
     parser.add_argument("--seed", type=int, default=0)
@@ -211,7 +250,7 @@ def _validate(options: argparse.Namespace) -> int:
         options.bundle,
         options.against,
         backend=options.backend,
-        graphs=("symbolic", "specialised") if options.graphs == "all" else (options.graphs,),
+        graphs=None if options.graphs == "all" else (options.graphs,),
         buckets=options.buckets,
         steps=options.steps,
         seed=options.seed,
@@ -265,6 +304,8 @@ def _generate(options: argparse.Namespace) -> int:
             pieces = model.stream(prompt, options.max_new_tokens, stop=options.stop, **sampling)
         for piece in pieces:
             print(piece, end="", flush=True)
+        if options.verbose and model.device_memory is not None:
+            print(f"\n{model.device_memory}", end="", file=sys.stderr)
     print()
     return 0
 

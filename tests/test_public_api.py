@@ -6,7 +6,7 @@ import pytest
 
 PUBLIC = {
     "mesart.graphs": {"Bucket", "MesaConfig", "MesaError", "Plan", "Span", "Stairs", "TorchReference"},
-    "mesart.export": {"export_model"},
+    "mesart.export": {"build_engines", "export_model", "export_triton_repository"},
     "mesart.runtime": {"MesaModel", "SamplingConfig", "backend_names", "present_backends"},
 }
 
@@ -23,11 +23,13 @@ def test_public_names(package: str) -> None:
 
 def test_names_that_stay() -> None:
     """As the README and users write them."""
-    from mesart.export import export_model
+    from mesart.export import build_engines, export_model, export_triton_repository
     from mesart.graphs import MesaConfig, Plan, TorchReference
     from mesart.runtime import MesaModel
 
     assert callable(export_model)
+    assert callable(build_engines)
+    assert callable(export_triton_repository)
     assert callable(MesaConfig.from_model)
     assert callable(Plan.of)
     assert callable(TorchReference.prefill)

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from mesart.evaluation.validate import Validation, validate
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import MANIFEST_FILE, WEIGHTS_FILE, sha256
-from mesart.runtime.executor import Executor
+from mesart.graphs.manifest import MANIFEST_FILE, Manifest, sha256
+from mesart.runtime.host_cache import HostCache
 
 BUCKETS = [0, 3]
 LAYER = 1
@@ -54,11 +54,12 @@ def test_bfloat16_is_judged_by_its_own_noise(bundle: Callable[..., Path], checkp
 
 def _with_weight(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
     """Alters a bundle's weights and its manifest with them, as a faulty exporter would have written both."""
-    weights = load_file(folder / WEIGHTS_FILE)
+    file = Manifest.read(folder).weight_files[0]
+    weights = load_file(folder / file)
     change(weights)
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(weights, folder / file, metadata={"format": "pt"})
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    manifest["files"][WEIGHTS_FILE]["sha256"] = sha256(folder / WEIGHTS_FILE)
+    manifest["files"][file]["sha256"] = sha256(folder / file)
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
@@ -99,9 +100,9 @@ def test_a_wrong_head_is_seen_behind_the_last_layer(bundle_copy: Path, checkpoin
 
 
 def _patch_feeds(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, dict[str, Any]], None]) -> None:
-    plain = Executor._run
+    plain = HostCache._run
 
-    def run(self: Executor, *arguments: Any, **options: Any) -> Any:
+    def run(self: HostCache, *arguments: Any, **options: Any) -> Any:
         inner = self._graphs.run
 
         def changed(role: str, bucket: int | None, feeds: Mapping[str, Any]) -> Any:
@@ -113,7 +114,7 @@ def _patch_feeds(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, dict[st
             patch.setattr(self._graphs, "run", changed, raising=False)
             return plain(self, *arguments, **options)
 
-    monkeypatch.setattr(Executor, "_run", run)
+    monkeypatch.setattr(HostCache, "_run", run)
 
 
 def test_a_mask_that_shows_one_token_of_the_future_is_seen(

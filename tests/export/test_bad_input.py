@@ -89,12 +89,18 @@ class TestCheckpoint:
         BertModel(config).save_pretrained(tmp_path / "bert")
         refused(tmp_path / "bert", work, "bert", config=MesaConfig(64))
 
-    def test_no_safetensors(self, work, checkpoint_copy):
-        weights = load_file(checkpoint_copy / "model.safetensors")
+    def test_no_weights(self, work, checkpoint_copy):
         (checkpoint_copy / "model.safetensors").unlink()
-        refused(checkpoint_copy, work, "has no model.safetensors")
-        torch.save(weights, checkpoint_copy / "pytorch_model.bin")
-        refused(checkpoint_copy, work, "it has pytorch_model.bin, save it with save_pretrained to get safetensors")
+        refused(checkpoint_copy, work, "has no model.safetensors and no pytorch_model.bin")
+
+    def test_a_pickle_with_code_in_it(self, work, checkpoint_copy):
+        (checkpoint_copy / "model.safetensors").unlink()
+        torch.save({"lm_head.weight": Path("/")}, checkpoint_copy / "pytorch_model.bin")
+        refused(checkpoint_copy, work, "pytorch_model.bin is no file of tensors that is safe to load")
+
+    def test_quantised(self, work, checkpoint_copy):
+        edit_config(checkpoint_copy, quantization_config={"quant_method": "abracadabra"})
+        refused(checkpoint_copy, work, "is quantised (abracadabra), which")
 
     @pytest.mark.parametrize("keep", [0, 4, 1000, -1])
     def test_truncated(self, work, checkpoint_copy, keep):
@@ -197,10 +203,12 @@ class TestAllOrNothing:
     FULL_WEIGHTS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     @pytest.mark.parametrize(
-        ("stage", "error"), [("save_file", FULL_WEIGHTS), ("save_file", FULL), ("sha256", FULL)], ids=str
+        ("stage", "error"),
+        [("weights.write_file", FULL_WEIGHTS), ("weights.write_file", FULL), ("bundle.sha256", FULL)],
+        ids=str,
     )
     def test_the_disk_fills_up(self, work, checkpoint, monkeypatch, stage, error):
-        monkeypatch.setattr(bundle_module, stage, fail_with(error))
+        monkeypatch.setattr(f"mesart.export.{stage}", fail_with(error))
         refused(checkpoint("tied_llama"), work, "the disk is full", "MiB")
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("unforeseen")])

@@ -12,8 +12,10 @@ import pytest
 from mesart.graphs import MesaError, TorchReference
 from mesart.graphs.manifest import Manifest
 from mesart.runtime import MesaModel, backend_names, present_backends
+from mesart.runtime.engines import PACKAGES
 
 CLOSE = 1e-4
+NAMES = [name for name in backend_names() if name not in PACKAGES]  # TensorRT runs engines: test_engines.py
 ENGINES = [
     pytest.param(
         (name, specialised),
@@ -21,9 +23,9 @@ ENGINES = [
         marks=pytest.mark.skipif(name not in present_backends(), reason=f"{name} is not installed"),
     )
     for specialised in (False, True)
-    for name in backend_names()
+    for name in NAMES
 ]
-SYMBOLIC = ENGINES[: len(backend_names())]
+SYMBOLIC = ENGINES[: len(NAMES)]
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -53,7 +55,7 @@ def reference(checkpoint, mesa_config) -> TorchReference:
 
 def takes_all_logits(model: MesaModel) -> bool:
     """Specialised graphs compute the last token's logits only."""
-    return "Specialised" not in type(model.executor._graphs).__name__
+    return not model.executor.cache.last_logits_only
 
 
 class TestEqualsTheReference:
@@ -182,7 +184,9 @@ class TestOtherDtypes:
 
 class TestChoice:
     def test_unknown_name(self, bundle):
-        with pytest.raises(MesaError, match="unknown backend 'abacus'; there are auto, openvino, onnxruntime, torch"):
+        with pytest.raises(
+            MesaError, match="unknown backend 'abacus'; there are auto, tensorrt, tensorrt-rtx, openvino, "
+        ):
             MesaModel.load(bundle(), "abacus")
 
     @pytest.mark.parametrize(

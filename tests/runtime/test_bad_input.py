@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import MANIFEST_FILE, WEIGHTS_FILE
+from mesart.graphs.manifest import MANIFEST_FILE, Manifest
 from mesart.runtime import MesaModel, present_backends
 
 
@@ -73,10 +73,10 @@ class TestBundle:
 
     @pytest.mark.parametrize("backend", present_backends())
     def test_nan_in_the_logits(self, bundle_copy, backend):
-        weights = load_file(bundle_copy / WEIGHTS_FILE)
-        name = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
-        weights[name][3, 5] = np.nan
-        save_file(weights, bundle_copy / WEIGHTS_FILE, metadata={"format": "pt"})
+        file = bundle_copy / Manifest.read(bundle_copy).weight_files[0]
+        weights = load_file(file)
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+        save_file(weights, file, metadata={"format": "pt"})
         with (
             MesaModel.load(bundle_copy, backend, verify=False) as model,
             pytest.raises(MesaError, match="NaN in the logits of the tail: .*`mesart validate`") as error,

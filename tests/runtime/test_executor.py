@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def model(bundle) -> Iterator[MesaModel]:
 
 def buffers(model: MesaModel) -> list[int]:
     """Where the memory of the cache lies."""
-    cache = model.executor.cache
+    cache: Any = model.executor.cache
     return [array.ctypes.data for array in (*cache.keys, *cache.values)]
 
 
@@ -53,10 +54,10 @@ def test_keys_before_the_anchor_stay_when_it_moves_by_whole_steps(model):
     model.prefill(tokens(300))
     moved = []
     for token in tokens(60, seed=1):
-        row = model.executor.cache.rows[0]
+        row = model.executor.rows[0]
         before, stairs = model.executor.cache.keys[0].copy(), row.stairs
         model.step(token)
-        now = model.executor.cache.rows[0].stairs
+        now = model.executor.rows[0].stairs
         if now != stairs and now.width == stairs.width:
             moved.append(now)
             old = model.executor.cache.keys[0][0, :, : stairs.anchor]
@@ -100,7 +101,7 @@ def test_a_failure_in_the_middle_of_a_turn_leaves_a_cache_that_can_be_used(model
     model.prefill(tokens(cached))
     expected = model.extend(turn)
     model.prefill(tokens(cached))
-    run = model.executor._graphs.run
+    run = model.executor.cache._graphs.run
 
     def fail_in_the_tail(role, bucket, feeds):
         if role == "tail":
@@ -108,8 +109,58 @@ def test_a_failure_in_the_middle_of_a_turn_leaves_a_cache_that_can_be_used(model
         return run(role, bucket, feeds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.executor._graphs, "run", fail_in_the_tail)
+        patch.setattr(model.executor.cache._graphs, "run", fail_in_the_tail)
         with pytest.raises(MesaError, match="the engine gave up"):
             model.extend(turn)
     assert model.lengths == [cached]
     assert np.abs(model.extend(turn) - expected).max() < 1e-4
+
+
+def test_a_move_that_fails_in_the_middle_of_the_layers_leaves_all_keys(model, monkeypatch):
+    turn = tokens(30, seed=1)
+    model.prefill(tokens(100))
+    expected = model.extend(turn)
+    model.prefill(tokens(100))
+    cache: Any = model.executor.cache
+    before = [key.copy() for key in cache.keys]
+    places = dict(cache._places)
+    calls = []
+
+    def fail_at_the_second(feeds):
+        calls.append(feeds)
+        if len(calls) == 2:
+            raise MesaError("the engine gave up")
+        return places[cache.layers[0].place](feeds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_places", dict.fromkeys(places, fail_at_the_second))
+        with pytest.raises(MesaError, match="the engine gave up"):
+            model.extend(turn)
+    assert len(calls) == 3, "a layer turned, one failed, the first turned back"
+    for key, old in zip(cache.keys, before, strict=True):
+        assert np.abs(key[:, :, :100] - old[:, :, :100]).max() < 1e-5
+    assert np.abs(model.extend(turn) - expected).max() < 1e-4
+
+
+def test_a_step_that_fails_in_one_row_changes_none(bundle, monkeypatch):
+    """Specialised graphs run one row after the other."""
+    with MesaModel.load(bundle(), "torch", specialised=True, verify=False) as model:
+        prompts = [tokens(70), tokens(30, seed=1)]
+        model.prefill(prompts)
+        expected = model.step([3, 4])
+        model.prefill(prompts)
+        graphs: Any = model.executor.cache._graphs  # type: ignore[attr-defined]
+        run, calls = graphs.run, []
+
+        def fail_at_the_second(role, bucket, feeds):
+            calls.append(role)
+            if len(calls) == 2:
+                raise MesaError("the engine gave up")
+            return run(role, bucket, feeds)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs, "run", fail_at_the_second)
+            with pytest.raises(MesaError, match="the engine gave up"):
+                model.step([3, 4])
+        assert model.lengths == [70, 30]
+        assert np.abs(model.step([3, 4]) - expected).max() < 1e-5

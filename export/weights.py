@@ -1,0 +1,220 @@
+"""How a checkpoint's weights come into a bundle: linked where they lie, or streamed into a file of the bundle's own.
+
+A model is traced with parameters whose memory nobody ever touches, so that an export reads no weights; each parameter
+is looked up in the checkpoint's headers by name, shape and dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from mesart.export.checkpoint import load_model, weight_files
+from mesart.export.safetensors_file import Pending, Stored, read_header, write_file
+from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.manifest import WEIGHTS_FILE, FileInfo, sha256
+from mesart.graphs.torch_weights import match_weights
+
+WeightMode = Literal["link", "copy"]
+"""``link``: a weight that the checkpoint holds in the asked dtype stays in its file, which the bundle links to (hard,
+or copies to another file system); the others are converted. ``copy``: all go into one file of the bundle's own."""
+
+
+@dataclass
+class Network:
+    """A model to trace, and where its weights come from."""
+
+    module: nn.Module
+    """Parameters without numbers, if ``stored`` has them."""
+    stored: dict[str, Stored] | None
+    """Of each parameter and persistent buffer, by its name in the model; ``None``: the numbers are in ``module``."""
+    read: Callable[[Stored], Tensor] = field(repr=False, default=lambda stored: torch.empty(0))
+
+    @property
+    def bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+
+def open_network(checkpoint: Path, dtype: str, config: Any, say: Callable[[str], None]) -> Network:
+    """A checkpoint's model in ``dtype``, without reading its weights if they lie there under the model's own names.
+
+    Raises:
+        MesaError: no such dtype, weights that are missing, truncated or of another shape, a pickle with code in it.
+    """
+    files = weight_files(checkpoint)
+    tensors, read = _open_pickles(files) if files[0].suffix == ".bin" else _open_safetensors(files)
+    with no_init_weights():  # parameters that nobody writes to take no memory
+        auto: Any = AutoModelForCausalLM
+        module: Any = auto.from_config(config, dtype=getattr(torch, dtype)).eval()
+    module.tie_weights()
+    names = match_weights(module, {name: tensor.shape for name, tensor in tensors.items()})
+    if names is None:
+        # transformers builds some weights from others (experts), or knows their old names; or some are missing.
+        if files[0].suffix == ".bin":
+            raise MesaError(f"{files[0]} holds other weights than {type(module).__name__} has; save it as safetensors")
+        say("the weights have other names or shapes than the model's: transformers converts them, in memory")
+        return Network(load_model(checkpoint, dtype, config), None)
+    stored = {name: tensors[found] for name, found in names.items()}
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name in stored:
+                buffer.copy_(read(stored[name]))
+    return Network(module, stored, read)
+
+
+def _open_safetensors(files: list[Path]) -> tuple[dict[str, Stored], Callable[[Stored], Tensor]]:
+    tensors = {name: stored for file in files for name, stored in read_header(file).items()}
+
+    def read(stored: Stored) -> Tensor:
+        with safe_open(stored.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored.name)
+        return tensor
+
+    return tensors, read
+
+
+def _open_pickles(files: list[Path]) -> tuple[dict[str, Stored], Callable[[Stored], Tensor]]:
+    """Tensors only, mapped from the file: a pickle could run any code otherwise."""
+    loaded: dict[str, Tensor] = {}
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            loaded |= {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        except Exception as error:  # unpickling can fail in any way
+            raise MesaError(f"{file} is no file of tensors that is safe to load: {first_line(error)}") from error
+        tensors |= {
+            name: Stored(file, name, -1, tensor.nbytes, tensor.dtype, tuple(tensor.shape))
+            for name, tensor in loaded.items()
+            if name not in tensors
+        }
+    return tensors, lambda stored: loaded[stored.name]
+
+
+class WeightFiles:
+    """The weight files of a bundle that is being written.
+
+    Args:
+        network: whose weights they hold.
+        folder: the bundle's.
+        mode: see :data:`WeightMode`.
+    """
+
+    def __init__(self, network: Network, folder: Path, mode: WeightMode) -> None:
+        self._network, self._folder = network, folder
+        module = network.module
+        self._parameters = dict(module.named_parameters())
+        self._names = {parameter.data_ptr(): name for name, parameter in self._parameters.items()}
+        self._tables: dict[str, Tensor] = {}
+        self._linked: dict[str, Stored] = {}
+        if mode == "link" and network.stored is not None:
+            self._linked = {
+                name: stored
+                for name, parameter in self._parameters.items()
+                if (stored := network.stored[name]).dtype == parameter.dtype and stored.offset >= 0
+            }
+        self._files = {file: self._file_name(file) for file in {stored.file: None for stored in self._linked.values()}}
+        self._hashes: dict[str, Future[str]] = {}
+        self._threads = ThreadPoolExecutor(1)
+        for file, name in self._files.items():  # hashed while the model is traced
+            self._hashes[name] = self._threads.submit(sha256, file)
+
+    @staticmethod
+    def _file_name(file: Path) -> str:
+        return file.name if file.name != WEIGHTS_FILE else f"checkpoint-{file.name}"
+
+    @property
+    def bytes_to_write(self) -> int:
+        """About how much disk they take: a hard link takes none, but may not be possible."""
+        own = sum(p.numel() * p.element_size() for name, p in self._parameters.items() if name not in self._linked)
+        return own + sum(f.stat().st_size for f in self._files if f.stat().st_dev != self._folder.stat().st_dev)
+
+    def place(self, raw: Tensor, name: str, *, table: bool) -> str:
+        """The name under which a graph's initializer is stored.
+
+        Args:
+            raw: the tensor.
+            name: what it shall be called, if it is no parameter of the model.
+            table: it may equal another table, which is then stored for both.
+        """
+        parameter = self._names.get(raw.data_ptr())
+        if parameter is not None:
+            assert self._parameters[parameter].shape == raw.shape, f"a part of {parameter}, which has no numbers"
+            return parameter
+        if table:
+            name = next((known for known, tensor in self._tables.items() if _equal(tensor, raw)), name)
+        self._tables.setdefault(name, raw)
+        return name
+
+    def write(self, *, progress: bool) -> dict[str, tuple[str, int, int]]:
+        """Writes and links the files; where each weight lies then: file, offset and length."""
+        pending = {
+            name: Pending(tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
+            for name, tensor in self._tables.items()
+        }
+        persistent = set(self._network.module.state_dict())
+        for name, buffer in self._network.module.named_buffers():
+            if name in persistent:
+                pending[name] = Pending(buffer.dtype, tuple(buffer.shape), lambda buffer=buffer: buffer)  # type: ignore[misc]
+        for name, parameter in self._parameters.items():
+            if name not in self._linked:
+                pending[name] = self._pending(name, parameter)
+        path = self._folder / WEIGHTS_FILE
+        total = sum(tensor.bytes for tensor in pending.values())
+        with tqdm(
+            total=total, desc="weights", unit="B", unit_scale=True, disable=not progress or total < 1 << 28
+        ) as bar:
+            write_file(path, pending, bar.update)
+        for file, name in self._files.items():
+            _link(file, self._folder / name)
+        places = {name: (WEIGHTS_FILE, stored.offset, stored.bytes) for name, stored in read_header(path).items()}
+        for name, stored in self._linked.items():
+            places[name] = (self._files[stored.file], stored.offset, stored.bytes)
+        return places
+
+    def _pending(self, name: str, parameter: Tensor) -> Pending:
+        network = self._network
+        if network.stored is None:
+            return Pending(parameter.dtype, tuple(parameter.shape), lambda: parameter)
+        stored = network.stored[name]
+        return Pending(parameter.dtype, tuple(parameter.shape), lambda: network.read(stored))
+
+    def infos(self) -> dict[str, FileInfo]:
+        """Size and SHA-256 of the files, by name."""
+        infos = {}
+        for name in [*self._files.values(), WEIGHTS_FILE]:
+            path = self._folder / name
+            digest = self._hashes[name].result() if name in self._hashes else sha256(path)
+            infos[name] = FileInfo(path.stat().st_size, digest)
+        return infos
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or its copy on another file system."""
+    real = source.resolve()  # hub caches hold symbolic links
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copyfile(real, target)
+
+
+__all__ = ["Network", "WeightFiles", "WeightMode", "open_network"]

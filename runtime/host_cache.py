@@ -1,0 +1,265 @@
+"""The live cache in numpy arrays: for the backends that map arrays to arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesart.graphs.manifest import Manifest, Role
+from mesart.graphs.plan import Span
+from mesart.graphs.stairs import ORDINARY
+from mesart.runtime.backends import STORAGE, Array, Graph
+from mesart.runtime.cache import NextToken, Positions, require_numbers
+from mesart.runtime.graphs import RoleGraphs
+
+MASKED = np.float32(-1e9)
+"""Added to the scores of empty slots: far below any score, and finite, so that no row becomes NaN."""
+
+
+class HostCache:
+    """Buffers ``[B, K, capacity, D]`` for keys and values of each layer, all rows in one; see :class:`LiveCache`.
+
+    Written in place; copied only when the capacity grows.
+    """
+
+    def __init__(self, manifest: Manifest, graphs: RoleGraphs) -> None:
+        self.manifest, self.config, self.layers, self._graphs = manifest, manifest.config, manifest.layers, graphs
+        self.last_logits_only = graphs.last_logits_only
+        self._places: dict[str, Graph] = {x.place: graphs.place(x.place) for x in self.layers if x.place}
+        self._storage = STORAGE[manifest.dtype]
+        self._allocate(1, 0)
+
+    def _allocate(self, batch: int, capacity: int) -> None:
+        self._capacity = capacity
+        self.keys: list[Array] = [
+            np.zeros((batch, x.kv_heads, capacity, x.key_size), self._storage) for x in self.layers
+        ]
+        self.values: list[Array] = [
+            np.zeros((batch, x.kv_heads, capacity, x.value_size), self._storage) for x in self.layers
+        ]
+        self.mask = np.full((batch, 1, 1, capacity), MASKED)
+        """Added to the scores of each slot, float32: 0 where a key may be seen."""
+        self.positions = np.zeros((batch, capacity), np.int64)
+        """Where the key of each slot stands."""
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        self._allocate(1, 0)  # the old buffers go before the new ones come
+        self._allocate(len(lengths), self._graphs.capacity(max(lengths)))
+
+    def make_room(self, row: int, tokens: int) -> None:
+        del row  # all have the same
+        if tokens > self._capacity:
+            self._grow(self._graphs.capacity(tokens, growing=True))
+
+    def _grow(self, capacity: int) -> None:
+        for buffers in (self.keys, self.values):
+            for index, old in enumerate(buffers):
+                buffers[index] = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+                buffers[index][:, :, : self._capacity] = old
+        mask = np.full((*self.mask.shape[:3], capacity), MASKED)
+        mask[..., : self._capacity] = self.mask
+        positions = np.zeros((len(self.positions), capacity), np.int64)
+        positions[:, : self._capacity] = self.positions
+        self.mask, self.positions, self._capacity = mask, positions, capacity
+
+    def head(self, row: int, tokens: Sequence[int], span: Span) -> None:
+        ids, positions = _ids(tokens, [span]), ORDINARY.positions(span.start, span.stop)[None]
+        past = [np.zeros((1, x.kv_heads, 0, x.key_size), self._storage) for x in self.layers]
+        past_values = [np.zeros((1, x.kv_heads, 0, x.value_size), self._storage) for x in self.layers]
+        none = np.zeros((1, 1, 1, 0), np.float32)
+        nowhere = np.zeros((1, 0), np.int64)
+        _, keys, values = self._run("head", ids, positions, none, nowhere, _past_feeds(past, past_values))
+        self._write(row, span.start, [k[0] for k in keys], [v[0] for v in values], positions[0])
+
+    def chunks(self, row: int, tokens: Sequence[int], spans: Sequence[Span], head: Positions) -> None:
+        size = self.config.head_length
+        local = ORDINARY.positions(0, size)
+        head_keys = [k[row : row + 1, :, :size] for k in self.keys]
+        if not np.array_equal(head, local):  # a later turn: the head stands on stairs
+            head_keys = [
+                keys if info.place is None else np.array(_turn(self._places[info.place], keys, head, local))
+                for keys, info in zip(head_keys, self.layers, strict=True)
+            ]
+        head_values = [v[row : row + 1, :, :size] for v in self.values]
+        for batch in _batches(spans, self._graphs.chunk_batch(self.config.chunk_length)):
+            count = len(batch)
+            positions = ORDINARY.positions(size, size + len(batch[0]))
+            _, keys, values = self._run(
+                "chunk",
+                _ids(tokens, batch),
+                np.tile(positions, (count, 1)),
+                np.zeros((count, 1, 1, size), np.float32),
+                np.tile(local, (count, 1)),
+                _past_feeds(
+                    [np.repeat(key, count, axis=0) for key in head_keys],
+                    [np.repeat(value, count, axis=0) for value in head_values],
+                ),
+            )
+            for place, span in enumerate(batch):
+                self._write(row, span.start, [k[place] for k in keys], [v[place] for v in values], positions)
+
+    def tail(
+        self,
+        row: int,
+        tokens: Sequence[int],
+        span: Span,
+        positions: Positions,
+        scales: NDArray[np.float32],
+        *,
+        all_logits: bool,
+    ) -> NDArray[np.float32]:
+        part = slice(row, row + 1)
+        length = self._graphs.slice_length(self._capacity)
+        pieces = []
+        for start in range(span.start, span.stop, length):
+            piece = Span(start, min(start + length, span.stop))
+            here = slice(piece.start - span.start, piece.stop - span.start)
+            logits, keys, values = self._run(
+                "tail",
+                _ids(tokens, [piece]),
+                positions[None, here],
+                self.mask[part],
+                self.positions[part],
+                _past_feeds([k[part] for k in self.keys], [v[part] for v in self.values]),
+                scales[None, here],
+                range(len(piece)) if all_logits else (len(piece) - 1,),
+            )
+            if all_logits or piece.stop == span.stop:
+                pieces.append(np.array(logits[0]))
+            self._write(row, piece.start, [k[0] for k in keys], [v[0] for v in values], positions[here])
+        return np.concatenate(pieces)
+
+    def step(self, tokens: Sequence[NextToken | None]) -> NDArray[np.float32]:
+        together = self._graphs.step_batch or len(tokens)
+        return np.concatenate([self._step(tokens, i, i + together) for i in range(0, len(tokens), together)])
+
+    def _step(self, tokens: Sequence[NextToken | None], start: int, stop: int) -> NDArray[np.float32]:
+        part = slice(start, stop)
+        rows = [token or NextToken(0, 0, 0, 1.0) for token in tokens[part]]  # a row without one runs along
+        logits, keys, values = self._run(
+            "step",
+            np.array([[row.token] for row in rows], dtype=np.int64),
+            np.array([[row.position] for row in rows], dtype=np.int64),
+            self.mask[part],
+            self.positions[part],
+            _past_feeds([k[part] for k in self.keys], [v[part] for v in self.values]),
+            np.array([[row.scale] for row in rows], dtype=np.float32),
+        )
+        for place, token in enumerate(tokens[part]):
+            if token is not None:
+                here = np.array([token.position], np.int64)
+                self._write(start + place, token.slot, [k[place] for k in keys], [v[place] for v in values], here)
+        return np.array(logits[:, -1])  # the engine writes its next result to the same place
+
+    def move(self, row: int, old: Positions, new: Positions) -> None:
+        moved = np.flatnonzero(old != new)
+        if not len(moved):
+            return
+        span = slice(int(moved[0]), int(moved[-1]) + 1)
+        turned: list[tuple[str, Array]] = []
+        try:
+            for layer, info in enumerate(self.layers):
+                if info.place is not None:
+                    keys = self.keys[layer][row : row + 1, :, span]
+                    keys[:] = _turn(self._places[info.place], keys, old[span], new[span])
+                    turned.append((info.place, keys))
+        except BaseException:
+            for place, keys in turned:
+                keys[:] = _turn(self._places[place], keys, new[span], old[span])
+            raise
+        self.positions[row, span] = new[span]
+
+    def forget(self, row: int, start: int) -> None:
+        self.mask[row, ..., start:] = MASKED
+
+    def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:
+        return [key[row].copy() for key in self.keys], [value[row].copy() for value in self.values]
+
+    def close(self) -> None:
+        self._allocate(1, 0)
+
+    def _write(self, row: int, start: int, keys: list[Array], values: list[Array], positions: Positions) -> None:
+        """Stores new keys and values ``[K, S, D]`` of one row from slot ``start`` on, which may be seen from now on.
+
+        ``positions``: where the keys stand, int64 ``[S]``.
+        """
+        stop = start + keys[0].shape[1]
+        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+            self.keys[layer][row, :, start:stop] = key
+            self.values[layer][row, :, start:stop] = value
+        self.positions[row, start:stop] = positions
+        self.mask[row, ..., start:stop] = 0
+
+    def _run(
+        self,
+        role: Role,
+        ids: NDArray[np.int64],
+        positions: Positions,
+        past_mask: NDArray[np.float32],
+        past_positions: Positions,
+        past: dict[str, Array],
+        scales: NDArray[np.float32] | None = None,
+        wanted: Sequence[int] | None = None,
+    ) -> tuple[Array, list[Array], list[Array]]:
+        """Runs a role on ``[B, S]`` new tokens, filled up at the end to what the graph takes."""
+        batch, new = ids.shape
+        padding = ((0, 0), (0, self._graphs.padded(role, new) - new))
+        ids, positions = np.pad(ids, padding), np.pad(positions, padding)
+        scales = np.pad(np.ones((batch, new), np.float32) if scales is None else scales, padding, constant_values=1)
+        size = ids.shape[1]
+        causal = np.triu(np.full((size, size), MASKED), 1)
+        feeds: dict[str, Array] = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "past_mask": past_mask,
+            "past_position_ids": past_positions,
+            "new_mask": np.broadcast_to(causal, (batch, 1, size, size)).copy(),
+            "query_scale": scales[:, None, :, None],
+            "logits_at": np.array(wanted if wanted is not None else [new - 1], np.int64),
+            **past,
+        }
+        outputs = self._graphs.run(role, self._bucket(past_mask.shape[-1]), feeds)
+        require_numbers(outputs["logits"], role, self.manifest)
+        count = range(len(self.layers))
+        return (
+            outputs["logits"],
+            [outputs[f"present.{i}.key"][:, :, :new] for i in count],
+            [outputs[f"present.{i}.value"][:, :, :new] for i in count],
+        )
+
+    def _bucket(self, capacity: int) -> int:
+        return next((b.chunks for b in self.manifest.buckets if b.max_tokens >= capacity), -1)
+
+
+def _turn(place: Graph, keys: Array, old: Positions, new: Positions) -> Array:
+    """Keys ``[B, K, S, D]`` turned from positions ``old`` to ``new``, int64 ``[S]`` both."""
+    from_ids, to_ids = (np.broadcast_to(ids, (len(keys), len(ids))) for ids in (old, new))
+    feeds = {"key": np.ascontiguousarray(keys), "from_ids": np.array(from_ids), "to_ids": np.array(to_ids)}
+    return place(feeds)["moved"]
+
+
+def _past_feeds(keys: list[Array], values: list[Array]) -> dict[str, Array]:
+    """The inputs ``past_key_values.N.key`` and ``.value``."""
+    feeds = {f"past_key_values.{index}.key": key for index, key in enumerate(keys)}
+    feeds.update({f"past_key_values.{index}.value": value for index, value in enumerate(values)})
+    return feeds
+
+
+def _ids(tokens: Sequence[int], spans: Sequence[Span]) -> NDArray[np.int64]:
+    return np.array([tokens[span.start : span.stop] for span in spans], dtype=np.int64)
+
+
+def _batches(chunks: Sequence[Span], limit: int) -> list[list[Span]]:
+    """Chunks of one length together, at most ``limit``."""
+    batches = []
+    for _, same in groupby(chunks, key=len):
+        group = list(same)
+        batches += [group[i : i + limit] for i in range(0, len(group), limit)]
+    return batches

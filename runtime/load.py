@@ -1,0 +1,71 @@
+"""From the name of a backend to a live cache on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mesart.graphs.errors import MesaError
+from mesart.graphs.manifest import Flavour, Manifest
+from mesart.runtime.backends import choose_backend
+from mesart.runtime.cache import LiveCache
+from mesart.runtime.device_cache import DeviceCache
+from mesart.runtime.engines import PACKAGES, Engines, usable_flavour
+from mesart.runtime.graphs import SpecialisedGraphs, SymbolicGraphs
+from mesart.runtime.host_cache import HostCache
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A bundle ready to run."""
+
+    cache: LiveCache
+    manifest: Manifest
+    """Of what can run: its buckets are those that there are engines for."""
+    backend: str
+    device: str
+    choice: str
+    """Why this backend, a phrase for people."""
+
+
+def load_cache(
+    bundle: Path, manifest: Manifest, backend: str, *, threads: int | None, specialised: bool, verify: bool
+) -> Loaded:
+    """A live cache on the backend of that name; see :meth:`~mesart.runtime.MesaModel.load` for the arguments.
+
+    ``auto`` takes TensorRT if the bundle has engines that run here, else the fastest of the others that is installed.
+
+    Raises:
+        MesaError: the backend is unknown or not installed, or cannot run this bundle on this machine.
+    """
+    for flavour in PACKAGES:
+        if backend == flavour:
+            if specialised:
+                raise MesaError(
+                    f"backend {flavour!r} runs engines, whose shapes are fixed in any case: leave specialised out"
+                )
+            return _load_engines(bundle, manifest, flavour, "asked for", verify=verify)
+    reason = ""
+    if backend == "auto" and not specialised:
+        usable, reason = usable_flavour(bundle, manifest)
+        if usable is not None:
+            return _load_engines(
+                bundle, manifest, usable, "the fastest: the bundle has engines for this GPU", verify=verify
+            )
+    engine, choice = choose_backend(backend, manifest.dtype, threads)
+    graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(bundle, manifest, engine)
+    choice += f"; the bundle's engines do not run here: {reason}" if reason else ""
+    return Loaded(HostCache(manifest, graphs), manifest, engine.name, engine.device, choice)
+
+
+def _load_engines(bundle: Path, manifest: Manifest, flavour: Flavour, choice: str, *, verify: bool) -> Loaded:
+    engines = Engines(bundle, manifest, flavour, verify=verify)
+    try:
+        cache = DeviceCache(manifest, engines)
+    except BaseException:
+        engines.close()
+        raise
+    return Loaded(cache, replace(manifest, buckets=engines.buckets(manifest)), flavour, "cuda", choice)
+
+
+__all__ = ["Loaded", "load_cache"]
