@@ -27,7 +27,7 @@ from typing import Any
 
 from mesart.evaluation.bench import ProcessError, cpu_name, make_row, process_error, run_process, run_worker, versions
 from mesart.graphs.errors import MesaError
-from mesart.graphs.manifest import MANIFEST_FILE, Manifest
+from mesart.graphs.manifest import Manifest
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "evaluation" / "demo_model"
 K = 1024
@@ -288,8 +288,9 @@ class GpuCheck:
     def _export(self, name: str, dtype: str) -> Path:
         model, bundle = MODELS[name], Path(self.options.work) / f"{name}-{dtype}"
         tokens = max([*model.lengths, *(self.options.lengths or ())]) + self.options.new_tokens
-        if (bundle / MANIFEST_FILE).is_file() and Manifest.read(bundle).buckets[-1].max_tokens >= tokens:
-            return bundle
+        with contextlib.suppress(MesaError):  # none, or of an older version: made anew
+            if Manifest.read(bundle).buckets[-1].max_tokens >= tokens:
+                return bundle
         checkpoint = model.folder or Path(self.options.work) / f"{name}-checkpoint"
         if not checkpoint.is_dir():
             self._say(f"  making random weights: {checkpoint}")
@@ -320,8 +321,6 @@ class GpuCheck:
     def _validate(self, task: Task, bundle: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "mesart.scripts.cli", "validate", str(bundle), "--backend", task.system]
         command += ["--against", str(MODELS[task.model].folder), "--json", "-"]
-        if task.system in ENGINE_PACKAGES:  # which have one form
-            command += ["--graphs", "symbolic"]
         done = run_process(command, self._limit, **self._environment(task.system))
         if not done.stdout.startswith("{"):  # status 1 is a verdict too
             raise process_error(done)
