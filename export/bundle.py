@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from mesart.export.checkpoint import TOKENIZER_FILES, check_checkpoint, local_folder
 from mesart.export.folders import atomic, check_target, require_space
 from mesart.export.forms import with_attention
+from mesart.export.quantise import choose_quantisation, quantise_products
 from mesart.export.specialise import specialise
 from mesart.export.trace import trace_place, trace_places, trace_roles
 from mesart.export.weights import WeightFiles, WeightMode, open_network
@@ -32,6 +33,7 @@ from mesart.graphs.manifest import (
     GraphInfo,
     LayerInfo,
     Manifest,
+    Quantisation,
     Role,
     TensorInfo,
     sha256,
@@ -58,6 +60,10 @@ def export_model(
     max_tokens: int | None = None,
     dtype: str = "float32",
     weights: WeightMode = "link",
+    quantise: str | None = None,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    trust_remote_code: bool = False,
     force: bool = False,
     progress: bool = False,
     report: Report | None = None,
@@ -72,6 +78,10 @@ def export_model(
         dtype: of weights, cache and computation: float32, float16 or bfloat16.
         weights: leave the checkpoint's weights in its files and link to them (hard links: the bundle survives the
             checkpoint's deletion) where they have the dtype, or copy all of them.
+        quantise: store the weights of linear layers as ``int8`` or ``int4``; whatever else has ``dtype`` keeps it.
+        group_size: inputs of a layer that share a scale; if left out, 32 for int4 and all of them for int8.
+        symmetric: without zero points, which TensorRT refuses.
+        trust_remote_code: run the Python code that the checkpoint brings, if it does.
         force: replace ``output`` whatever it is.
         progress: show a bar while weights are converted.
         report: called with a line for each stage.
@@ -90,22 +100,28 @@ def export_model(
     buckets = buckets_up_to(config, limit)
     if dtype not in DTYPES:
         raise MesaError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    checked = check_checkpoint(model)
+    quantisation = choose_quantisation(quantise, group_size, symmetric=symmetric)
+    checked = check_checkpoint(model, trust_remote_code=trust_remote_code)
     source = local_folder(model)
-    network = open_network(source, dtype, checked, say)
+    network = open_network(source, dtype, checked, say, trust_remote_code=trust_remote_code)
     graph_bytes = _GRAPH_BYTES * (2 * len(buckets) + 4)
-    with atomic(target, "bundle", graph_bytes) as folder, closing(WeightFiles(network, folder, weights)) as files:
+    with (
+        atomic(target, "bundle", graph_bytes) as folder,
+        closing(WeightFiles(network, folder, weights, quantisation)) as files,
+    ):
         require_space(target.parent, "bundle", graph_bytes + files.bytes_to_write)
         say(f"tracing {model} in {dtype}")
         graphs = _trace(network.module, config, buckets)
         layers = _layer_infos(graphs.module)
         say(f"writing weights and {len(graphs.files)} graphs")
         _name_weights(files, graphs)
+        if quantisation is not None:
+            _quantise(files, graphs, quantisation)
         places = files.write(progress=progress)
         for file, graph in graphs.files.items():
             _attach(graph, folder, places)
             ir.save(graph, folder / file)
-        _write_texts(source, network.module, folder)
+        _write_texts(source, network.module, folder, trust_remote_code=trust_remote_code)
         weight_infos = files.infos()
         others = sorted(path for path in folder.iterdir() if path.name not in weight_infos)
         manifest = Manifest(
@@ -124,6 +140,7 @@ def export_model(
             tools={name: version(name) for name in _TOOLS},
             files=weight_infos | {path.name: FileInfo(path.stat().st_size, sha256(path)) for path in others},
             weight_files=list(weight_infos),
+            quantisation=quantisation,
         )
         (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     say(f"wrote {target}")
@@ -190,6 +207,15 @@ def _name_weights(files: WeightFiles, graphs: _Graphs) -> None:
                 value.metadata_props["weight"] = files.place(raw, prefix + name, table=table)
 
 
+def _quantise(files: WeightFiles, graphs: _Graphs, how: Quantisation) -> None:
+    """The same weights in all graphs; a tied table of embeddings is used as it is too."""
+    names = set().union(*(quantise_products(graph.graph, how) for graph in graphs.files.values()))
+    if not names:
+        raise MesaError(f"{type(graphs.module.model).__name__} has no linear layer of two dimensions to quantise")
+    values = (value for graph in graphs.files.values() for value in graph.graph.initializers.values())
+    files.quantise(names, {value.metadata_props.get("weight", "") for value in values})
+
+
 def _attach(graph: ir.Model, folder: Path, places: dict[str, tuple[str, int, int]]) -> None:
     """Points a graph's weights into the weight files, at the offset and length of each."""
     for value in graph.graph.initializers.values():
@@ -223,7 +249,7 @@ def _tensor(value: ir.Value) -> TensorInfo:
     return TensorInfo(value.name, value.dtype.name.lower(), shape)
 
 
-def _write_texts(model: str | os.PathLike[str], network: Any, folder: Path) -> None:
+def _write_texts(model: Path, network: Any, folder: Path, *, trust_remote_code: bool) -> None:
     """The model's config, generation config and tokenizer, written by transformers.
 
     Saved anew instead of copied: transformers repairs old tokenizer files while it reads them, and the runtime, which
@@ -236,7 +262,7 @@ def _write_texts(model: str | os.PathLike[str], network: Any, folder: Path) -> N
     if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in TOKENIZER_FILES):
         return  # driven by token ids
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise MesaError(f"{source} has a tokenizer that cannot be loaded: {first_line(error)}") from error
     tokenizer.save_pretrained(folder)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mesart.export.safetensors_file import read_header
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import DTYPES
 
@@ -23,14 +24,19 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 """A checkpoint that has one of these has a tokenizer."""
 
 
-def check_checkpoint(checkpoint: str | os.PathLike[str]) -> Any:
+def check_checkpoint(checkpoint: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
     """The config of a checkpoint that looks usable: checked without reading its weights.
 
+    Args:
+        checkpoint: a folder or hub id.
+        trust_remote_code: run the Python code that the checkpoint brings, if it does.
+
     Raises:
-        MesaError: no checkpoint, no causal language model, no weights, a truncated file, or quantised weights.
+        MesaError: no checkpoint, no causal language model, code that is not trusted, no weights, a truncated file, or
+            quantised weights.
     """
     source = os.fspath(checkpoint)
-    config = load_config(source)
+    config = load_config(source, trust_remote_code=trust_remote_code)
     scheme = getattr(config, "quantization_config", None)
     if scheme is not None:
         method = scheme.get("quant_method") if isinstance(scheme, dict) else getattr(scheme, "quant_method", None)
@@ -58,7 +64,6 @@ def load_model(checkpoint: str | os.PathLike[str], dtype: str, config: Any = Non
             source,
             config=config,
             dtype=getattr(torch, dtype),
-            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
         )
@@ -74,7 +79,7 @@ def load_model(checkpoint: str | os.PathLike[str], dtype: str, config: Any = Non
     return network
 
 
-def load_config(source: str) -> Any:
+def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     """The model's config; a causal language model's."""
     path = Path(source)
     if path.exists() and not (path / "config.json").is_file():
@@ -82,10 +87,15 @@ def load_config(source: str) -> Any:
     if not path.exists() and source.count("/") != 1:
         raise MesaError(f"{source} does not exist; give the folder of a transformers checkpoint or a hub id")
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise MesaError(
+                f"{source} brings Python code of its own; read it, and pass --trust-remote-code to run it"
+            ) from error
         raise MesaError(f"{source} has no readable model config: {first_line(error)}") from error
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code
+    if (config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own) or config.is_encoder_decoder:
         raise MesaError(f"{source} is no causal language model (model_type {config.model_type!r})")
     return config
 
@@ -124,11 +134,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise MesaError(f"{folder} has no {file.name}, which {index.name} names; is the download complete?")
         if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    tensors.keys()
-            except (SafetensorError, OSError) as error:
-                raise MesaError(f"{file} is truncated or no safetensors file: {first_line(error)}") from error
+            read_header(file)
     return files
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mesart.graphs.errors import MesaError, first_line
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -56,17 +58,30 @@ class Pending:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, by name, in the order of the file."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header: dict[str, Any] = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-        start, stop = info["data_offsets"]
-        tensors[name] = Stored(
-            file, name, 8 + length + start, stop - start, DTYPES[info["dtype"]], tuple(info["shape"])
-        )
+    """The tensors of a safetensors file, by name, in the order of the file; no byte of them is read or mapped.
+
+    Raises:
+        MesaError: the file is truncated, or not of this format.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:
+                raise ValueError("its header ends behind the file")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+            start, stop = info["data_offsets"]
+            tensors[name] = Stored(
+                file, name, 8 + length + start, stop - start, DTYPES[info["dtype"]], tuple(info["shape"])
+            )
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MesaError(f"{file} is truncated or no safetensors file: {first_line(error)}") from error
+    end = max((stored.offset + stored.bytes for stored in tensors.values()), default=8 + length)
+    if end != size:
+        raise MesaError(f"{file} is truncated or no safetensors file: it has {size} bytes instead of {end}")
     return tensors
 
 

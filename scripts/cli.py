@@ -88,7 +88,11 @@ def _add_export(commands: Any) -> None:
         default="link",
         help="link to the checkpoint's files, or copy them",
     )
+    parser.add_argument("--quantise", metavar="SCHEME", help="int8 or int4, for the weights of linear layers")
+    parser.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale (int4: 32, int8: all)")
+    parser.add_argument("--asymmetric", action="store_true", help="with zero points; not for TensorRT")
     parser.add_argument("--force", action="store_true", help="replace the output folder whatever it is")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
     triton = parser.add_argument_group("for NVIDIA Triton Inference Server")
     triton.add_argument(
         "--format",
@@ -141,6 +145,10 @@ def _export(options: argparse.Namespace) -> int:
         max_tokens=options.max_tokens,
         dtype=options.dtype,
         weights=options.weights,
+        quantise=options.quantise,
+        group_size=options.group_size,
+        symmetric=not options.asymmetric,
+        trust_remote_code=options.trust_remote_code,
         force=options.force,
         progress=True,
         report=lambda line: print(line, file=sys.stderr),
@@ -205,6 +213,7 @@ def summary(bundle: Path, manifest: Manifest) -> str:
     lines = [
         f"{bundle}: {manifest.model['architecture']}, {manifest.model['parameters']:,} parameters, {manifest.dtype}",
         f"  trained on {config.train_length} tokens, exported for {manifest.max_tokens}; {size / 1e6:.1f} MB on disk",
+        *([f"  linear layers in {manifest.quantisation}"] if manifest.quantisation else []),
         f"  {len(manifest.layers)} layers, {layer.kv_heads} key-value heads of {layer.key_size}, "
         f"vocabulary {manifest.model['vocab_size']:,}",
         "  " + ", ".join(f"{name} {'auto' if value in (None, AUTO) else value}" for name, value in values.items()),

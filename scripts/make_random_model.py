@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,16 @@ SHAPES: dict[str, Any] = {
         max_position_embeddings=window,
         tie_word_embeddings=False,
     ),
+    "llama-70b": lambda window: LlamaConfig(  # Llama-3.1-70B
+        hidden_size=8192,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        intermediate_size=28_672,
+        vocab_size=128_256,
+        max_position_embeddings=window,
+        tie_word_embeddings=False,
+    ),
     "phi3-mini": lambda window: Phi3Config(  # Phi-3-mini-128k, with the plain rotary embedding of its first 4,096
         hidden_size=3072,
         num_hidden_layers=32,
@@ -75,10 +86,34 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=2048, help="trained length that its config names")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sparse", action="store_true", help="all weights zero, in files that take no disk")
     options = parser.parse_args()
     config = SHAPES[options.shape](options.window)
-    write_random(config, Path(options.output), getattr(torch, options.dtype), options.seed)
+    if options.sparse:
+        write_sparse(config, Path(options.output), getattr(torch, options.dtype))
+    else:
+        write_random(config, Path(options.output), getattr(torch, options.dtype), options.seed)
     return 0
+
+
+def write_sparse(config: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a checkpoint whose weights are holes in a file: to export a model that the disk could not hold."""
+    shapes = _weight_shapes(config)
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        size = shape.numel() * dtype.itemsize
+        kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    config.dtype = dtype
+    config.save_pretrained(folder)
 
 
 def write_random(config: Any, folder: Path, dtype: torch.dtype, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> None:

@@ -137,14 +137,44 @@ class TestCheckpoint:
         make_model("gpt2").save_pretrained(tmp_path / "gpt2")
         refused(tmp_path / "gpt2", work, "GPT2LMHeadModel has no rotary embedding module", "RoPE models")
 
-    def test_a_sliding_window_shorter_than_the_trained_length(self, work, make_model, tmp_path):
-        make_model("mistral", sliding_window=16).save_pretrained(tmp_path / "mistral")
-        refused(tmp_path / "mistral", work, "slides a window of 16 tokens", "train_length <= 16")
+    def test_an_architecture_that_attends_in_a_way_of_its_own(self, work, make_model, tmp_path):
+        make_model("diffllama").save_pretrained(tmp_path / "diffllama")
+        refused(tmp_path / "diffllama", work, "layer 0 (DiffLlamaAttention) attends more than once")
 
-    def test_an_architecture_that_onnx_cannot_say(self, work, make_model, tmp_path):
-        make_model("mixtral", num_local_experts=4).save_pretrained(tmp_path / "mixtral")
-        part = "MixtralForCausalLM cannot be traced: model.layers.0.mlp.experts (MixtralExperts): No ONNX function"
-        refused(tmp_path / "mixtral", work, part)
+    def test_an_architecture_that_onnx_cannot_say(self, work, checkpoint, monkeypatch):
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: torch.special.airy_ai(x))
+        part = "LlamaForCausalLM cannot be traced: model.layers.0.mlp (LlamaMLP): No ONNX function"
+        refused(checkpoint("tied_llama"), work, part)
+
+
+class TestRemoteCode:
+    CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+    @pytest.fixture
+    def own(self, checkpoint_copy):
+        (checkpoint_copy / "modeling_own.py").write_text(self.CODE)
+        classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+        edit_config(checkpoint_copy, model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)
+        return checkpoint_copy
+
+    def test_it_is_refused(self, work, own):
+        refused(own, work, "brings Python code of its own; read it, and pass --trust-remote-code to run it")
+
+    def test_it_runs_when_it_is_trusted(self, work, own):
+        bundle = export_model(own, work / "bundle", max_tokens=10, trust_remote_code=True)
+        manifest = Manifest.read(bundle)
+        assert manifest.model["architecture"] == "OwnForCausalLM"
+        assert manifest.weight_files[0] == "model.safetensors"
 
 
 class TestOptions:

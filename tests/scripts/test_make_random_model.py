@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mesart.export.checkpoint import load_model
-from mesart.scripts.make_random_model import SHAPES, write_random
+from mesart.scripts.make_random_model import SHAPES, write_random, write_sparse
 
 
 def small(*, tied: bool) -> LlamaConfig:
@@ -36,6 +36,15 @@ def test_a_checkpoint_is_whole_and_repeatable(tmp_path: Path) -> None:
         assert weights["model.norm.weight"].float().mean() == 1
 
 
+def test_a_sparse_checkpoint_takes_no_disk(tmp_path: Path) -> None:
+    write_sparse(small(tied=False), tmp_path / "sparse", torch.bfloat16)
+    file = tmp_path / "sparse" / "model.safetensors"
+    model = load_model(tmp_path / "sparse", "bfloat16")
+    assert file.stat().st_size > 2 * sum(p.numel() for p in model.parameters())
+    assert file.stat().st_blocks * 512 < file.stat().st_size / 2
+    assert all(not parameter.any() for parameter in model.parameters())
+
+
 def test_shapes_have_their_sizes() -> None:
     sizes = {}
     for name, shape in SHAPES.items():
@@ -45,5 +54,6 @@ def test_shapes_have_their_sizes() -> None:
         "qwen2-0.5b": 0.5,
         "llama-1b": 1.2,
         "llama-8b": 8.0,
+        "llama-70b": 70.6,
         "phi3-mini": 3.8,
     }
