@@ -282,7 +282,7 @@ def make_row(
         statistics.median(found["per_token"]),
         found["memory"],
         prompt_flops(manifest, tokens, found["matrix_parameters"], found["heads"], dense=dense),
-        token_bytes(manifest, tokens, found["matrix_parameters"] + found["head_parameters"], dtype),
+        token_bytes(manifest, tokens, found["matrix_parameters"] + found["head_parameters"], dtype, plain=dense),
         found["load"],
     )
 
@@ -302,10 +302,13 @@ def needed_pairs(config: MesaConfig, tokens: int) -> int:
     return sum(new * past + new * (new + 1) // 2 for new, past in spans)
 
 
-def token_bytes(manifest: Manifest, tokens: int, parameters: int, dtype: str) -> float:
-    """Bytes that a decoded token reads: every weight of a matrix, and the cache."""
+def token_bytes(manifest: Manifest, tokens: int, parameters: int, dtype: str, *, plain: bool = False) -> float:
+    """Bytes that a decoded token reads: every weight of a matrix, and the cache; ``plain``: none of it quantised."""
     cache = sum(layer.kv_heads * (layer.key_size + layer.value_size) for layer in manifest.layers) * tokens
-    return float((parameters + cache) * _BYTES[dtype])
+    how, weight = manifest.quantisation, float(_BYTES[dtype])
+    if how is not None and not plain:
+        weight = how.bits / 8 + (weight / how.group_size if how.group_size else 0.0)
+    return parameters * weight + cache * _BYTES[dtype]
 
 
 def measure_machine(threads: int) -> Machine:

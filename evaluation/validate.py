@@ -3,6 +3,10 @@
 The tokens are forced: both sides see the same prompt and the same continuation. The truth is computed by
 :class:`~mesart.graphs.TorchReference` in a higher precision (float64 for a float32 bundle, else float32). The noise
 floor is what the same reference loses in the bundle's precision; an engine may lose a small multiple of that, no more.
+
+A quantised bundle, judged by its own weights, is one like any other: those are the weights dequantised. Judged by the
+checkpoint, its errors are those of the quantisation, and the noise floor is what PyTorch loses with the checkpoint's
+weights quantised anew: so a pass means that the bundle is as its scheme has it, and the table says what that costs.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mesart.graphs import MesaError, Plan, TorchReference
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.manifest import Manifest, Quantisation
 from mesart.graphs.plan import Bucket
 from mesart.runtime import MesaModel
 
@@ -130,7 +134,7 @@ def validate(
     Args:
         bundle: the bundle's folder.
         against: the checkpoint that it was made from; the bundle's own weights if left out (that would not notice a
-            wrong weight).
+            wrong weight). Of a quantised bundle, the errors include what the quantisation costs.
         backend: what runs the bundle.
         graphs: which of the bundle's graphs to run; all that the backend runs if left out: its engines with TensorRT,
             else the symbolic and the specialised ones.
@@ -147,6 +151,8 @@ def validate(
     high = torch.float64 if manifest.dtype == "float32" else torch.float32
     plain = _plain_model(folder, manifest, against)
     truth = TorchReference(copy.deepcopy(plain).to(high), manifest.config)
+    if against is not None and manifest.quantisation is not None:
+        _quantise(plain, folder, manifest.quantisation)
     noisy = TorchReference(plain, manifest.config)
     checks: list[Check] = []
     name = backend
@@ -207,6 +213,19 @@ def _plain_model(folder: Path, manifest: Manifest, against: str | Path | None) -
     from mesart.graphs.torch_graph import load_bundle_model  # noqa: PLC0415
 
     return load_bundle_model(folder, manifest)
+
+
+def _quantise(model: nn.Module, folder: Path, how: Quantisation) -> None:
+    """Gives the model the weights that the scheme makes of its own, where the bundle has them quantised."""
+    from mesart.export.quantise import quantise  # noqa: PLC0415  (export needs more packages)
+    from mesart.graphs.torch_weights import dequantise, read_quantised_names, replace_products  # noqa: PLC0415
+
+    def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
+        del name
+        return dequantise(quantise(weight, how), (weight.shape[0], weight.shape[1]), how)
+
+    with torch.no_grad():
+        replace_products(model, read_quantised_names(folder), rounded)
 
 
 def _tokens(manifest: Manifest, bucket: Bucket, steps: int, seed: int) -> tuple[list[int], list[int]]:

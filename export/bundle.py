@@ -11,13 +11,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from mesart.export.checkpoint import TOKENIZER_FILES, check_checkpoint, local_folder
 from mesart.export.folders import atomic, check_target, require_space
 from mesart.export.forms import with_attention
-from mesart.export.quantise import choose_quantisation, quantise_products
+from mesart.export.quantise import check_groups, choose_quantisation, quantise_products
 from mesart.export.specialise import specialise
 from mesart.export.trace import trace_place, trace_places, trace_roles
 from mesart.export.weights import WeightFiles, WeightMode, open_network
@@ -104,6 +104,9 @@ def export_model(
     checked = check_checkpoint(model, trust_remote_code=trust_remote_code)
     source = local_folder(model)
     network = open_network(source, dtype, checked, say, trust_remote_code=trust_remote_code)
+    if quantisation is not None:
+        linear = [(name, part) for name, part in network.module.named_modules() if isinstance(part, nn.Linear)]
+        check_groups({f"{name}.weight": part.in_features for name, part in linear}, quantisation)
     graph_bytes = _GRAPH_BYTES * (2 * len(buckets) + 4)
     with (
         atomic(target, "bundle", graph_bytes) as folder,

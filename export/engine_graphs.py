@@ -119,10 +119,16 @@ def _fixed(dim: int | ir.SymbolicDim, sizes: dict[str, int]) -> int | ir.Symboli
 
 
 def _share_weights(model: ir.Model) -> list[WeightInfo]:
-    """Turns large weights into inputs, so that all engines can read one copy of them on the device."""
+    """Turns large weights into inputs, so that all engines can read one copy of them on the device.
+
+    Quantised ones stay constants: only for those has TensorRT a product that reads them as they are. As inputs they
+    would be dequantised as a whole in front of each product.
+    """
     shared = []
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
+        if any(use.node.op_type == "DequantizeLinear" for use in value.uses()):
+            continue
         if isinstance(tensor, ir.ExternalTensor) and (tensor.length or 0) >= SHARED_BYTES:
             del model.graph.initializers[name]
             value.shape, value.type, value.const_value = tensor.shape, ir.TensorType(tensor.dtype), None

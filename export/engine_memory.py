@@ -60,7 +60,8 @@ def _estimate(
     roles = len({p.role for p in runs if p.role != "place"})
     return Memory(
         chunks=step.bucket or 0,
-        weights=stored * (roles if weights == "embedded" else 1),
+        # Quantised weights are never shared.
+        weights=stored * (roles if weights == "embedded" or manifest.quantisation else 1),
         cache=step.slots * slot,
         scratch=scratch * slot + 2 * config.chunk_length * moved,
         activations=max(_activations(bundle, manifest, run) for run in runs),

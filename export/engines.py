@@ -81,6 +81,7 @@ def build_engines(
     manifest = Manifest.read(folder)
     manifest.verify(folder)
     check_dtype(manifest)
+    check_quantisation(manifest)
     targets = find_targets(flavour, gpus)
     check_brain(manifest, targets)
     buckets = buckets_for(manifest, max_tokens)
@@ -112,6 +113,15 @@ def check_dtype(manifest: Manifest) -> None:
         raise MesaError(
             "TensorRT's attention kernels compute float16 and bfloat16, this bundle is float32; "
             "export again with --dtype bfloat16, or float16 for GPUs before sm80"
+        )
+
+
+def check_quantisation(manifest: Manifest) -> None:
+    how = manifest.quantisation
+    if how is not None and not how.symmetric:
+        raise MesaError(
+            "TensorRT takes no quantised weights with zero points; export again without --asymmetric, "
+            "or use another backend (onnxruntime, openvino)"
         )
 
 

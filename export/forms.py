@@ -18,9 +18,8 @@ from collections.abc import Callable
 from typing import Literal
 
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 
-from mesart.export.trace import ATTENTION_DOMAIN, tidy_names
+from mesart.export.trace import ATTENTION_DOMAIN, merge_equal, tidy_names
 from mesart.graphs.attention import MASKED
 
 Form = Literal["split", "fused", "in_place"]
@@ -50,14 +49,7 @@ def with_attention(traced: ir.Model, form: Form) -> ir.Model:
         model.opset_imports[""] = _IN_PLACE_OPSET
         for name in ("past_mask", "new_mask"):
             model.graph.inputs.remove(_input(model, name))
-    ir.passes.Sequential(
-        passes.RemoveUnusedNodesPass(),
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.DeduplicateInitializersPass(size_limit=16),
-        passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedNodesPass(),
-        passes.NameFixPass(),
-    )(model)
+    merge_equal(model)
     tidy_names(model)
     return model
 
@@ -108,7 +100,9 @@ class _Attention:
     def group(self) -> int:
         return self.heads // self.kv_heads
 
-    def op(self, kind: str, *inputs: ir.Value | None, **attributes: float | int | str | list[int]) -> ir.Value:
+    def op(
+        self, kind: str, *inputs: ir.Value | None, **attributes: float | int | str | list[int] | list[float]
+    ) -> ir.Value:
         return self.tape.op(kind, inputs, attributes)
 
     def ints(self, *values: int) -> ir.Value:
@@ -212,6 +206,7 @@ class _Attention:
         past_mask = self.op("Expand", self.past_mask, shape)
         assert self.new_mask.shape is not None
         assert self.past_mask.shape is not None
+        past_mask.type = self.past_mask.type
         past_mask.shape = ir.Shape([*self.new_mask.shape[:3], self.past_mask.shape[3]])  # to be seen when it is empty
         mask = self.op("Concat", past_mask, self.new_mask, axis=-1)
         if self.window:
@@ -240,7 +235,7 @@ class _Attention:
         if self.window:
             assert positions is not None
             mask = self.masked_beyond_window(mask, positions)
-        if self.standard:
+        if self.standard and self.head_size == self.value_size:  # TensorRT takes no others
             return self.op("Attention", self.query, *attended, mask, scale=1.0)
         unseen = self.op("Where", mask, _float(self, 0.0), _float(self, MASKED))
         scores = self.op("Add", self.scores(self.folded_query(), attended[0]), self.grouped_mask(unseen))

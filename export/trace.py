@@ -7,6 +7,7 @@ Axes are symbolic: B batch, S new tokens, P past tokens, M tokens whose logits a
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import warnings
@@ -155,7 +156,7 @@ class _Places(nn.Module):
 def _to_onnx(module: nn.Module, example: tuple[object, ...], shapes: tuple[object, ...]) -> ir.Model:
     name = type(getattr(module, "model", module)).__name__
     program: torch.export.ExportedProgram | None = None
-    with _quiet():
+    with _quiet(), _no_collection():
         try:
             program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
             translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
@@ -183,6 +184,18 @@ def _reason(error: BaseException, program: torch.export.ExportedProgram | None) 
                 part = re.sub(r"slice\([^)]*\)\.", "", path.removeprefix("model."))  # layers that the model slices
                 return f"{part} ({str(kind).rpartition('.')[2]}): {reason}"
     return reason
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Tracing makes millions of objects, all of which stay: looking for garbage among them takes a seventh of it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager
@@ -270,27 +283,45 @@ def fold(model: ir.Model, *, rewrite: bool = True) -> None:
 
     ``rewrite``: also onnxscript's rules, which take a hundred times as long; once for a traced graph is enough.
     """
-    for last in (False, True):
-        optimizer.fold_constants(
-            model,
-            onnx_shape_inference=False,
-            input_size_limit=_FOLD_BYTES,
-            output_size_limit=_FOLD_BYTES,
-            should_fold=_keep_weights,
-        )
-        if rewrite and not last:
-            rewriter.rewrite(model)
-    ir.passes.Sequential(
-        passes.RemoveUnusedNodesPass(),
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.DeduplicateInitializersPass(size_limit=_SMALL),
-        passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedNodesPass(),
-        passes.RemoveUnusedOpsetsPass(),
-        passes.NameFixPass(),
-    )(model)
+    with _weights_hidden(model):
+        for last in (False, True):
+            optimizer.fold_constants(
+                model,
+                onnx_shape_inference=False,
+                input_size_limit=_FOLD_BYTES,
+                output_size_limit=_FOLD_BYTES,
+            )
+            if rewrite and not last:
+                rewriter.rewrite(model)
+    merge_equal(model)
 
 
-def _keep_weights(node: ir.Node) -> bool | None:
-    """A transposed weight would be a second copy of it; engines fold the transposition into their product."""
-    return False if node.op_type == "Transpose" else None
+def merge_equal(model: ir.Model) -> None:
+    """Constants become initializers; equal ones become one, and so do equal nodes; what is unused goes."""
+    with _weights_hidden(model):
+        ir.passes.Sequential(
+            passes.RemoveUnusedNodesPass(),
+            passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            passes.DeduplicateInitializersPass(size_limit=_SMALL),
+            passes.CommonSubexpressionEliminationPass(),
+            passes.RemoveUnusedNodesPass(),
+            passes.RemoveUnusedOpsetsPass(),
+            passes.NameFixPass(),
+        )(model)
+
+
+@contextmanager
+def _weights_hidden(model: ir.Model) -> Iterator[None]:
+    """Parameters have no value meanwhile: an export traces them before their numbers are there."""
+    weights = {
+        value: value.const_value
+        for value in model.graph.initializers.values()
+        if isinstance(getattr(value.const_value, "raw", None), nn.Parameter)
+    }
+    for value in weights:
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for value, numbers in weights.items():
+            value.const_value = numbers

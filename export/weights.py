@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from mesart.export.checkpoint import load_model, weight_files
+from mesart.export.quantise import pending as pending_parts
+from mesart.export.quantise import quantised_bytes
 from mesart.export.safetensors_file import Pending, Stored, read_header, write_file
 from mesart.graphs.errors import MesaError, first_line
-from mesart.graphs.manifest import WEIGHTS_FILE, FileInfo, sha256
+from mesart.graphs.manifest import WEIGHTS_FILE, FileInfo, Quantisation, sha256
 from mesart.graphs.torch_weights import match_weights
 
 WeightMode = Literal["link", "copy"]
@@ -47,7 +49,9 @@ class Network:
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
 
-def open_network(checkpoint: Path, dtype: str, config: Any, say: Callable[[str], None]) -> Network:
+def open_network(
+    checkpoint: Path, dtype: str, config: Any, say: Callable[[str], None], *, trust_remote_code: bool = False
+) -> Network:
     """A checkpoint's model in ``dtype``, without reading its weights if they lie there under the model's own names.
 
     Raises:
@@ -57,7 +61,7 @@ def open_network(checkpoint: Path, dtype: str, config: Any, say: Callable[[str],
     tensors, read = _open_pickles(files) if files[0].suffix == ".bin" else _open_safetensors(files)
     with no_init_weights():  # parameters that nobody writes to take no memory
         auto: Any = AutoModelForCausalLM
-        module: Any = auto.from_config(config, dtype=getattr(torch, dtype)).eval()
+        module: Any = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).eval()
     module.tie_weights()
     names = match_weights(module, {name: tensor.shape for name, tensor in tensors.items()})
     if names is None:
@@ -109,17 +113,20 @@ class WeightFiles:
     Args:
         network: whose weights they hold.
         folder: the bundle's.
-        mode: see :data:`WeightMode`.
+        mode: see :data:`WeightMode`; a quantised bundle has no use for the checkpoint's files, and copies.
+        how: how the weights of linear layers are stored.
     """
 
-    def __init__(self, network: Network, folder: Path, mode: WeightMode) -> None:
-        self._network, self._folder = network, folder
+    def __init__(self, network: Network, folder: Path, mode: WeightMode, how: Quantisation | None = None) -> None:
+        self._network, self._folder, self._how = network, folder, how
+        self._quantised: set[str] = set()
+        self._unused: set[str] = set()
         module = network.module
         self._parameters = dict(module.named_parameters())
         self._names = {parameter.data_ptr(): name for name, parameter in self._parameters.items()}
         self._tables: dict[str, Tensor] = {}
         self._linked: dict[str, Stored] = {}
-        if mode == "link" and network.stored is not None:
+        if mode == "link" and network.stored is not None and how is None:
             self._linked = {
                 name: stored
                 for name, parameter in self._parameters.items()
@@ -138,8 +145,21 @@ class WeightFiles:
     @property
     def bytes_to_write(self) -> int:
         """About how much disk they take: a hard link takes none, but may not be possible."""
-        own = sum(p.numel() * p.element_size() for name, p in self._parameters.items() if name not in self._linked)
+        own = sum(self._bytes(p) for name, p in self._parameters.items() if name not in self._linked)
         return own + sum(f.stat().st_size for f in self._files if f.stat().st_dev != self._folder.stat().st_dev)
+
+    def _bytes(self, parameter: Tensor) -> int:
+        whole = parameter.numel() * parameter.element_size()
+        if self._how is None or parameter.dim() != 2:
+            return whole
+        modules = self._network.module.modules()
+        table = any(isinstance(m, nn.Embedding) and m.weight is parameter for m in modules)
+        shape = (parameter.shape[0], parameter.shape[1])
+        return quantised_bytes(shape, parameter.dtype, self._how) + whole * table
+
+    def quantise(self, names: set[str], used: set[str]) -> None:
+        """Stores parameters in quantised form, ``names``, and as they are only those that are ``used`` so."""
+        self._quantised, self._unused = names, names - used
 
     def place(self, raw: Tensor, name: str, *, table: bool) -> str:
         """The name under which a graph's initializer is stored.
@@ -169,8 +189,15 @@ class WeightFiles:
             if name in persistent:
                 pending[name] = Pending(buffer.dtype, tuple(buffer.shape), lambda buffer=buffer: buffer)  # type: ignore[misc]
         for name, parameter in self._parameters.items():
-            if name not in self._linked:
-                pending[name] = self._pending(name, parameter)
+            if name in self._linked:
+                continue
+            whole = self._pending(name, parameter)
+            if name not in self._unused:
+                pending[name] = whole
+            if name in self._quantised:
+                assert self._how is not None
+                outputs, inputs = whole.shape
+                pending |= pending_parts(name, (outputs, inputs), whole.dtype, whole.make, self._how)
         path = self._folder / WEIGHTS_FILE
         total = sum(tensor.bytes for tensor in pending.values())
         with tqdm(

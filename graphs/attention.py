@@ -81,7 +81,7 @@ def mesa_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Window | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -93,6 +93,7 @@ def mesa_attention(
     """Attention of new queries ``[B, H, S, D]`` to the past and to new keys and values ``[B, K, S, D]``.
 
     Args:
+        attention_mask: what :func:`_stand_in` made of the model's mask; the masks themselves are inputs of the role.
         sliding_window: a key is seen where its position is less than this before the query's. Positions, not tokens:
             on stairs the layer stays within the distances that it was trained on.
         softcap: scores are bent to stay within it.
@@ -115,10 +116,16 @@ def mesa_attention(
             raise MesaError(
                 f"layer {layer} ({type(module).__name__}) uses {name}, which Mesa attention does not compute"
             )
-    if attention_mask is not None:
-        raise MesaError(f"layer {layer} ({type(module).__name__}) makes a mask of its own, which Mesa attention ignores")
+    if isinstance(attention_mask, Window):
+        sliding_window = attention_mask.tokens  # some models say it by their mask alone
+    elif attention_mask is not None:
+        raise MesaError(
+            f"layer {layer} ({type(module).__name__}) makes a mask of its own, which Mesa attention ignores"
+        )
     if layer in inputs.new_keys:
-        raise MesaError(f"layer {layer} ({type(module).__name__}) attends more than once; only one cache a layer is kept")
+        raise MesaError(
+            f"layer {layer} ({type(module).__name__}) attends more than once; only one cache a layer is kept"
+        )
     inputs.new_keys[layer], inputs.new_values[layer] = key, value
     # Positions are below train_length: a window as long as that hides nothing.
     window = sliding_window if sliding_window is not None and sliding_window < inputs.train_length else None
@@ -190,7 +197,9 @@ def _split(
             scores = (scores / softcap).tanh() * softcap
         apart = scores.float().reshape(len(scores), kv_heads, group, new, keys.shape[2])
         # One mask for all heads, or one for each.
-        apart = apart + (mask.unsqueeze(1) if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, group)))
+        apart = apart + (
+            mask.unsqueeze(1) if mask.shape[1] == 1 else mask.reshape(len(mask), kv_heads, group, *mask.shape[2:])
+        )
         parts.append(apart)
     if sinks is not None:
         parts.append(sinks.float().reshape(1, kv_heads, group, 1, 1).expand(*parts[0].shape[:4], 1))
@@ -219,9 +228,17 @@ def _fused(
     )
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Masks are inputs of the role; transformers need not make one."""
+@dataclass(frozen=True)
+class Window:
+    """Stands in for the mask of a sliding window."""
+
+    tokens: int
+
+
+def _stand_in(*_: Any, local_size: int | None = None, **__: Any) -> Window | None:
+    """Masks are inputs of the role; transformers need not make one, only say how far it would reach."""
+    return None if local_size is None else Window(local_size)
 
 
 AttentionInterface.register(ATTENTION, mesa_attention)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
+AttentionMaskInterface.register(ATTENTION, _stand_in)

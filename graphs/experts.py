@@ -52,7 +52,8 @@ def mesa_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -
         outer = _linear(module, inner, "down_proj", group)
         if module.has_post_expert_norm:
             outer = module.post_expert_norm(outer)
-        part = (outer * share[group]).sum(0)
+        # An expert may overflow for a token that has not chosen it, and infinity times 0 is no number.
+        part = torch.where(share[group] != 0, outer * share[group], torch.zeros((), dtype=outer.dtype)).sum(0)
         total = part if total is None else total + part
     assert total is not None
     assert down.shape[0] == experts

@@ -170,6 +170,23 @@ class EngineSet:
 
 
 @dataclass(frozen=True)
+class Quantisation:
+    """How the weights of linear layers are stored: whole numbers, a scale for each block of them."""
+
+    scheme: str
+    """``int8`` or ``int4``."""
+    bits: int
+    group_size: int | None
+    """Inputs of a layer that share a scale; ``None``: all inputs of an output do."""
+    symmetric: bool
+    """Without zero points."""
+
+    def __str__(self) -> str:
+        blocks = "an output" if self.group_size is None else f"{self.group_size} inputs"
+        return f"{self.scheme}, a scale{'' if self.symmetric else ' and a zero point'} for {blocks}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle holds."""
 
@@ -189,6 +206,8 @@ class Manifest:
     """What ``mesart build`` added."""
     weight_files: list[str] = field(default_factory=lambda: [WEIGHTS_FILE])
     """safetensors; those of the checkpoint, if they are linked, and one of the bundle's own."""
+    quantisation: Quantisation | None = None
+    """Of the weights of linear layers; the others have ``dtype``."""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -240,6 +259,7 @@ class Manifest:
                 files={name: FileInfo(**info) for name, info in fields["files"].items()},
                 engines=[_engine_set(engines) for engines in fields.get("engines", [])],
                 weight_files=fields.get("weight_files", [WEIGHTS_FILE]),
+                quantisation=Quantisation(**quantised) if (quantised := fields.get("quantisation")) else None,
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise MesaError(

@@ -20,6 +20,7 @@ from mesart.graphs.stairs import ORDINARY, Stairs
 
 TokenIds: TypeAlias = "Sequence[int] | ArrayLike | Tensor"
 
+
 class TorchReference:
     """Runs a transformers model under Mesa-Extrapolation: a span at a time, nothing batched, nothing padded.
 

@@ -13,13 +13,15 @@ import copy
 import inspect
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mesart.graphs.attention import AttentionInputs, attention_inputs
 from mesart.graphs.errors import MesaError
+
+SharedKeys: TypeAlias = "dict[Any, tuple[Tensor, Tensor]]"
 
 Layout = Literal["half", "interleaved"]
 """``half``: dimension d turns with d + R/2; ``interleaved``: 2d turns with 2d + 1."""
@@ -83,7 +85,7 @@ def install_rotary_table(model: nn.Module, train_length: int) -> RotaryTable:
         )
     parent, name, rotary = found[0]
     config: Any = rotary.config
-    real = type(rotary)(config=config).to("cpu")  # on the meta device the original has no numbers
+    real: Any = type(rotary)(config=config).to("cpu")  # on the meta device the original has no numbers
     positions = torch.arange(train_length)[None]
     layer_types: list[str | None] = [None]
     if hasattr(real, "layer_types"):
@@ -113,12 +115,13 @@ def probe_layers(model: nn.Module, table: RotaryTable) -> list[LayerSpec]:
     attention = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and _is_attention(m)]
     known: dict[Any, LayerSpec] = {}
     result: list[LayerSpec] = []
+    shared: tuple[SharedKeys, SharedKeys] = ({}, {})
     sizes = {name: cos.shape[-1] for name, (cos, _) in table.values.items()}
     for layer in sorted(attention, key=lambda m: int(m.layer_idx)):  # type: ignore[arg-type]
         name = None if layer_types is None or None in sizes else layer_types[int(layer.layer_idx)]  # type: ignore[arg-type]
         kind = (type(layer), name, _shape_key(layer), *_switches(layer))
         if kind not in known:
-            known[kind] = _probe(layer, name, sizes.get(name))
+            known[kind] = _probe(layer, name, sizes.get(name), shared)
         result.append(known[kind])
     return result
 
@@ -140,13 +143,14 @@ def _switches(layer: nn.Module) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _probe(layer: nn.Module, table: str | None, size: int | None) -> LayerSpec:
+def _probe(layer: nn.Module, table: str | None, size: int | None, shared: tuple[SharedKeys, SharedKeys]) -> LayerSpec:
     """``size``: of a table's row; none for a layer that has no table, to which models hand no rotation."""
-    if size is None:
-        plain, value = turned, _ = _keys(layer, None)
-    else:
-        plain, value = _keys(layer, (torch.ones(1, 1, size), torch.zeros(1, 1, size)))
-        turned, _ = _keys(layer, (torch.zeros(1, 1, size), torch.ones(1, 1, size)))
+    still = turn = None
+    if size is not None:
+        still = torch.ones(1, 1, size), torch.zeros(1, 1, size)
+        turn = torch.zeros(1, 1, size), torch.ones(1, 1, size)
+    plain, value = _keys(layer, still, shared[0])
+    turned, _ = _keys(layer, turn, shared[1])
     kv_heads, key_size, value_size = plain.shape[1], plain.shape[3], value.shape[3]
     differing = (plain - turned).abs().amax(dim=(0, 1, 2)).gt(1e-6).nonzero().flatten().tolist()
     if not differing or size is None:
@@ -164,8 +168,11 @@ def _probe(layer: nn.Module, table: str | None, size: int | None) -> LayerSpec:
     )
 
 
-def _keys(layer: nn.Module, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[1, K, 1, D]`` that one attention layer makes of a random hidden state and a given rotation."""
+def _keys(layer: nn.Module, rotation: tuple[Tensor, Tensor] | None, shared: SharedKeys) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[1, K, 1, D]`` that one attention layer makes of a random hidden state and a given rotation.
+
+    ``shared``: what layers have made before it, and some take over (Gemma 3n and 4).
+    """
     real = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -177,12 +184,13 @@ def _keys(layer: nn.Module, rotation: tuple[Tensor, Tensor] | None) -> tuple[Ten
     empty = torch.zeros(1, 1, 1, 0)
     zero = torch.zeros(1, 1, dtype=torch.int64)
     inputs = AttentionInputs("split", empty, empty, torch.ones(1, 1, 1, 1), [], [], 0, zero, zero)
-    positions = {"position_ids": zero} if "position_ids" in inspect.signature(real.forward).parameters else {}
+    known = {"position_ids": zero, "shared_kv_states": shared}
+    wanted = {name: known[name] for name in inspect.signature(real.forward).parameters if name in known}
     with torch.no_grad(), attention_inputs(inputs):
         try:
             # There is no past to attend to; the keys are recorded before that is noticed.
             with contextlib.suppress(IndexError):
-                real(hidden_states=hidden, position_embeddings=rotation, attention_mask=None, **positions)
+                real(hidden_states=hidden, position_embeddings=rotation, attention_mask=None, **wanted)
         except TypeError as error:
             raise MesaError(
                 f"{type(layer).__name__} cannot be run alone to see how it turns its keys: {error}"
@@ -212,9 +220,7 @@ class Place(nn.Module):
         half = layer.turning // 2
         if layer.layout == "half" and cos.shape[-1] == half:
             cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
-        elif layer.layout == "interleaved" and (
-            cos.shape[-1] == half or not torch.equal(cos[:, 0::2], cos[:, 1::2])
-        ):
+        elif layer.layout == "interleaved" and (cos.shape[-1] == half or not torch.equal(cos[:, 0::2], cos[:, 1::2])):
             # Kept as halves in the table and spread over the pairs by the model.
             cos, sin = (x[:, :half].repeat_interleave(2, -1) for x in (cos, sin))
         scale = (cos.square() + sin.square()).sqrt()

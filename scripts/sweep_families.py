@@ -37,6 +37,9 @@ CONFIG = MesaConfig(TRAIN_LENGTH, head_length=8, chunk_length=40, tail_min=16, l
 CLOSE = 1e-4
 """Of the logits' standard deviation, or of 1 where that is smaller."""
 
+LARGEST = 50_000_000
+"""Parameters of a model that is tried."""
+
 STAGES = ("transformers", "onnxruntime", "openvino", "float16")
 """What is tried: the reference against plain transformers, engines against the reference, TensorRT builds."""
 
@@ -91,6 +94,13 @@ SMALL: dict[str, Any] = {
     "vocab_size_per_layer_input": 320,
     "laurel_rank": 8,
 }
+# Layers that take over the keys of layers before them.
+SHARED = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "global_head_dim": 16,
+}
 # Where a family's fields hang together in a way of their own.
 SPECIAL: dict[str, dict[str, Any]] = {
     "mpt": {"max_seq_len": TRAIN_LENGTH},
@@ -101,6 +111,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"topk_method": "greedy"},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "phi4_multimodal": {
+        "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "audio_config": {"hidden_size": 32, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 2},
+    },
+    "gemma4_text": SHARED,
+    "gemma4_unified_text": SHARED,
+    "gemma3n_text": {**SHARED, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "xlnet": {"d_head": 16},
+    "reformer": {"is_decoder": True},
     "zaya": {"num_experts_per_tok": 1},
     "modernbert-decoder": {"pad_token_id": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -159,11 +179,17 @@ class Trial:
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.checkpoint, self.folder = folder / "checkpoint", folder
-        config = small_config(kind)
-        if config.get_text_config() is not config:
-            raise MesaError(f"several modalities; its text model alone is {config.get_text_config().model_type}")
-        if config.is_encoder_decoder:
+        if CONFIG_MAPPING[kind]().is_encoder_decoder:
             raise MesaError("an encoder-decoder")
+        config = small_config(kind)
+        if config.get_text_config(decoder=True) is not config:
+            text = config.get_text_config(decoder=True).model_type
+            raise MesaError(f"several modalities; its text model alone is {text}")
+        with torch.device("meta"):
+            auto: Any = AutoModelForCausalLM
+            size = sum(p.numel() for p in auto.from_config(config).parameters())
+        if size > LARGEST:
+            raise MesaError(f"{size / 1e6:.0f} million parameters, however small its config is made here")
         self.model = make_model(config)
         self.model.save_pretrained(self.checkpoint)
         self.reference = TorchReference(self.model, CONFIG)
@@ -216,14 +242,14 @@ def try_type(kind: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             trial = Trial(kind, Path(folder))
-        except Exception as error:  # whatever it is, it is the row's reason
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is the row's reason)
             result["stages"] = {STAGES[0]: _reason(error)}
         else:
             for name, stage in trial.stages():
                 result["stages"][name] = ""
                 try:
                     stage()
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001
                     result["stages"][name] = _reason(error)
                     if name in ("transformers", "onnxruntime"):
                         break  # what is wrong there is wrong everywhere
@@ -232,8 +258,9 @@ def try_type(kind: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    text = first_line(error)
-    return text if isinstance(error, MesaError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, MesaError):
+        return first_line(error)
+    return f"{type(error).__name__}: {first_line(error.__cause__ or error)}"
 
 
 def run_apart(kind: str, seconds: float) -> dict[str, Any]:
@@ -242,7 +269,7 @@ def run_apart(kind: str, seconds: float) -> dict[str, Any]:
     receiver, sender = context.Pipe(duplex=False)
 
     def work() -> None:
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):  # noqa: PTH123
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             sender.send(try_type(kind))
 
     process = context.Process(target=work)
@@ -273,10 +300,10 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [
         "# Models",
         "",
-        f"Every type of causal language model that transformers {__version__} knows, tried by "
+        f"Every type of causal language model that transformers {__version__} knows, tried by",
         "`python -m mesart.scripts.sweep_families` on a small model with random weights: the reference equals plain",
-        "transformers within the trained length; onnxruntime and OpenVINO equal the reference within it and beyond, to 1e-4, "
-        "in float32; TensorRT for RTX builds engines for every role, in float16 and bfloat16.",
+        "transformers within the trained length; in float32 onnxruntime and OpenVINO equal the reference within it and",
+        "beyond, to 1e-4; TensorRT for RTX builds engines for every role in float16.",
         "",
         f"{len(green)} of {len(results)} do all of that.",
         "",
@@ -303,14 +330,16 @@ def _cell(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("types", nargs="*", help="all if left out")
-    parser.add_argument("--work", type=Path, default=Path("sweep.jsonl"), help="what is known; delete lines to try again")
+    parser.add_argument(
+        "--work", type=Path, default=Path("sweep.jsonl"), help="what is known; delete lines to try again"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/models.md"))
     parser.add_argument("--seconds", type=float, default=300, help="time limit of a type")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)  # also because a process that has threads must not be forked
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     known: dict[str, dict[str, Any]] = {}
     if options.work.is_file():
         known = {r["type"]: r for r in map(json.loads, options.work.read_text(encoding="utf-8").splitlines())}

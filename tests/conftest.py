@@ -70,6 +70,59 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {},  # interleaved rotary pairs
     "glm": {"head_dim": 8, "partial_rotary_factor": 0.5},  # interleaved and partial
     "smollm3": {"no_rope_layers": [1, 0]},  # a layer without rotary embedding
+    "mixtral": {"num_local_experts": 4},  # a mixture of experts
+    "deepseek_v3": {  # latent attention: a key for each head, of which the last part turns; shared and routed experts
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "deepseek_v2": {  # the same, with turns that are complex numbers
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "gpt_oss": {  # sinks, experts, and a window shorter than the trained length beside a full layer
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "sliding_window": 16,
+    },
+    "phimoe": {"num_local_experts": 4, "sliding_window": 16},  # a window that only its mask tells of
+    "gemma4_text": {  # layers that take over the keys of layers before them
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "sliding_window": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
+    "nanochat": {},  # turns the other way round
+    "mpt": {"max_seq_len": TRAIN_LENGTH},  # ALiBi
+    "falcon": {"alibi": True},  # ALiBi, one key for all heads
+    "bloom": {},
+    "gptj": {"rotary_dim": 4},  # not by way of transformers' attention interface
+    "codegen": {"rotary_dim": 4},
+    "gpt_neox_japanese": {},
     "yarn": {  # cos and sin carry a scale
         "model_type": "llama",
         "rope_parameters": {

@@ -25,7 +25,7 @@ PACKAGES = {
 }
 TORCH = {"torch", "transformers"}
 # The modules of graphs that need torch, beside those with torch in their name. The runtime may use all others.
-TORCH_MODULES = {"attention", "reference", "role", "rotary"}
+TORCH_MODULES = {"attention", "experts", "reference", "role", "rotary"}
 
 
 def modules(folder: str) -> list[Path]:
@@ -39,7 +39,8 @@ def dotted(path: Path) -> str:
 
 def may_need_torch(path: Path) -> bool:
     """Whether a module of graphs or runtime is one that only comes to use where there is torch."""
-    return "torch" in path.stem or (path.parent == ROOT / "graphs" and path.stem in TORCH_MODULES)
+    in_graphs = path.parent == ROOT / "graphs" and path.stem in TORCH_MODULES
+    return "torch" in path.stem or in_graphs or path.parent == ROOT / "graphs" / "adapters"
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Models that do not use transformers' attention interface: an adapter for each, which makes their layers use it.
+"""Models that do not use transformers' attention interface, or not as ONNX can say it: an adapter for each.
 
 An adapter is a module of this folder named after the model type. Its ``install(model, train_length)`` changes the given
 model only (which is the role module's own copy) and returns the table of its rotary embeddings, without entries if it
@@ -17,7 +17,7 @@ from mesart.graphs.errors import MesaError
 from mesart.graphs.experts import EXPERTS
 from mesart.graphs.rotary import RotaryTable, install_rotary_table
 
-ADAPTED = ("bloom", "codegen", "falcon", "gpt_neox_japanese", "gptj", "mpt")
+ADAPTED = ("bloom", "codegen", "deepseek_v2", "falcon", "gpt_neox_japanese", "gptj", "mpt")
 
 
 def prepare(model: Any, train_length: int) -> RotaryTable:
@@ -28,7 +28,15 @@ def prepare(model: Any, train_length: int) -> RotaryTable:
     """
     kind = model.config.model_type
     if model._is_stateful:
-        raise MesaError(f"{type(model).__name__} has layers with a recurrent state; keys and values are all that is kept")
+        raise MesaError(
+            f"{type(model).__name__} has layers with a recurrent state; keys and values are all that is kept"
+        )
+    chunk = getattr(model.config, "attention_chunk_size", None)
+    if chunk is not None and chunk < train_length:
+        raise MesaError(
+            f"{type(model).__name__} attends within pieces of {chunk} tokens, less than train_length = {train_length}; "
+            f"export with train_length <= {chunk}"
+        )
     # A layer that an adapter replaces does not look at the mask that its model makes.
     model.set_attn_implementation("eager" if kind in ADAPTED else ATTENTION)
     model.set_experts_implementation(EXPERTS)

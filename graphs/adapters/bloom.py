@@ -18,7 +18,9 @@ class MesaBloomAttention(BloomAttention):
 
     slopes: list[float]
 
-    def forward(self, hidden_states: Tensor, residual: Tensor | float = 0.0, **_: Any) -> tuple[Tensor, None]:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, residual: Tensor | float = 0.0, **_: Any
+    ) -> tuple[Tensor, None]:
         """``[B, S, hidden]`` to the same, the residual added."""
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         output, _no_weights = mesa_attention(self, query, key, value, alibi_slopes=self.slopes)

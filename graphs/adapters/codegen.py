@@ -18,7 +18,9 @@ _PARTS = 4
 class MesaCodeGenAttention(CodeGenAttention):
     """CodeGen's attention by way of Mesa attention."""
 
-    def forward(
+    table: RotaryTable
+
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         position_ids: Tensor | None = None,

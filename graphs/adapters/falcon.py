@@ -18,8 +18,9 @@ class MesaFalconAttention(FalconAttention):
     """Falcon's attention by way of Mesa attention; keys that heads share are kept once."""
 
     slopes: list[float] | None
+    num_kv_heads: int
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
     ) -> tuple[Tensor, None]:
         """``[B, S, hidden]`` to the same."""
@@ -32,7 +33,7 @@ class MesaFalconAttention(FalconAttention):
             parts = self._split_heads(mixed)
         query, key, value = (x.transpose(1, 2) for x in parts)
         if self.slopes is None:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)  # type: ignore[no-untyped-call]
         output, _no_weights = mesa_attention(self, query, key, value, alibi_slopes=self.slopes)
         result: Tensor = self.dense(output.flatten(2))
         return result, None

@@ -16,7 +16,9 @@ from mesart.graphs.rotary import RotaryTable, quarter_turn
 class MesaGPTJAttention(GPTJAttention):
     """GPT-J's attention by way of Mesa attention."""
 
-    def forward(
+    table: RotaryTable
+
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         position_ids: Tensor | None = None,

@@ -17,7 +17,7 @@ class MesaMptAttention(MptAttention):
 
     slopes: list[float]
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         """``[B, S, hidden]`` to the same."""
         mixed = self.Wqkv(hidden_states)
         if self.clip_qkv:
@@ -35,6 +35,7 @@ def install(model: nn.Module, train_length: int) -> RotaryTable:
     del train_length
     config: Any = model.config
     # transformers' bias of positions -1 and 0, which is 0: the slope is what lies between.
-    slopes = (-build_mpt_alibi_tensor(config.n_heads, 2)[:, 0, 0]).tolist()
+    bias: Tensor = build_mpt_alibi_tensor(config.n_heads, 2)  # type: ignore[no-untyped-call]
+    slopes = (-bias[:, 0, 0]).tolist()
     become(model, MptAttention, MesaMptAttention, slopes=slopes)
     return RotaryTable({})

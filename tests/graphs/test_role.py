@@ -27,12 +27,13 @@ def run(module: RoleModule, past: int = 0, new: int = 3, batch: int = 1) -> Role
             logits_at=torch.arange(new),
             past_keys=keys,
             past_values=values,
+            past_position_ids=torch.arange(past).expand(batch, past),
         )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "glm", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "glm", "qwen3", "mistral", "gpt_oss", "falcon"])
 def test_both_forms_of_attention_are_equal(make_model, family):
-    model = make_model(family)
+    model = make_model(family, **{"sliding_window": 3} if family == "mistral" else {})
     forms: tuple[AttentionForm, ...] = ("split", "fused")
     split, fused = (run(RoleModule(model, 64, form), past=7, new=5, batch=2) for form in forms)
     assert (split.logits - fused.logits).abs().max() < 1e-5
@@ -48,6 +49,10 @@ def test_both_forms_of_attention_are_equal(make_model, family):
         ("cohere", ["interleaved", "interleaved"]),
         ("glm", ["interleaved", "interleaved"]),
         ("smollm3", ["half", None]),
+        ("deepseek_v3", ["half", "half"]),
+        ("gpt_oss", ["half", "half"]),
+        ("gptj", ["interleaved", "interleaved"]),
+        ("mpt", [None, None]),
     ],
 )
 def test_layouts_are_found_by_probing(make_model, family, layouts):
@@ -58,10 +63,12 @@ def test_layouts_are_found_by_probing(make_model, family, layouts):
     ("family", "changes", "says"),
     [
         ("gpt2", {}, "GPT2LMHeadModel has no rotary embedding module"),
-        ("bloom", {"n_layer": 1, "n_head": 4}, "BloomForCausalLM has no rotary embedding module"),
-        ("mamba", {}, "MambaForCausalLM has no rotary embedding module"),
-        ("mistral", {"sliding_window": 16}, "slides a window of 16 tokens, less than train_length = 64"),
-        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}, "uses s_aux"),
+        ("mamba", {}, "MambaForCausalLM has layers with a recurrent state"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "has 2 layers, of which 1 use transformers' attention"),
+        ("diffllama", {}, "layer 0 (DiffLlamaAttention) attends more than once"),
+        ("doge", {}, "layer 0 (DogeAttention) makes a mask of its own"),
+        ("llama4_text", {"attention_chunk_size": 16}, "within pieces of 16 tokens, less than train_length = 64"),
+        ("llama4_text", {"attention_chunk_size": 64}, "Llama4TextRotaryEmbedding gives complex numbers"),
     ],
 )
 def test_what_cannot_be_traced_is_refused(make_model, family, changes, says):
@@ -70,6 +77,24 @@ def test_what_cannot_be_traced_is_refused(make_model, family, changes, says):
         run(RoleModule(model, 64))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_layer_that_looks_at_positions_wants_them(make_model):
+    module = RoleModule(make_model("mpt"), 64)
+    empty = [torch.zeros(1, x.kv_heads, 0, x.key_size) for x in module.layers]
+    masks = (torch.zeros(1, 1, 1, 0), torch.zeros(1, 1, 1, 1))
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(MesaError, match=r"layer 0 \(MesaMptAttention\) looks at positions of keys; give past_position"):
+        module(one, one, *masks, torch.ones(1, 1, 1, 1), one[0], empty, empty)
+
+
+@pytest.mark.parametrize("family", ["mpt", "falcon", "bloom", "gptj", "codegen", "gpt_neox_japanese"])
+def test_adapters_leave_the_users_model_alone(make_model, family):
+    model, ids = make_model(family), torch.arange(9)[None]
+    before, classes = model(ids).logits, [type(module) for module in model.modules()]
+    RoleModule(model, 64)
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_an_encoder_decoder_is_refused():

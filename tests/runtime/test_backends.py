@@ -128,7 +128,7 @@ class TestEqualsTheReference:
 
 class TestOtherArchitectures:
     @pytest.mark.parametrize("engine", SYMBOLIC)
-    @pytest.mark.parametrize("family", ["qwen3", "gemma2", "glm", "smollm3"])
+    @pytest.mark.parametrize("family", ["qwen3", "gemma2", "glm", "smollm3", "mixtral", "gpt_oss", "mpt", "gptj"])
     def test_equals_the_reference(self, bundle, checkpoint, mesa_config, family, engine):
         reference = TorchReference(checkpoint(family), mesa_config)
         with MesaModel.load(bundle(family), engine[0]) as model:

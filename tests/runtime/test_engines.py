@@ -96,6 +96,17 @@ def reference(checkpoint, mesa_config) -> TorchReference:
     return TorchReference(checkpoint("llama"), mesa_config)
 
 
+def test_validation_judges_engines_by_the_noise_floor(engine_bundle, gpu):
+    from mesart.evaluation.validate import validate
+
+    result = validate(
+        engine_bundle("bucket", "shared"), backend="tensorrt-rtx", buckets=[0, 2], steps=3, progress=False
+    )
+    assert result.passed, result.table()
+    assert {check.graphs for check in result.checks} == {"engines"}
+    assert {check.role for check in result.checks} == {"head", "chunk", "tail", "step"}
+
+
 class TestEqualsTheReference:
     @pytest.mark.parametrize("count", [1, 40, 63, 64, 65, 66, 104, 105, 144, 145, 184, 185, 264, 265, 343])
     def test_prefill(self, model, reference, count):
@@ -202,6 +213,21 @@ class TestEqualsTheReference:
             reference.prefill(tokens(66))
             for token in tokens(38, seed=1):
                 assert difference(model.step(token), reference.step(token)) < CLOSE
+
+    @pytest.mark.parametrize(("family", "layout"), [("gpt_oss", "bucket"), ("mpt", "profile")])
+    def test_layers_that_look_at_positions(self, engine_bundle, gpu, checkpoint, mesa_config, family, layout):
+        """A window and ALiBi, also behind keys that were moved."""
+        reference = TorchReference(checkpoint(family), mesa_config)
+        with MesaModel.load(engine_bundle(layout, "shared", family), "tensorrt-rtx") as model:
+            assert model.manifest.looks_at_positions
+            for count in (20, 66, 100):
+                assert difference(model.prefill(tokens(count)), reference.prefill(tokens(count))) < CLOSE
+            model.prefill(tokens(50))
+            reference.prefill(tokens(50))
+            for token in tokens(30, seed=1):
+                assert difference(model.step(token), reference.step(token)) < CLOSE
+            turn = tokens(20, seed=2)
+            assert difference(model.extend(turn), reference.extend(turn)) < CLOSE
 
     def test_the_other_flavour(self, copied, gpu, reference):
         change(copied, flavour="tensorrt")

@@ -1,0 +1,262 @@
+"""Weights of linear layers as whole numbers of 8 or 4 bits: rounded to nearest, a scale for each block of inputs.
+
+A layer computes ``x @ W.T``; its weight ``W``, ``[out, in]``, is stored as ``[in, out]``, blocks along the first axis,
+and a graph has the standard ``DequantizeLinear`` (opset 21) in front of ``MatMul``. That is the one form that all
+engines keep packed: onnxruntime makes ``MatMulNBits`` of it, OpenVINO a compressed ``FullyConnected``, TensorRT a
+product with whole numbers.
+
+Activations, the cache and all other weights keep the bundle's dtype. So does the table of embeddings: its rows are
+gathered, a few at a time, so that nothing is gained in speed; a table that is also the language head (tied) stays for
+the gathering and is quantised for the product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from mesart.export.safetensors_file import Pending
+from mesart.graphs.errors import MesaError
+from mesart.graphs.manifest import Quantisation
+from mesart.graphs.torch_weights import QUANTISED, SCALES, ZERO_POINTS, Packed
+
+SCHEMES = {"int8": 8, "int4": 4}
+"""Bits by name."""
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+"""What onnxruntime's kernels take."""
+
+DEFAULT_GROUP = 32
+"""Of int4: the best quality for half a bit more a weight (docs/precision.md)."""
+
+_ONNX_TYPES = {
+    (8, True): ir.DataType.INT8,
+    (8, False): ir.DataType.UINT8,
+    (4, True): ir.DataType.INT4,
+    (4, False): ir.DataType.UINT4,
+}
+
+
+def choose_quantisation(scheme: str | None, group_size: int | None, *, symmetric: bool = True) -> Quantisation | None:
+    """The quantisation that was asked for.
+
+    Args:
+        scheme: ``int8``, ``int4`` or ``None``.
+        group_size: inputs of a layer that share a scale; if left out, 32 for int4 and all of them for int8.
+        symmetric: without zero points.
+
+    Raises:
+        MesaError: an unknown scheme or group size, or options of a quantisation without one.
+    """
+    if scheme is None:
+        if group_size is not None or not symmetric:
+            raise MesaError("a group size and zero points belong to a quantisation; give --quantise int8 or int4 too")
+        return None
+    if scheme not in SCHEMES:
+        raise MesaError(f"unknown quantisation {scheme!r}; there are {', '.join(SCHEMES)}")
+    if group_size is None and scheme == "int4":
+        group_size = DEFAULT_GROUP
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise MesaError(f"engines take groups of {', '.join(map(str, GROUP_SIZES))} inputs, not of {group_size}")
+    return Quantisation(scheme, SCHEMES[scheme], group_size, symmetric)
+
+
+def check_groups(inputs: Mapping[str, int], how: Quantisation) -> None:
+    """Refuses groups that do not divide a layer's inputs, whose numbers are given by the names of the weights.
+
+    Raises:
+        MesaError: says which group would do.
+    """
+    group = how.group_size
+    if group is None:
+        return
+    for name, count in inputs.items():
+        if count % group:
+            fitting = [size for size in GROUP_SIZES if math.gcd(*inputs.values()) % size == 0]
+            advice = f"; {fitting[-1]} divides those of all layers" if fitting else "; int8 without groups takes any"
+            raise MesaError(f"groups of {group} do not divide the {count} inputs of {name}{advice}")
+
+
+def quantise(weight: Tensor, how: Quantisation) -> Packed:
+    """Rounds a weight to whole numbers.
+
+    Args:
+        weight: ``[out, in]``, of any floating dtype, which the scales get too.
+        how: the group size must divide ``in``.
+
+    Returns:
+        Numbers, scales and zero points. A block whose weights are all zero has the scale 1.
+    """
+    outputs, inputs = weight.shape
+    blocks = weight.detach().float().t().reshape(-1, how.group_size or inputs, outputs)
+    if how.symmetric:
+        low, most = -(2 ** (how.bits - 1)), 2 ** (how.bits - 1) - 1
+        scales = blocks.abs().amax(1) / most
+    else:  # zero is always within the range: what is zero stays zero
+        low, most = 0, 2**how.bits - 1
+        least = blocks.amin(1).clamp_(max=0)
+        scales = (blocks.amax(1).clamp_(min=0) - least) / most
+    scales = scales.to(weight.dtype)  # rounded first, so that the numbers fit to what is stored
+    scales[scales == 0] = 1
+    numbers = torch.round(blocks / scales.float()[:, None])
+    zeros = None
+    if not how.symmetric:
+        zeros = torch.round(-least / scales.float()).clamp_(low, most)
+        numbers += zeros[:, None]
+    shape = _scales_shape((outputs, inputs), how)
+    return Packed(
+        _pack(numbers.clamp_(low, most).reshape(inputs, outputs), how),
+        scales.reshape(shape),
+        None if zeros is None else _pack(zeros.reshape(shape), how),
+    )
+
+
+def _scales_shape(shape: tuple[int, int], how: Quantisation) -> tuple[int, ...]:
+    outputs, inputs = shape
+    return (outputs,) if how.group_size is None else (inputs // how.group_size, outputs)
+
+
+def _pack(numbers: Tensor, how: Quantisation) -> Tensor:
+    if how.bits == 8:
+        return numbers.to(torch.int8 if how.symmetric else torch.uint8)
+    halves = numbers.reshape(-1).to(torch.int8).view(torch.uint8) & 15
+    if len(halves) % 2:
+        halves = torch.cat((halves, halves.new_zeros(1)))
+    return halves[0::2] | halves[1::2] << 4
+
+
+def pending(
+    name: str, shape: tuple[int, int], dtype: torch.dtype, read: Callable[[], Tensor], how: Quantisation
+) -> dict[str, Pending]:
+    """The parts of a quantised weight, to be written one by one: each reads the weight anew, and nothing is kept.
+
+    Args:
+        name: the parameter's.
+        shape: ``[out, in]``.
+        dtype: of the scales.
+        read: gives the weight.
+        how: the quantisation.
+    """
+
+    def packed() -> Packed:
+        return quantise(read().to(dtype), how)
+
+    def zero_points() -> Tensor:
+        zeros = packed().zero_points
+        assert zeros is not None
+        return zeros
+
+    outputs, inputs = shape
+    scales = _scales_shape(shape, how)
+
+    def stored(extents: tuple[int, ...], make: Callable[[], Tensor]) -> Pending:
+        if how.bits == 4:
+            return Pending(torch.uint8, (-(-math.prod(extents) // 2),), make)
+        return Pending(torch.int8 if how.symmetric else torch.uint8, extents, make)
+
+    parts = {
+        name + QUANTISED: stored((inputs, outputs), lambda: packed().numbers),
+        name + SCALES: Pending(dtype, scales, lambda: packed().scales),
+    }
+    if not how.symmetric:
+        parts[name + ZERO_POINTS] = stored(scales, zero_points)
+    return parts
+
+
+def quantise_products(graph: ir.Graph, how: Quantisation) -> set[str]:
+    """Puts ``DequantizeLinear`` in front of each product with a weight, in place.
+
+    Initializers carry the name of their parameter as ``metadata_props["weight"]``, which the new ones get too, with
+    what follows it. A weight of two dimensions, ``[out, in]``, counts if ``MatMul`` multiplies with its transpose; one
+    that is used otherwise too is kept beside its quantised form.
+
+    Returns:
+        The names of the quantised parameters.
+
+    Raises:
+        MesaError: the group size divides no input dimension, with one that would.
+    """
+    weights = {}
+    for value in list(graph.initializers.values()):
+        products = [product for use in value.uses() for product in _products(use.node)]
+        name = value.metadata_props.get("weight")
+        if name is not None and products:
+            weights[name] = (value, products)
+    check_groups({name: _shape(value)[1] for name, (value, _) in weights.items()}, how)
+    for name, (value, products) in weights.items():
+        dequantised = _dequantised(graph, value, name, how)
+        graph.insert_before(next(node for node in graph if node in products), dequantised)
+        for product in products:
+            product.replace_input_with(1, dequantised.outputs[0])
+        for transpose in [use.node for use in value.uses()]:
+            if not transpose.outputs[0].uses():
+                graph.remove(transpose, safe=True)
+        if not value.uses():
+            graph.initializers.pop(str(value.name))
+    return set(weights)
+
+
+def _products(transpose: ir.Node) -> list[ir.Node]:
+    """The products of activations with a weight that a node transposes."""
+    if transpose.op_type != "Transpose" or len(transpose.attributes.get_ints("perm", ())) != 2:
+        return []
+    return [use.node for use in transpose.outputs[0].uses() if use.node.op_type == "MatMul" and use.idx == 1]
+
+
+def _dequantised(graph: ir.Graph, weight: ir.Value, name: str, how: Quantisation) -> ir.Node:
+    outputs, inputs = shape = _shape(weight)
+    numbers = _ONNX_TYPES[how.bits, how.symmetric]
+    scales = _scales_shape(shape, how)
+    assert weight.dtype is not None
+    parts = [_placeholder(weight, name, QUANTISED, numbers, (inputs, outputs))]
+    parts.append(_placeholder(weight, name, SCALES, weight.dtype, scales))
+    if not how.symmetric:
+        parts.append(_placeholder(weight, name, ZERO_POINTS, numbers, scales))
+    for part in parts:
+        graph.register_initializer(part)
+    blocks = {"axis": 1} if how.group_size is None else {"axis": 0, "block_size": how.group_size}
+    node = ir.node("DequantizeLinear", parts, blocks)
+    node.outputs[0].name = f"{weight.name}.dequantised"
+    node.outputs[0].shape, node.outputs[0].type = ir.Shape((inputs, outputs)), ir.TensorType(weight.dtype)
+    return node
+
+
+def _placeholder(weight: ir.Value, name: str, part: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+    """An initializer whose numbers are not written yet."""
+
+    def unwritten() -> ir.TensorProtocol:
+        raise AssertionError(f"{name}{part} is read before it is written")
+
+    extents = ir.Shape(shape)
+    tensor = ir.LazyTensor(unwritten, dtype, extents, name=f"{weight.name}{part}")
+    value = ir.Value(name=tensor.name, shape=extents, type=ir.TensorType(dtype), const_value=tensor)
+    value.metadata_props["weight"] = name + part
+    return value
+
+
+def _shape(weight: ir.Value) -> tuple[int, int]:
+    assert weight.shape is not None
+    outputs, inputs = weight.shape.numpy()
+    return outputs, inputs
+
+
+def quantised_bytes(shape: tuple[int, int], dtype: torch.dtype, how: Quantisation) -> int:
+    """What a weight takes on disk."""
+    parts = pending("", shape, dtype, lambda: torch.empty(0), how)
+    return sum(part.bytes for part in parts.values())
+
+
+__all__ = [
+    "GROUP_SIZES",
+    "SCHEMES",
+    "check_groups",
+    "choose_quantisation",
+    "pending",
+    "quantise",
+    "quantise_products",
+    "quantised_bytes",
+]
