@@ -64,6 +64,10 @@ class OnnxRuntimeBackend:
         # Products with quantised weights in float32; the default rounds activations to 8 bits (docs/precision.md).
         self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
 
+    def unpack_weights(self) -> None:
+        """Unpacks quantised weights while a graph is loaded: for 8 bits, which its kernels unpack at each run else."""
+        self._options.add_session_config_entry("session.disable_quant_qdq", "1")
+
     def open(self, path: Path) -> Graph:
         try:
             session = self._onnxruntime.InferenceSession(os.fspath(path), self._options, providers=self._providers)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Flavour, Manifest
-from mesart.runtime.backends import choose_backend
+from mesart.runtime.backends import OnnxRuntimeBackend, choose_backend
 from mesart.runtime.cache import LiveCache
 from mesart.runtime.device_cache import DeviceCache
 from mesart.runtime.engines import PACKAGES, Engines, usable_flavour
@@ -53,6 +53,8 @@ def load_cache(
                 bundle, manifest, usable, "the fastest: the bundle has engines for this GPU", verify=verify
             )
     engine, choice = choose_backend(backend, manifest.dtype, threads)
+    if isinstance(engine, OnnxRuntimeBackend) and manifest.quantisation is not None and manifest.quantisation.bits == 8:
+        engine.unpack_weights()
     graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(bundle, manifest, engine)
     choice += f"; the bundle's engines do not run here: {reason}" if reason else ""
     return Loaded(HostCache(manifest, graphs), manifest, engine.name, engine.device, choice)

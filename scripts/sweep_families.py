@@ -40,6 +40,8 @@ CLOSE = 1e-4
 LARGEST = 50_000_000
 """Parameters of a model that is tried."""
 
+CRASHED = "the process crashed"
+
 STAGES = ("transformers", "onnxruntime", "openvino", "float16")
 """What is tried: the reference against plain transformers, engines against the reference, TensorRT builds."""
 
@@ -235,26 +237,30 @@ class Trial:
         yield "float16", lambda: self.tensorrt("float16")
 
 
-def try_type(kind: str) -> dict[str, Any]:
-    """What one type can do: each stage with an empty string, or the reason why not."""
+def try_type(kind: str) -> Iterator[dict[str, Any]]:
+    """What one type can do: each stage with an empty string, or the reason why not; what is known, after each stage."""
     start = time.monotonic()
-    result: dict[str, Any] = {"type": kind, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind], "stages": {}}
+    stages: dict[str, str] = {STAGES[0]: CRASHED}
+    result = {"type": kind, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind], "stages": stages, "seconds": 0.0}
+    yield result
     with tempfile.TemporaryDirectory() as folder:
         try:
             trial = Trial(kind, Path(folder))
         except Exception as error:  # noqa: BLE001  (whatever it is, it is the row's reason)
-            result["stages"] = {STAGES[0]: _reason(error)}
+            stages[STAGES[0]] = _reason(error)
         else:
             for name, stage in trial.stages():
-                result["stages"][name] = ""
+                stages[name] = CRASHED
+                yield result
                 try:
                     stage()
+                    stages[name] = ""
                 except Exception as error:  # noqa: BLE001
-                    result["stages"][name] = _reason(error)
+                    stages[name] = _reason(error)
                     if name in ("transformers", "onnxruntime"):
                         break  # what is wrong there is wrong everywhere
     result["seconds"] = round(time.monotonic() - start, 1)
-    return result
+    yield result
 
 
 def _reason(error: Exception) -> str:
@@ -270,19 +276,19 @@ def run_apart(kind: str, seconds: float) -> dict[str, Any]:
 
     def work() -> None:
         with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            sender.send(try_type(kind))
+            for result in try_type(kind):
+                sender.send(result)
 
     process = context.Process(target=work)
     process.start()
     sender.close()
-    failed = {"type": kind, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind], "seconds": seconds}
-    try:
-        if receiver.poll(seconds):
-            result: dict[str, Any] = receiver.recv()
-        else:
-            result = {**failed, "stages": {STAGES[0]: f"not done after {seconds:.0f} s"}}
-    except EOFError:
-        result = {**failed, "stages": {STAGES[0]: "the process crashed"}}
+    end = time.monotonic() + seconds
+    result: dict[str, Any] = {}
+    with contextlib.suppress(EOFError):  # it has ended, one way or another
+        while receiver.poll(max(0.0, end - time.monotonic())):
+            result = receiver.recv()
+        late = f"not done after {seconds:.0f} s"
+        result["stages"] = {name: late if reason == CRASHED else reason for name, reason in result["stages"].items()}
     process.kill()
     process.join()
     return result

@@ -182,6 +182,15 @@ class TestBundles:
             assert "DequantizeLinear" not in operators
             assert operators.count("MatMulNBits") == ir_count(each / file, "DequantizeLinear")
 
+    def test_onnxruntime_unpacks_8_bits(self, each, monkeypatch):
+        """Its kernel for them and float32 activations is far slower than the plain product."""
+        asked: list[str] = []
+        monkeypatch.setattr(OnnxRuntimeBackend, "unpack_weights", lambda self: asked.append(self.name))
+        how = Manifest.read(each).quantisation
+        assert how is not None
+        with MesaModel.load(each, "onnxruntime", verify=False):
+            assert len(asked) == (how.bits == 8)
+
     def test_manifest(self, each, tmp_path):
         manifest = Manifest.read(each)
         how = manifest.quantisation
