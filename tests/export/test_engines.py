@@ -18,7 +18,7 @@ from mesart.export.engine_graphs import engine_graph, engine_shapes
 from mesart.export.engine_memory import estimate
 from mesart.export.tensorrt_builder import TensorRtBuilder
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import ENGINES_FOLDER, WEIGHTS_FILE, EngineInfo, EngineSet, Layout, Manifest
+from mesart.graphs.manifest import ENGINES_FOLDER, EngineInfo, EngineSet, Layout, Manifest
 from mesart.runtime import MesaModel
 
 pytest.importorskip("tensorrt_rtx")
@@ -121,13 +121,13 @@ def test_weights_are_not_in_the_engines(built):
     """Each is an input, and lies where the weight file says; what is left in the engines is small."""
     folder, made = built
     manifest = Manifest.read(folder)
-    stored = manifest.files[WEIGHTS_FILE].bytes
+    stored = manifest.weight_bytes
     step, _ = made.find("step", 0)
     assert sum(weight.bytes for weight in step.weights) > 0.9 * stored - 2**17
     for info in made.engines:
         for weight in info.weights:
             assert weight.bytes >= 2**14
-            assert weight.offset + weight.bytes <= stored
+            assert weight.offset + weight.bytes <= manifest.files[weight.file].bytes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -273,7 +273,7 @@ def test_memory_grows_by_the_cache(bundle):
     slot = sum(2 * x.kv_heads * (x.key_size + x.value_size) for x in manifest.layers)
     for need, bucket in zip(memory, manifest.buckets, strict=True):
         assert 0 <= need.cache - slot * bucket.max_tokens <= slot * (64 + manifest.config.train_length)
-        assert need.weights == manifest.files[WEIGHTS_FILE].bytes
+        assert need.weights == manifest.weight_bytes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
