@@ -163,8 +163,12 @@ class _Attention:
             if self.window:
                 assert positions is not None
                 mask = self.masked_beyond_window(mask, positions)
-            rows_differ = self.window or mask is self.new_mask
-            scores = self.op("Add", self.scores(query, keys), self.grouped_mask(mask) if rows_differ else mask)
+            scores = self.scores(query, keys)
+            if mask is self.new_mask and self.group > 1:
+                scores = self.add_new_mask(scores)
+            else:
+                rows_differ = self.window or mask is self.new_mask
+                scores = self.op("Add", scores, self.grouped_mask(mask) if rows_differ else mask)
             if self.slopes:
                 assert positions is not None
                 scores = self.biased(scores, positions)
@@ -175,6 +179,13 @@ class _Attention:
         of_new = self.op("Slice", weights, past, self.ints(_END), axis)
         output = self.op("Add", self.op("MatMul", of_past, self.past_value), self.op("MatMul", of_new, self.value))
         return self.unfolded(output)
+
+    def add_new_mask(self, scores: ir.Value) -> ir.Value:
+        """The mask of new keys added to scores ``[B, K, G * S, S]``, without a copy of it for each query of a group."""
+        # The zeros keep the extents of B and of the keys; the -1 is S, and G * S on the way back.
+        apart = self.op("Reshape", scores, self.ints(0, self.kv_heads, self.group, 0, -1))
+        masked = self.op("Add", apart, self.op("Unsqueeze", self.new_mask, self.ints(1)))
+        return self.op("Reshape", masked, self.ints(0, self.kv_heads, -1, 0))
 
     def scores(self, query: ir.Value, key: ir.Value) -> ir.Value:
         """float32 ``[B, K, G * S, X]``."""
