@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -75,6 +76,16 @@ def require_space(folder: Path, kind: str, needed: int) -> None:
         raise MesaError(f"{folder} has {free >> 20} MiB free, the {kind} needs about {needed >> 20} MiB")
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Gives a file a second name, or a copy where there are no hard links (another file system); makes the folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    real = source.resolve()  # hub caches hold symbolic links
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copyfile(real, target)
+
+
 def _is_full(error: Exception) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
@@ -99,4 +110,4 @@ def _replace(folder: Path, target: Path) -> None:
         old.unlink()
 
 
-__all__ = ["atomic", "check_target"]
+__all__ = ["atomic", "check_target", "link_or_copy", "require_space"]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +25,7 @@ import onnx_ir.passes.common as passes
 from tqdm import tqdm
 
 from mesart.export.engines import Report, buckets_for, check_brain, check_dtype, find_targets, is_due
-from mesart.export.folders import atomic, check_target
+from mesart.export.folders import atomic, check_target, link_or_copy
 from mesart.export.gpus import local_gpu
 from mesart.export.specialise import specialise
 from mesart.export.tensorrt_builder import NoKernelError, TensorRtBuilder
@@ -218,9 +217,9 @@ def _static_graph(bundle: Path, graph: GraphInfo, manifest: Manifest) -> ir.Mode
 def _write_onnx_model(model: Path, graph: GraphInfo, manifest: Manifest, bundle: Path) -> Path:
     """Links a graph and its weights, which onnxruntime reads from beside the graph only; returns the graph's file."""
     file = _version_folder(model) / "model.onnx"
-    _link(bundle / graph.file, file)
+    link_or_copy(bundle / graph.file, file)
     for name in manifest.weight_files:
-        _link(bundle / name, file.with_name(name))
+        link_or_copy(bundle / name, file.with_name(name))
     # onnxruntime's CPU kernels compute no bfloat16.
     kind = "KIND_GPU" if manifest.dtype == "bfloat16" else "KIND_AUTO"
     _write_config(model, "onnxruntime_onnx", file.name, graph.inputs, graph.outputs, kind)
@@ -235,7 +234,7 @@ def _write_text_model(folder: Path, name: str, bundle: Path, manifest: Manifest)
         info.read(bundle)  # checks it
     copy = version / BUNDLE_FOLDER
     for file in (MANIFEST_FILE, *manifest.files, *(info.file for info in engines)):
-        _link(bundle / file, copy / file)
+        link_or_copy(bundle / file, copy / file)
     (version / MODEL_FILE).write_text(MODEL, encoding="utf-8")
     inputs = [_entry(key, kind, [size], optional=optional) for key, kind, size, optional in _TEXT_INPUTS]
     lines = [
@@ -259,14 +258,6 @@ def _version_folder(model: Path) -> Path:
     folder = model / VERSION
     folder.mkdir(parents=True)
     return folder
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
 
 
 def _write_config(

@@ -6,8 +6,6 @@ is looked up in the checkpoint's headers by name, shape and dtype.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from mesart.export.checkpoint import load_model, weight_files
+from mesart.export.folders import link_or_copy
 from mesart.export.quantise import pending as pending_parts
 from mesart.export.quantise import quantised_bytes
 from mesart.export.safetensors_file import Pending, Stored, read_header, write_file
@@ -205,7 +204,7 @@ class WeightFiles:
         ) as bar:
             write_file(path, pending, bar.update)
         for file, name in self._files.items():
-            _link(file, self._folder / name)
+            link_or_copy(file, self._folder / name)
         places = {name: (WEIGHTS_FILE, stored.offset, stored.bytes) for name, stored in read_header(path).items()}
         for name, stored in self._linked.items():
             places[name] = (self._files[stored.file], stored.offset, stored.bytes)
@@ -233,15 +232,6 @@ class WeightFiles:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or its copy on another file system."""
-    real = source.resolve()  # hub caches hold symbolic links
-    try:
-        os.link(real, target)
-    except OSError:
-        shutil.copyfile(real, target)
 
 
 __all__ = ["Network", "WeightFiles", "WeightMode", "open_network"]
