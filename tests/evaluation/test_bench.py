@@ -59,9 +59,9 @@ def test_peak_memory_is_that_of_the_largest_moment() -> None:
     with peak_memory(0.001) as before:
         pass
     with peak_memory(0.001) as peak:
-        block = np.ones(64 << 17)  # 64 MiB, written to
+        block = np.ones(256 << 17)  # 256 MiB, written to: large beside what the process itself takes and gives back
         del block
-    assert 60 << 20 <= peak[0] - before[0] <= 80 << 20
+    assert 200 << 20 <= peak[0] - before[0] <= 320 << 20
 
 
 def test_all_systems_in_one_run(bundle: Callable[..., Path]) -> None:
