@@ -200,7 +200,7 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter warns about packages that it does not need here."""
+    """torch's exporter warns about packages that it does not need here, onnx_ir of every weight without a value."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -283,7 +283,7 @@ def fold(model: ir.Model, *, rewrite: bool = True) -> None:
 
     ``rewrite``: also onnxscript's rules, which take a hundred times as long; once for a traced graph is enough.
     """
-    with _weights_hidden(model):
+    with _weights_hidden(model), _quiet():
         for last in (False, True):
             optimizer.fold_constants(
                 model,
@@ -298,7 +298,7 @@ def fold(model: ir.Model, *, rewrite: bool = True) -> None:
 
 def merge_equal(model: ir.Model) -> None:
     """Constants become initializers; equal ones become one, and so do equal nodes; what is unused goes."""
-    with _weights_hidden(model):
+    with _weights_hidden(model), _quiet():
         ir.passes.Sequential(
             passes.RemoveUnusedNodesPass(),
             passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

@@ -1,9 +1,13 @@
-"""Train the demo model: a small Llama that finds passkeys, from scratch, on windows of at most 256 tokens.
+"""Train the demo models: small models that find passkeys, from scratch, on windows of at most 256 tokens.
 
-Everything about it is ordinary: positions 0 to 255, plain causal attention, a plain transformers checkpoint. That it
-works far past its window is Mesa-Extrapolation's doing at inference. Takes about 20 minutes on one idle CPU core:
+Everything about them is ordinary: positions 0 to 255, plain causal attention, a plain transformers checkpoint. What
+they do far past their window is Mesa-Extrapolation's doing at inference. The one with rotary positions ships with the
+package; the two others, by the same recipe, stand in for the paper's models with ALiBi and without positions. Each
+takes about 20 minutes on one idle CPU core:
 
     python scripts/train_demo_model.py
+    python scripts/train_demo_model.py --positions alibi --output models/alibi
+    python scripts/train_demo_model.py --positions none --output models/nope
 """
 
 import argparse
@@ -12,11 +16,21 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    MptConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SmolLM3Config,
+)
 
 from mesart.evaluation.corpus import library_documents, library_text
 from mesart.evaluation.passkey import (
@@ -186,23 +200,34 @@ class WindowSource:
         ]
 
 
-def new_model() -> LlamaForCausalLM:
-    """The untrained model: 1.05 million parameters."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=WINDOW,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=True,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
-    )
-    return LlamaForCausalLM(config)
+def new_model(positions: str) -> PreTrainedModel:
+    """The untrained model: 1.05 million parameters, 1.18 million with ALiBi (MPT has no grouped queries)."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+    }
+    llama: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": WINDOW,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+    config: PreTrainedConfig
+    if positions == "alibi":
+        config = MptConfig(d_model=128, n_heads=4, n_layers=4, expansion_ratio=4, max_seq_len=WINDOW, **sizes)
+    elif positions == "none":
+        config = SmolLM3Config(no_rope_layers=[0] * llama["num_hidden_layers"], **llama, **sizes)  # 0: without rotary
+    else:
+        config = LlamaConfig(**llama, **sizes)
+    auto: Any = AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(config)
+    return model
 
 
 def batches(source: WindowSource, seed: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -212,7 +237,7 @@ def batches(source: WindowSource, seed: int, steps: int) -> Iterator[tuple[torch
         yield torch.tensor([ids for ids, _ in windows]), torch.tensor([weights for _, weights in windows])
 
 
-def compiled_loss(model: LlamaForCausalLM) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+def compiled_loss(model: PreTrainedModel) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """A function of ids and weights `[BATCH, WINDOW]`: the weighted loss, and the answers' loss, in nats per token."""
 
     def loss(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,7 +251,7 @@ def compiled_loss(model: LlamaForCausalLM) -> Callable[[torch.Tensor, torch.Tens
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     source: WindowSource,
     *,
     steps: int,
@@ -235,8 +260,9 @@ def train(
     save: Callable[[int], None],
 ) -> None:
     """Train in place: Muon for the matrices, AdamW for the embedding and the norms, linear warm-up and cosine decay."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    others = [p for p in model.parameters() if p.ndim != 2 or id(p) in embeddings]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
@@ -273,6 +299,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DEMO_MODEL, help="folder to write the checkpoint to")
+    parser.add_argument("--positions", choices=("rotary", "alibi", "none"), default="rotary")
     parser.add_argument("--steps", type=int, default=2400, help="training steps of 32 windows (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the windows (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
@@ -286,7 +313,7 @@ def main() -> None:
     print(f"tokenizer trained in {time.monotonic() - started:.0f} s")
     source = WindowSource(tokenizer)
     print(f"{len(source.stream)} tokens; source ready after {time.monotonic() - started:.0f} s")
-    model = new_model()
+    model = new_model(arguments.positions)
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
