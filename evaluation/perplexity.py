@@ -159,7 +159,7 @@ def run_perplexity(
     with open_systems(source, systems, backend, config) as opened:
         chosen = _lengths(opened, lengths, tokens)
         stream = opened.encode(scored.content)
-        ends = _places(len(stream), chosen[-1] - len(opened.prefix_ids), places, seed)
+        ends = places_in(len(stream), chosen[-1] - len(opened.prefix_ids), places, seed)
         cells: list[PerplexityCell] = []
         complete, start = True, time.monotonic()
         try:
@@ -181,8 +181,12 @@ def run_perplexity(
     return PerplexityResult(opened.subject, seed, tokens, len(ends), scored, tuple(cells), complete, seconds)
 
 
-def _places(size: int, longest: int, count: int, seed: int) -> list[int]:
-    """Ends of texts in a stream of ``size`` tokens: different ones, each with the longest context before it."""
+def places_in(size: int, longest: int, count: int, seed: int) -> list[int]:
+    """Ends of texts in a stream of ``size`` tokens: different ones, each with the longest context before it.
+
+    Raises:
+        MesaError: the stream is too short.
+    """
     possible = range(longest, size + 1)
     if len(possible) < count:
         raise MesaError(
@@ -205,4 +209,4 @@ def _lengths(opened: OpenSystems, lengths: Sequence[int] | None, tokens: int) ->
     return chosen
 
 
-__all__ = ["PerplexityCell", "PerplexityResult", "run_perplexity"]
+__all__ = ["PerplexityCell", "PerplexityResult", "places_in", "run_perplexity"]

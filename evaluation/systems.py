@@ -188,6 +188,46 @@ class Origin(System):
         return logits
 
 
+@dataclass(frozen=True, eq=False)
+class CheckpointModel:
+    """A checkpoint in PyTorch, with its tokenizer."""
+
+    source: str
+    model: nn.Module = field(repr=False)
+    tokenizer: Tokenizer
+    prefix_ids: tuple[int, ...]
+    """The special tokens that the model's texts begin with; often one, sometimes none."""
+    train_length: int
+
+    @classmethod
+    def load(cls, source: Source, dtype: str = "float32", device: str = "cpu") -> CheckpointModel:
+        """Loads a checkpoint's folder or a hub id.
+
+        Raises:
+            MesaError: the checkpoint or its tokenizer cannot be used, or PyTorch is not here.
+        """
+        try:
+            from mesart.export.checkpoint import load_model  # noqa: PLC0415
+        except ImportError as error:
+            raise _needs_torch("a checkpoint", error) from error
+        model = load_model(source, dtype).to(device)
+        tokenizer = _checkpoint_tokenizer(source, model)
+        train_length = MesaConfig.from_model(source).train_length
+        return cls(str(source), model, tokenizer, tuple(prefix_ids(tokenizer)), train_length)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def prefix_ids(tokenizer: Tokenizer) -> list[int]:
+    """The special tokens that a tokenizer puts before a text."""
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    full = tokenizer.encode("a")
+    start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+    return full[:start]
+
+
 @dataclass(frozen=True)
 class Subject:
     """What was evaluated, for the record."""
@@ -230,10 +270,7 @@ class OpenSystems:
     @cached_property
     def prefix_ids(self) -> list[int]:
         """The special tokens that the model's texts begin with; often one, sometimes none."""
-        plain = self.encode("a")
-        full = self.tokenizer.encode("a")
-        start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
-        return full[:start]
+        return prefix_ids(self.tokenizer)
 
     @property
     def default_lengths(self) -> list[int]:
@@ -299,22 +336,17 @@ def _open_checkpoint(source: Source, names: Sequence[str], backend: str, config:
         raise MesaError(f"{source} is a checkpoint, which PyTorch runs; to use backend {backend!r}, export it first")
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise MesaError(f"{source} is neither a bundle (no {MANIFEST_FILE}) nor a checkpoint (no config.json)")
-    try:
-        from mesart.export.checkpoint import load_model  # noqa: PLC0415
-    except ImportError as error:
-        raise _needs_torch("a checkpoint", error) from error
     # The model is shared: under Mesa it is wrapped, its weights are not copied.
-    model = load_model(source, "float32")
-    tokenizer = _checkpoint_tokenizer(source, model)
+    checkpoint = CheckpointModel.load(source)
     config = config or MesaConfig.from_model(source)
     openers: dict[str, Callable[[], System]] = {
-        "mesa": lambda: MesaReference(model, config),
-        "origin": lambda: Origin(model),
+        "mesa": lambda: MesaReference(checkpoint.model, config),
+        "origin": lambda: Origin(checkpoint.model),
     }
     systems = {name: openers[name]() for name in names}
     engines = {name: system.engine for name, system in systems.items()}
     subject = Subject(str(source), "checkpoint", config, engines)
-    return OpenSystems(subject, tokenizer, _EXPORT_LIMIT * config.train_length, systems)
+    return OpenSystems(subject, checkpoint.tokenizer, _EXPORT_LIMIT * config.train_length, systems)
 
 
 def _checkpoint_tokenizer(source: Source, model: Any) -> Tokenizer:
@@ -344,4 +376,4 @@ def _dtype(model: nn.Module) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-__all__ = ["SYSTEMS", "OpenSystems", "Subject", "System", "open_systems"]
+__all__ = ["SYSTEMS", "CheckpointModel", "OpenSystems", "Subject", "System", "open_systems", "prefix_ids"]
