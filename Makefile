@@ -7,12 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test lint paper clean
 
 help:
 	@echo "make demo   the demo model finds a passkey far past its training window"
 	@echo "make test   all tests                        (WORKERS=$(WORKERS) processes, PYTEST_ARGS=...)"
 	@echo "make lint   ruff and mypy --strict"
+	@echo "make paper  every method side by side, into docs/results (goes on where it was)"
 	@echo "make venv   only the virtual environment     (PYTHON=$(PYTHON))"
 	@echo "make clean  removes what the other targets made, the virtual environment too"
 
@@ -40,6 +41,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+paper: $(INSTALLED)
+	$(BIN)/python scripts/paper.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 _LOOKS: Final[dict[str, dict[str, Any]]] = {
     "mesa": {"color": "#0072b2", "marker": "o", "markersize": 6, "zorder": 4, "label": "Mesa"},
     "origin": {"color": "#d55e00", "marker": "s", "markersize": 8, "zorder": 3, "label": "Origin (the plain model)"},
+    "dynamic-ntk": {"color": "#e69f00", "marker": "^", "label": "Dynamic-NTK"},
+    "yarn": {"color": "#b8860b", "marker": "v", "label": "YaRN"},
+    "rerope": {"color": "#009e73", "marker": "D", "label": "ReRoPE"},
+    "leaky-rerope": {"color": "#009e73", "marker": "d", "linestyle": "--", "label": "Leaky-ReRoPE"},
+    "self-extend": {"color": "#56b4e9", "marker": "P", "label": "SelfExtend"},
+    "dual-chunk": {"color": "#56b4e9", "marker": "p", "linestyle": "--", "label": "Dual Chunk Attention"},
+    "lm-infinite": {"color": "#cc79a7", "marker": "<", "label": "LM-Infinite"},
+    "streaming-llm": {"color": "#cc79a7", "marker": ">", "linestyle": "--", "label": "Streaming-LLM"},
+    "star-attention": {"color": "#7f7f7f", "marker": "*", "label": "Star Attention"},
+    "infllm": {"color": "#7f7f7f", "marker": "X", "linestyle": "--", "label": "InfLLM"},
 }
 _GREY: Final = "#666666"
 
@@ -37,10 +47,10 @@ def plot_passkey(result: PasskeyResult, path: str | os.PathLike[str]) -> None:
         MesaError: nothing was finished, or the picture cannot be written.
     """
     cells = result.pooled()
-    _require(cells)
+    require(cells)
     fillers = list(dict.fromkeys(cell.filler for cell in cells))
     lengths = sorted({cell.length for cell in cells})
-    with _style():
+    with style():
         figure = Figure(figsize=(1.0 + 4.4 * len(fillers), 4.0), layout="constrained")
         figure.suptitle("Passkey: how often the key is found")
         panels: Sequence[Axes] = figure.subplots(1, len(fillers), sharey=True, squeeze=False)[0]
@@ -48,13 +58,13 @@ def plot_passkey(result: PasskeyResult, path: str | os.PathLike[str]) -> None:
             axes.set_title(f"{filler} filler", loc="right")
             for system in result.subject.engines:
                 line = [cell for cell in cells if (cell.system, cell.filler) == (system, filler)]
-                _line(axes, system, [c.length for c in line], [c.rate for c in line], [c.interval for c in line])
-            _length_axis(axes, lengths, result.subject.config.train_length, "prompt, tokens")
+                draw_line(axes, system, [c.length for c in line], [c.rate for c in line], [c.interval for c in line])
+            length_axis(axes, lengths, result.subject.config.train_length, "prompt, tokens")
             axes.set_ylim(-0.04, 1.04)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         panels[0].set_ylabel(f"keys found, of {cells[0].prompts} prompts")
-        _legend(figure, panels[0])
-        _save(figure, path)
+        legend(figure, panels)
+        save(figure, path)
 
 
 def plot_perplexity(result: PerplexityResult, path: str | os.PathLike[str]) -> None:
@@ -64,8 +74,8 @@ def plot_perplexity(result: PerplexityResult, path: str | os.PathLike[str]) -> N
         MesaError: nothing was finished, or the picture cannot be written.
     """
     cells = result.cells
-    _require(cells)
-    with _style():
+    require(cells)
+    with style():
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         figure.suptitle("Perplexity of the same tokens, with more and more context")
         axes = figure.subplots()
@@ -77,23 +87,23 @@ def plot_perplexity(result: PerplexityResult, path: str | os.PathLike[str]) -> N
             start = result.shortest(system).perplexity
             ratios = [result.ratio_interval(c) for c in line]
             intervals = [(start * low, start * high) for low, high in ratios]
-            _line(axes, system, [c.length for c in line], [c.perplexity for c in line], intervals)
-        _length_axis(axes, sorted({c.length for c in cells}), result.subject.config.train_length, "context, tokens")
+            draw_line(axes, system, [c.length for c in line], [c.perplexity for c in line], intervals)
+        length_axis(axes, sorted({c.length for c in cells}), result.subject.config.train_length, "context, tokens")
         axes.set_yscale("log")
         # Decades are too coarse for the few that lie between good and useless.
-        axes.yaxis.set_minor_formatter(FuncFormatter(_few_digits))
+        axes.yaxis.set_minor_formatter(FuncFormatter(few_digits))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_ylabel(f"perplexity of {result.tokens} tokens at {result.places} places")
-        _legend(figure, axes)
-        _save(figure, path)
+        legend(figure, [axes])
+        save(figure, path)
 
 
-def _require(cells: Sequence[object]) -> None:
+def require(cells: Sequence[object]) -> None:
     if not cells:
         raise MesaError("there is nothing to draw: no part of the evaluation was finished")
 
 
-def _style() -> AbstractContextManager[None]:
+def style() -> AbstractContextManager[None]:
     context: AbstractContextManager[None] = matplotlib.rc_context(
         {
             "font.size": 10,
@@ -114,17 +124,22 @@ def _style() -> AbstractContextManager[None]:
     return context
 
 
-def _line(
-    axes: Axes, system: str, lengths: list[int], values: list[float], intervals: list[tuple[float, float]]
+def draw_line(
+    axes: Axes,
+    system: str,
+    lengths: list[int],
+    values: list[float],
+    intervals: list[tuple[float, float]] | None,
 ) -> None:
-    """A line with its 95% intervals as a band."""
-    look = _LOOKS.get(system, {"label": system})
-    axes.plot(lengths, values, linewidth=2, clip_on=False, **look)
-    low, high = [low for low, _ in intervals], [high for _, high in intervals]
-    axes.fill_between(lengths, low, high, color=look.get("color"), alpha=0.15, linewidth=0)
+    """A line of a system or method, its 95% intervals as a band."""
+    look = {"linewidth": 2, "markersize": 5, **_LOOKS.get(system, {"label": system})}
+    axes.plot(lengths, values, clip_on=False, **look)
+    if intervals is not None:
+        low, high = [low for low, _ in intervals], [high for _, high in intervals]
+        axes.fill_between(lengths, low, high, color=look.get("color"), alpha=0.12, linewidth=0)
 
 
-def _length_axis(axes: Axes, lengths: Sequence[int], train_length: int, label: str) -> None:
+def length_axis(axes: Axes, lengths: Sequence[int], train_length: int, label: str) -> None:
     """Lengths by powers of two, in tokens and in trained windows; the window itself is marked."""
     axes.set_xscale("log", base=2)
     shown = lengths[:: -(-len(lengths) // 8)]  # more would overlap
@@ -148,17 +163,18 @@ def _length_axis(axes: Axes, lengths: Sequence[int], train_length: int, label: s
     axes.set_xlabel(label)
 
 
-def _few_digits(value: float, _: int | None) -> str:
+def few_digits(value: float, _: int | None) -> str:
     """Labels 2 and 5 between the decades."""
     return f"{value:g}" if f"{value:.0e}"[0] in "25" else ""
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+def legend(figure: Figure, panels: Sequence[Axes], columns: int | None = None) -> None:
+    """One legend below all panels, each name once."""
+    named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns or len(named))
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know

@@ -18,7 +18,7 @@ Z95: Final = 1.959964
 _PACKAGES: Final = ("mesart", "numpy", "tokenizers", "onnxruntime", "openvino", "torch", "transformers")
 
 
-def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+def wilson_interval(correct: float, count: int) -> tuple[float, float]:
     """The 95% interval of a rate of which ``correct`` out of ``count`` were seen (Wilson's: right at 0 and 1 too)."""
     rate, spread = correct / count, Z95**2 / count
     centre = (rate + spread / 2) / (1 + spread)

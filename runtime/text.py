@@ -46,6 +46,7 @@ class Tokenizer:
         byte_ids: id of each byte-fallback piece (``<0x0A>``) to its byte; empty where the tokenizer has none.
         eos_token_ids: any of them ends the text.
         vocab_size: number of ids, added tokens included.
+        chat_template: Jinja source of ``apply_chat_template``; ``None`` without one.
 
     Raises:
         MesaError: no ``tokenizer.json``, or one of the files is damaged.
@@ -65,6 +66,7 @@ class Tokenizer:
         named = _named_special_tokens(self._settings)
         _add_missing_tokens(self._tokenizer, self._settings, named)
 
+        self.chat_template: str | None = self._template_source()  # now: the folder may be a temporary one
         self.special_tokens: dict[str, str] = {name: token.content for name, token in named.items()}
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(index for index, token in added.items() if token.special)
@@ -130,11 +132,11 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether ``apply_chat_template`` can work."""
-        return self._template_source() is not None
+        return self.chat_template is not None
 
     @cached_property
     def _chat_template(self) -> jinja2.Template:
-        source = self._template_source()
+        source = self.chat_template
         if source is None:
             raise MesaError(
                 f"{self._folder} has no chat template: put the model's chat_template.jinja there, or give plain text"

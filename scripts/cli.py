@@ -377,6 +377,8 @@ def _add_eval(commands: Any) -> None:
     perplexity = _command(tasks, "perplexity", _perplexity, "Perplexity of the same tokens against context length.")
     perplexity.add_argument("--places", type=int, default=24, help="places in the text")
     perplexity.add_argument("--tokens", type=int, default=32, help="tokens judged at each place")
+    _add_suite(tasks)
+    _add_cost(tasks)
     for task in (passkey, perplexity):
         task.add_argument("source", help="a bundle or a checkpoint")
         task.add_argument("--systems", nargs="+", default=["mesa", "origin"], metavar="NAME")
@@ -388,6 +390,89 @@ def _add_eval(commands: Any) -> None:
         _add_backend(task)
         task.add_argument("--json", metavar="FILE", help="also write the result as JSON; - for standard output")
         task.add_argument("--plot", metavar="FILE", help="also draw a PNG")
+
+
+def _add_suite(tasks: Any) -> None:
+    parser = _command(tasks, "suite", _suite, "Methods side by side; an interrupted run goes on.")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a checkpoint or hub id, or NAME=MODEL")
+    parser.add_argument("-o", "--output", required=True, help="folder of the results")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="or NAME:PARAMETER=VALUE,... (default: all)")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", default=["passkey", "perplexity"])
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="default: 1x to 32x, doubling")
+    parser.add_argument("--prompts", type=int, default=20, help="of each method, task and length")
+    parser.add_argument("--places", type=int, default=60, help="in the text, for perplexity")
+    parser.add_argument("--scale", choices=("paper", "small"), default="paper", help="small: for tiny windows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", metavar="FILE", help="text to use instead of Python's standard library")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="of PyTorch, such as cuda")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the cores")
+
+
+def _suite(options: argparse.Namespace) -> int:
+    import mesart.evaluation.suite_plots  # noqa: F401, PLC0415  (says what is missing before hours of work, not after)
+    from mesart.evaluation.suite import Settings, run_suite  # noqa: PLC0415
+    from mesart.evaluation.suite_report import tables, write_report  # noqa: PLC0415
+
+    result = run_suite(
+        dict(_named_model(model) for model in options.models),
+        options.output,
+        methods=options.methods,
+        tasks=options.tasks,
+        lengths=options.lengths,
+        settings=Settings(
+            prompts=options.prompts,
+            places=options.places,
+            seed=options.seed,
+            scale=options.scale,
+            text=options.text,
+            dtype=options.dtype,
+            device=options.device,
+        ),
+        jobs=options.jobs,
+    )
+    print(tables(result))
+    if result.outcomes:
+        write_report(result, options.output)
+        print(f"wrote {options.output}")
+    return 0 if result.complete else 130
+
+
+def _named_model(text: str) -> tuple[str, str]:
+    name, equals, source = text.partition("=")
+    return (name, source) if equals else (Path(text).name or text, text)
+
+
+def _add_cost(tasks: Any) -> None:
+    parser = _command(tasks, "cost", _cost, "Time and memory of each method against the prompt's length.")
+    parser.add_argument("model", help="a checkpoint or hub id")
+    parser.add_argument("-o", "--output", required=True, help="folder of the results")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="or NAME:PARAMETER=VALUE,... (default: all)")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", required=True)
+    parser.add_argument("--repeat", type=int, default=3, help="timed runs of each; the median counts")
+    parser.add_argument("--new-tokens", type=int, default=8, help="tokens to decode")
+    parser.add_argument("--threads", type=int)
+
+
+def _cost(options: argparse.Namespace) -> int:
+    from mesart.evaluation.cost import run_cost  # noqa: PLC0415  (torch is slow to import)
+    from mesart.evaluation.suite import JOURNAL_FILE  # noqa: PLC0415
+    from mesart.evaluation.suite_plots import plot_cost  # noqa: PLC0415  (says what is missing before the work)
+
+    folder = Path(options.output)
+    result = run_cost(
+        options.model,
+        folder / JOURNAL_FILE,
+        methods=options.methods,
+        lengths=options.lengths,
+        repeat=options.repeat,
+        new_tokens=options.new_tokens,
+        threads=options.threads,
+    )
+    print(result.table())
+    if any(row.failed is None for row in result.rows):
+        plot_cost(result, folder / "cost.png")
+    return 0 if result.complete else 130
 
 
 def _passkey(options: argparse.Namespace) -> int:

@@ -8,13 +8,17 @@ takes about 20 minutes on one idle CPU core:
     python scripts/train_demo_model.py
     python scripts/train_demo_model.py --positions alibi --output models/alibi
     python scripts/train_demo_model.py --positions none --output models/nope
+
+With `--mixture tasks` it also learns the small tasks of `mesart.evaluation.tasks`, which ask for more than one number:
+
+    python scripts/train_demo_model.py --mixture tasks --output models/tasks
 """
 
 import argparse
 import functools
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,7 @@ from mesart.evaluation.passkey import (
     passkey_prompt,
     prompt_rng,
 )
+from mesart.evaluation.tasks import Writer, tasks
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "evaluation" / "demo_model"
 WINDOW = 256  # T_r: no training sequence is longer
@@ -60,6 +65,12 @@ UNRELATED_SHARE = 0.5  # of the text windows: unrelated excerpts before the text
 DECOY_SHARE = 0.4  # of the prompts: other numbers with names, which must not be taken for the key
 BROKEN_SHARE = 0.2  # of the prompts: the needle cut in two, as at the border of two chunks
 ANSWER_WEIGHT, OTHER_WEIGHT = 3.0, 0.3  # of a token in the loss
+
+# The mixture of tasks: shares of the windows; the rest is shared among the tasks, by weights where they are not 1.
+MIXTURE_TEXT_SHARE = 0.2
+MIXTURE_PASSKEY_SHARE = 0.15
+TASK_WEIGHTS = {"passkey": 0.0, "passkey-random": 0.0, "cwe": 0.5, "fwe": 0.5}  # passkeys have windows of their own
+TASK_TEXTS = 300  # of each task, for the tokenizer
 
 DECOYS = (
     " The {name} is {number}.",
@@ -88,7 +99,22 @@ DECOY_NAMES = (
 Window = tuple[list[int], list[float]]  # token ids, and the weight in the loss of predicting each of them
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
+def passkey_texts() -> list[str]:
+    """The words of the passkey task."""
+    return [INTRODUCTION + "".join(STANDARD_FILLER) + NEEDLE.format(key="") + QUESTION] * 5000
+
+
+def task_texts() -> list[str]:
+    """The words of all tasks: training prompts with hardly any filling."""
+    characters = Writer(lambda text: list(text.encode()), text=library_text("train"))
+    return [
+        task.sample(characters, task.minimum_length(characters), prompt_rng("train", -1, index)).text
+        for task in tasks("small").values()
+        for index in range(TASK_TEXTS)
+    ]
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE with single digits, trained on the library's training text and on the words of the task."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -101,8 +127,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    task = INTRODUCTION + "".join(STANDARD_FILLER) + NEEDLE.format(key="") + QUESTION
-    tokenizer.train_from_iterator([*library_documents("train"), *[task] * 5000], trainer)
+    tokenizer.train_from_iterator([*library_documents("train"), *texts], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, BOS_ID)]
     )
@@ -134,9 +159,12 @@ class WindowSource:
     def window(self, seed: int, index: int) -> Window:
         """One window of `WINDOW` tokens."""
         rng = prompt_rng("train", seed, index)
-        ids, weights = self._text_window(rng) if rng.random() < TEXT_SHARE else self._passkey_window(rng)
+        ids, weights = self._start(rng)
         fill = self._excerpt(rng, WINDOW - len(ids))
         return ids + fill, weights + [OTHER_WEIGHT] * len(fill)
+
+    def _start(self, rng: random.Random) -> Window:
+        return self._text_window(rng) if rng.random() < TEXT_SHARE else self._passkey_window(rng)
 
     def _excerpt(self, rng: random.Random, length: int) -> list[int]:
         start = rng.randrange(len(self.stream) - length)
@@ -198,6 +226,41 @@ class WindowSource:
             )
             for _ in range(rng.randint(1, 4))
         ]
+
+
+class TaskWindowSource(WindowSource):
+    """Makes the windows of the mixture: text, passkeys as above, and all small tasks in the library's training text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(tokenizer)
+        self.writer = Writer(functools.lru_cache(1 << 16)(self.encode), (BOS_ID,), self.text)
+        self.tasks = list(tasks("small").values())
+        self.task_weights = [TASK_WEIGHTS.get(task.name, 1.0) for task in self.tasks]
+
+    def _start(self, rng: random.Random) -> Window:
+        kind = rng.random()
+        if kind < MIXTURE_TEXT_SHARE:
+            return self._text_window(rng)
+        if kind < MIXTURE_TEXT_SHARE + MIXTURE_PASSKEY_SHARE:
+            return self._passkey_window(rng)
+        return self._task_window(rng)
+
+    def _task_window(self, rng: random.Random) -> Window:
+        """A prompt and its answer, sometimes with what is in between in two pieces, the second first."""
+        (task,) = rng.choices(self.tasks, self.task_weights)
+        shortest, room, full = task.minimum_length(self.writer), WINDOW, rng.random() < 0.5
+        while True:
+            sample = task.sample(self.writer, room if full else rng.randint(shortest, room), rng)
+            answer = [*self.encode(task.answer(sample)), EOS_ID]
+            room = WINDOW - len(answer)
+            if len(sample.input_ids) <= room:
+                break
+        ids = list(sample.input_ids)
+        if "depth" in sample.facts and rng.random() < BROKEN_SHARE:  # see _passkey_window
+            start, end = sample.body
+            cut = rng.randint(start, end)
+            ids[start:end] = ids[cut:end] + ids[start:cut]
+        return ids + answer, [OTHER_WEIGHT] * len(ids) + [ANSWER_WEIGHT] * len(answer)
 
 
 def new_model(positions: str) -> PreTrainedModel:
@@ -300,6 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DEMO_MODEL, help="folder to write the checkpoint to")
     parser.add_argument("--positions", choices=("rotary", "alibi", "none"), default="rotary")
+    parser.add_argument("--mixture", choices=("passkey", "tasks"), default="passkey", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2400, help="training steps of 32 windows (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the windows (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
@@ -309,9 +373,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     started = time.monotonic()
-    tokenizer = train_tokenizer()
+    tokenizer = train_tokenizer(passkey_texts() if arguments.mixture == "passkey" else task_texts())
     print(f"tokenizer trained in {time.monotonic() - started:.0f} s")
-    source = WindowSource(tokenizer)
+    source = WindowSource(tokenizer) if arguments.mixture == "passkey" else TaskWindowSource(tokenizer)
     print(f"{len(source.stream)} tokens; source ready after {time.monotonic() - started:.0f} s")
     model = new_model(arguments.positions)
 

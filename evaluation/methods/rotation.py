@@ -1,0 +1,62 @@
+"""Rotary embeddings at real-valued positions: the frequencies of a model's table, and the turning itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mesart.evaluation.methods.method import Positions
+from mesart.graphs.errors import MesaError
+from mesart.graphs.rotary import LayerSpec
+
+Angles = tuple[Tensor, Tensor]
+"""cos and sin, float32 ``[N, R / 2]``."""
+
+
+def frequencies(table: tuple[Tensor, Tensor], layer: LayerSpec) -> Positions:
+    """Radians a position by which the pairs of a layer's turning dimensions turn, float64 ``[R / 2]``.
+
+    Read off the model's own table, so that whatever scaling the model was tuned with (llama3, YaRN, LongRoPE) is in
+    them. A scale of the table needs no care: it is in the queries and keys that the model hands over.
+
+    Raises:
+        MesaError: the angles of the table are not proportional to the position.
+    """
+    cos, sin = (x.double().numpy() for x in table)
+    half = layer.turning // 2
+    if cos.shape[-1] != half:
+        # Each angle twice: as halves, or (and that only for interleaved pairs) next to each other.
+        neighbours = layer.layout == "interleaved" and np.array_equal(cos[:, 0::2], cos[:, 1::2])
+        cos, sin = (x[:, 0::2] if neighbours else x[:, :half] for x in (cos, sin))
+    angles: Positions = np.arctan2(sin[1], cos[1])
+    scale = np.hypot(cos, sin)
+    every = np.arange(len(cos))[:, None] * angles
+    # A table is float32, its angles too: they lose 6e-8 of their size.
+    if np.abs(cos / scale - np.cos(every)).max() > 1e-6 * len(cos) + 1e-5:
+        raise MesaError(
+            "the rotary table's angles do not grow evenly with the position; no method here knows such a model"
+        )
+    return -angles if layer.backwards else angles
+
+
+def angles_of(positions: Positions, radians: Positions, device: torch.device, scale: float = 1.0) -> Angles:
+    """cos and sin of real-valued positions, computed in float64, times ``scale``."""
+    turns = torch.from_numpy(np.outer(positions, radians))
+    return (turns.cos() * scale).float().to(device), (turns.sin() * scale).float().to(device)
+
+
+def turn(x: Tensor, angles: Angles, layer: LayerSpec) -> Tensor:
+    """Queries or keys ``[1, H, N, D]``, turned by a row of angles each; computed in float32, in the dtype of ``x``."""
+    cos, sin = angles
+    first, stop = layer.first, layer.first + layer.turning
+    turning = x[..., first:stop].float()
+    if layer.layout == "half":
+        left, right = turning.chunk(2, dim=-1)
+        turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    else:
+        left, right = turning[..., 0::2], turning[..., 1::2]
+        turned = torch.stack((left * cos - right * sin, right * cos + left * sin), dim=-1).flatten(-2)
+    if layer.turning == x.shape[-1]:
+        return turned.to(x.dtype)
+    return torch.cat((x[..., :first], turned.to(x.dtype), x[..., stop:]), dim=-1)

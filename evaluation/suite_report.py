@@ -1,0 +1,170 @@
+"""The suite's results as tables for people and JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mesart.evaluation.report import Z95, table, times, versions, wilson_interval
+from mesart.evaluation.suite import PERPLEXITY, Cell, ModelInfo, Outcome, SuiteResult
+from mesart.evaluation.tasks import find_task
+from mesart.graphs.errors import MesaError
+
+
+def value(cell: Cell, outcome: Outcome) -> float:
+    """The mean score; of perplexity e to the power of the mean loss."""
+    mean = statistics.fmean(outcome.scores)
+    return math.exp(mean) if cell.task == PERPLEXITY else mean
+
+
+def interval(cell: Cell, outcome: Outcome) -> tuple[float, float]:
+    """The 95% interval of :func:`value`.
+
+    Of scores it is Wilson's; where an answer may be right in part the interval is too wide rather than too narrow, as
+    no score between 0 and 1 spreads more than one that is 0 or 1. Of perplexity it is that of the mean loss.
+    """
+    count = len(outcome.scores)
+    if cell.task != PERPLEXITY:
+        return wilson_interval(math.fsum(outcome.scores), count)
+    half = Z95 * statistics.stdev(outcome.scores) / math.sqrt(count) if count > 1 else 0.0
+    mean = statistics.fmean(outcome.scores)
+    return math.exp(mean - half), math.exp(mean + half)
+
+
+def tables(result: SuiteResult) -> str:
+    """A table for each model and task: lengths down, methods across; Markdown that reads well as it is."""
+    parts = []
+    for model in result.models:
+        parts.append(
+            f"## {model.name}\n\nTrained on windows of {model.train_length:,} tokens. "
+            f"Seed {result.settings.seed}; text: {result.text.name}."
+        )
+        parts += [_table(result, model, task) for task in result.tasks]
+        refused = {
+            method: outcome.refused
+            for method in result.methods
+            if (outcome := _any(result, model, method)) is not None and outcome.refused
+        }
+        if refused:
+            parts.append("\n".join(f"- {method} left out: {reason}" for method, reason in refused.items()))
+    if not result.complete:
+        parts.append("Interrupted: what was finished by then. The same command goes on.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _any(result: SuiteResult, model: ModelInfo, method: str) -> Outcome | None:
+    found = (result.outcome(model.name, method, task, n) for task in result.tasks for n in result.lengths)
+    return next((outcome for outcome in found if outcome is not None), None)
+
+
+def _table(result: SuiteResult, model: ModelInfo, task: str) -> str:
+    known = {
+        cell: outcome
+        for cell, outcome in result.outcomes.items()
+        if (cell.model, cell.task) == (model.name, task) and outcome.scores
+    }
+    names = [method for method in result.methods if any(cell.method == method for cell in known)]
+    rows = []
+    for length in result.lengths:
+        row = [f"{length:,}", times(length, model.train_length)]
+        for method in names:
+            cell = Cell(model.name, method, task, length)
+            row.append(_number(cell, known[cell]) if cell in known else "")
+        rows.append(row)
+    settings = result.settings
+    if task == PERPLEXITY:
+        title = (
+            f"### perplexity\n\nOf the same {settings.scored} tokens at each of {settings.places} places of the text, "
+            "with longer and longer contexts; 95% interval."
+        )
+    else:
+        found = find_task(task, settings.scale)
+        title = (
+            f"### {task}\n\n{found.title} ({found.source}). Mean score of {settings.prompts} prompts a cell, "
+            "0 to 1; 95% interval."
+        )
+    return f"{title}\n\n{table(['tokens', 'of T_r', *names], rows)}"
+
+
+def _number(cell: Cell, outcome: Outcome) -> str:
+    low, high = interval(cell, outcome)
+    if cell.task == PERPLEXITY:
+        return f"{value(cell, outcome):.3g} [{low:.3g}, {high:.3g}]"
+    return f"{value(cell, outcome):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def to_json(result: SuiteResult) -> str:
+    """Everything: versions, seed, revision, the methods' parameters, and every cell with its scores and interval."""
+    cells = []
+    for cell, outcome in sorted(result.outcomes.items(), key=lambda item: item[0]):
+        entry: dict[str, Any] = {**asdict(cell), **asdict(outcome)}
+        if outcome.scores:
+            entry["value"], entry["interval95"] = value(cell, outcome), interval(cell, outcome)
+        cells.append(entry)
+    report = {
+        "task": "suite",
+        "complete": result.complete,
+        "revision": result.revision,
+        "versions": versions(),
+        "settings": asdict(result.settings),
+        "text": result.text.record(),
+        "models": [asdict(model) for model in result.models],
+        "parameters": [
+            {"model": model, "method": method, **parameters}
+            for (model, method), parameters in result.parameters.items()
+        ],
+        "cells": cells,
+    }
+    return json.dumps(report, indent=1) + "\n"
+
+
+def write_report(result: SuiteResult, folder: str | os.PathLike[str]) -> None:
+    """Writes ``README.md`` with tables and pictures, ``results.json``, and the pictures into a folder.
+
+    Raises:
+        MesaError: matplotlib is missing, or the folder cannot be written.
+    """
+    from mesart.evaluation.suite_plots import draw_suite  # noqa: PLC0415  (matplotlib only where it is needed)
+
+    place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        pictures = draw_suite(result, place)
+        links = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
+        (place / "README.md").write_text(f"# Methods side by side\n\n{links}\n\n{tables(result)}", encoding="utf-8")
+        (place / "results.json").write_text(to_json(result), encoding="utf-8")
+    except OSError as error:
+        raise MesaError(f"{place} cannot be written: {error.strerror or error}") from error
+
+
+def depth_grid(result: SuiteResult, model: str, method: str, task: str, depths: int = 5) -> list[list[float]] | None:
+    """Mean scores by depth (rows, shallow first) and length (columns), or ``None`` if a cell is missing.
+
+    Raises:
+        ValueError: the task has no depths.
+    """
+    columns = []
+    for length in result.lengths:
+        outcome = result.outcome(model, method, task, length)
+        if outcome is None or not outcome.scores:
+            return None
+        columns.append(_by_depth(outcome.scores, outcome.depths, depths))
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _by_depth(scores: Sequence[float], depths: Sequence[float | None], count: int) -> list[float]:
+    groups: list[list[float]] = [[] for _ in range(count)]
+    for score, depth in zip(scores, depths, strict=True):
+        if depth is None:
+            raise ValueError("the task's answers stand at no single depth")
+        groups[min(count - 1, int(depth * count))].append(score)
+    return [statistics.fmean(group) if group else math.nan for group in groups]
+
+
+__all__ = ["depth_grid", "interval", "tables", "to_json", "value", "write_report"]

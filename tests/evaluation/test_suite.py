@@ -1,0 +1,241 @@
+"""The suite: which cells run, what is kept of them, what a report makes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mesart.evaluation import suite
+from mesart.evaluation.cost import run_cost
+from mesart.evaluation.held_out import held_out_text
+from mesart.evaluation.methods import make_method, open_method
+from mesart.evaluation.perplexity import places_in
+from mesart.evaluation.report import wilson_interval
+from mesart.evaluation.suite import JOURNAL_FILE, Cell, Outcome, Settings, SuiteResult, chosen_method, run_suite
+from mesart.evaluation.suite_report import depth_grid, interval, tables, to_json, value, write_report
+from mesart.evaluation.systems import CheckpointModel
+from mesart.graphs import MesaError
+from tests.evaluation.conftest import DEMO_MODEL
+
+MODELS = {"demo": DEMO_MODEL}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Few prompts; and a short text, for a long one takes seconds to encode."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(held_out_text().content[:20_000])
+    return Settings(prompts=3, places=2, scored=8, text=str(file))
+
+
+def run(output: Path, settings: Settings, **changes: Any) -> SuiteResult:
+    options: dict[str, Any] = {
+        "methods": ["origin", "streaming-llm"],
+        "tasks": ["passkey", "perplexity"],
+        "lengths": [200, 400],
+        "progress": False,
+    }
+    return run_suite(changes.pop("models", MODELS), output, settings=settings, **{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> SuiteResult:
+    return run(tmp_path_factory.mktemp("suite"), settings)
+
+
+def test_cells_are_those_of_the_grid(result: SuiteResult) -> None:
+    assert result.complete
+    assert set(result.outcomes) == {
+        Cell("demo", method, task, length)
+        for method in ("origin", "streaming-llm")
+        for task in ("passkey", "perplexity")
+        for length in (200, 400)
+    }
+    inside, beyond = (result.outcomes[Cell("demo", "origin", "passkey", n)] for n in (200, 400))
+    assert statistics.fmean(inside.scores) == 1, "the demo model knows its task"
+    assert len(beyond.scores) == len(beyond.depths) == 3
+    assert inside.depths == pytest.approx([1 / 6, 0.5, 5 / 6], abs=0.1)
+
+
+def test_losses_are_the_methods_own(result: SuiteResult) -> None:
+    """Scored once more, by hand: the same tokens at the same places."""
+    model = CheckpointModel.load(DEMO_MODEL)
+    stream = model.encode(result.text.content)
+    for length in (200, 400):
+        system = open_method("streaming-llm", model.model, 256, 400)
+        outcome = result.outcomes[Cell("demo", "streaming-llm", "perplexity", length)]
+        ends = places_in(len(stream), 400 - 1, 2, 0)
+        for end, loss in zip(ends, outcome.scores, strict=True):
+            ids = [*model.prefix_ids, *stream[end - length + 1 : end]]
+            logits = system.prefill(ids[:-1], 8).astype(np.float64)
+            found = [np.log(np.exp(row).sum()) - row[token] for row, token in zip(logits, ids[-8:], strict=True)]
+            assert loss == pytest.approx(statistics.fmean(found), abs=1e-4)
+
+
+def test_an_interrupted_run_goes_on(
+    result: SuiteResult, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Cell] = []
+    real = suite.run_cell
+
+    def interrupted(job: Any) -> Outcome:
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append(job.cell)
+        return real(job)
+
+    monkeypatch.setattr(suite, "run_cell", interrupted)
+    first = run(tmp_path, settings)
+    assert not first.complete
+    assert set(first.outcomes) == set(ran)
+    assert "Interrupted" in tables(first)
+
+    def counted(job: Any) -> Outcome:
+        ran.append(job.cell)
+        return real(job)
+
+    monkeypatch.setattr(suite, "run_cell", counted)
+    second = run(tmp_path, settings)
+    assert second.complete
+    assert len(ran) == len(set(ran)) == 8, "no cell runs twice"
+    assert {c: o.scores for c, o in second.outcomes.items()} == {c: o.scores for c, o in result.outcomes.items()}
+
+
+def test_processes_change_nothing(result: SuiteResult, settings: Settings, tmp_path: Path) -> None:
+    parallel = run(tmp_path, settings, jobs=2, lengths=[200], tasks=["passkey"])
+    for cell, outcome in parallel.outcomes.items():
+        assert outcome.scores == result.outcomes[cell].scores
+
+
+def test_results_of_other_runs_are_refused(settings: Settings, tmp_path: Path) -> None:
+    one: dict[str, Any] = {"lengths": [200], "tasks": ["passkey"], "methods": ["origin"]}
+    run(tmp_path, settings, **one)
+    with pytest.raises(MesaError, match=r"has demo origin passkey 200 from a run with another settings \(seed: 0, now"):
+        run(tmp_path, replace(settings, seed=1), **one)
+    journal = tmp_path / JOURNAL_FILE
+    line = json.loads(journal.read_text())
+    line["conditions"]["versions"]["torch"] = "1.0"
+    journal.write_text(json.dumps(line) + "\n")
+    with pytest.raises(MesaError, match=r"another versions \(torch: 1.0, now"):
+        run(tmp_path, settings, **one)
+
+
+def test_a_method_that_a_model_cannot_take_is_named(checkpoint: Any, settings: Settings, tmp_path: Path) -> None:
+    found = run(
+        tmp_path,
+        settings,
+        models={"bloom": checkpoint("bloom")},
+        methods=["yarn", "origin"],
+        tasks=["perplexity"],
+        lengths=[40],
+    )
+    outcome = found.outcomes[Cell("bloom", "yarn", "perplexity", 40)]
+    assert outcome.refused is not None
+    assert "has none (ALiBi or NoPE)" in outcome.refused
+    assert f"- yarn left out: {outcome.refused}" in tables(found)
+    assert found.outcomes[Cell("bloom", "origin", "perplexity", 40)].scores
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["rope"]}, "unknown method 'rope'; there are origin, dynamic-ntk"),
+        ({"methods": ["rerope:width=3"]}, "rerope has no parameter 'width'; it has"),
+        ({"methods": ["rerope:window"]}, "'window' is not PARAMETER=VALUE"),
+        ({"tasks": ["chess"]}, "there is no task 'chess'; there are passkey"),
+        ({"tasks": []}, "name at least one model, one method and one task"),
+        ({"lengths": [30]}, "task passkey needs at least [0-9]+ tokens of the tokenizer of .*, not 30"),
+        ({"lengths": [5], "tasks": ["perplexity"]}, "task perplexity needs at least 10 tokens"),
+    ],
+)
+def test_bad_options(settings: Settings, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MesaError, match=message):
+        run(tmp_path / "new", settings, **changes)
+    assert not (tmp_path / "new").exists()
+
+
+def test_parameters_come_with_the_name() -> None:
+    assert chosen_method("rerope:window=64,log_n=true", 256, 1024) == make_method(
+        "rerope", 256, 1024, window=64, log_n=True
+    )
+
+
+def test_values_and_intervals() -> None:
+    accuracy, loss = Cell("m", "mesa", "passkey", 9), Cell("m", "mesa", "perplexity", 9)
+    found = Outcome(scores=(1.0, 0.5, 0.0, 1.0))
+    assert value(accuracy, found) == 0.625
+    assert interval(accuracy, found) == wilson_interval(2.5, 4)
+    low, high = interval(loss, found)
+    assert value(loss, found) == pytest.approx(math.exp(0.625))
+    assert low * high == pytest.approx(value(loss, found) ** 2)
+
+
+def test_depths(result: SuiteResult) -> None:
+    grid = depth_grid(result, "demo", "origin", "passkey", depths=3)
+    assert grid is not None
+    assert [row[0] for row in grid] == [1, 1, 1]
+    assert len(grid) == 3
+    assert len(grid[0]) == 2
+    assert depth_grid(result, "demo", "mesa", "passkey") is None
+    with pytest.raises(ValueError, match="no single depth"):
+        depth_grid(result, "demo", "origin", "perplexity")
+
+
+def test_the_report(result: SuiteResult, tmp_path: Path) -> None:
+    write_report(result, tmp_path / "results")
+    text = (tmp_path / "results" / "README.md").read_text()
+    assert "### passkey" in text
+    assert "|    200 | 0.781x |" in text
+    assert "1.00 [0.44, 1.00]" in text
+    pictures = {file.name for file in (tmp_path / "results").glob("*.png")}
+    assert pictures == {"passkey.png", "perplexity.png", "passkey-depths-demo.png"}
+    assert all(f"({name})" in text for name in pictures)
+    data = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert data == json.loads(to_json(result))
+    assert len(data["cells"]) == 8
+    assert data["versions"]["torch"]
+
+
+def test_cost_is_measured_apart(tmp_path: Path) -> None:
+    found = run_cost(
+        DEMO_MODEL,
+        tmp_path / "journal.jsonl",
+        methods=["mesa"],
+        lengths=[600],
+        repeat=1,
+        new_tokens=1,
+        threads=1,
+        progress=False,
+    )
+    (row,) = found.rows
+    method = make_method("mesa", 256, 600)
+    assert (row.pairs, row.kept) == (method.pairs(600), method.kept(600))
+    assert row.first_token[0] > 0
+    assert row.per_token > 0
+    assert "mesa" in found.table()
+    again = run_cost(
+        DEMO_MODEL,
+        tmp_path / "journal.jsonl",
+        methods=["mesa"],
+        lengths=[600],
+        repeat=1,
+        new_tokens=1,
+        threads=1,
+        progress=False,
+    )
+    assert again.rows == found.rows, "from the journal"
+
+
+def test_what_takes_too_long_is_said(tmp_path: Path) -> None:
+    found = run_cost(
+        DEMO_MODEL, tmp_path / "journal.jsonl", methods=["origin"], lengths=[300], limit=0.01, progress=False
+    )
+    assert found.rows[0].failed == "time limit: took longer than 0 s"
+    assert "time limit" in found.table()
