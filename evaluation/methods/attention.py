@@ -74,7 +74,7 @@ class Merged:
         self.lse: Tensor | None = None
 
     def add(self, output: Tensor, lse: Tensor) -> None:
-        """``[..., R, Dv]`` and float32 ``[..., R]``; -inf for a row that saw no key of the set."""
+        """``[..., R, Dv]`` and float32 ``[..., R]``; -inf, or far below any score, for a row that saw no key."""
         if self.output is None or self.lse is None:
             self.output, self.lse = output, lse
             return

@@ -68,7 +68,7 @@ class Execution:
         ]
         self._moved = self._moves()
         self._angles: dict[Any, Angles] = {}
-        self._masks: dict[Any, tuple[Tensor, Tensor | None]] = {}
+        self._masks: dict[Any, Tensor] = {}
 
     def finish(self) -> None:
         """Called when all layers have run."""
@@ -148,13 +148,10 @@ class Execution:
                     continue
                 for piece in self._pieces(part, first, last, window):
                     span = slice(rows.row(piece.start), rows.row(piece.stop - 1) + 1)
-                    bias, empty = self._bias(piece, heads // kv_heads, block)
+                    bias = self._bias(piece, heads // kv_heads, block)
                     if slopes is not None:
                         bias = self._alibi(part, piece, slopes, kv_heads, block) + (0 if bias is None else bias)
-                    out, lse = attend(folded, keys[:, :, span], cache.values[:, :, span], bias, scale, softcap)
-                    if empty is not None:
-                        lse = lse.masked_fill(empty, -torch.inf)
-                    merged.add(out, lse)
+                    merged.add(*attend(folded, keys[:, :, span], cache.values[:, :, span], bias, scale, softcap))
             rest = None
             if sinks is not None:
                 rest = sinks.float().reshape(1, kv_heads, -1, 1).expand(-1, -1, -1, last - first).flatten(2)
@@ -248,10 +245,10 @@ class Execution:
         inside: Indices = first + np.searchsorted(keys, part.queries - window, side="right")
         return inside
 
-    def _bias(self, piece: Piece, group: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What hides keys of a piece, ``[1, 1, G Q, N]``, and the rows that see none of it, bool ``[G Q]``, if any."""
+    def _bias(self, piece: Piece, group: int, like: Tensor) -> Tensor | None:
+        """What hides keys of a piece, ``[1, 1, G Q, N]``; none if all queries see all of it."""
         if piece.first is None or piece.last is None:
-            return None, None
+            return None
         width = piece.stop - piece.start
         first, last = ((edge - piece.start).clip(0, width) for edge in (piece.first, piece.last))
         name = (width, group, first.tobytes(), last.tobytes())  # most blocks have the same
@@ -259,10 +256,10 @@ class Execution:
             keys = arange(0, width)
             seen = (keys >= first[:, None]) & (keys < last[:, None])
             visible = torch.from_numpy(seen).to(like.device)
-            hidden = torch.finfo(like.dtype).min / 2  # finite, so that a row that sees nothing is no NaN
+            # Finite, so that a row that sees nothing is no NaN; so low that its part then weighs nothing.
+            hidden = torch.finfo(like.dtype).min / 2
             bias = torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible, hidden)
-            empty = None if seen.any(axis=1).all() else (~visible.any(dim=1)).repeat(group)
-            self._masks[name] = bias.repeat(group, 1)[None, None], empty
+            self._masks[name] = bias.repeat(group, 1)[None, None]
         return self._masks[name]
 
     def _alibi(self, part: Part, piece: Piece, slopes: Sequence[float], kv_heads: int, like: Tensor) -> Tensor:

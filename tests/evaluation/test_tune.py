@@ -29,7 +29,6 @@ from mesart.evaluation.tune import (
     tune,
 )
 from mesart.graphs import MesaConfig, MesaError, Plan
-from tests.evaluation.conftest import VOCABULARY
 
 Quality = Callable[[MesaConfig], tuple[float, float]]
 
@@ -219,7 +218,6 @@ class TestSensitivity:
         judged(bowl)
         result = sensitivity("x", lengths=[512, 1024], prompts=10, places=6, text=text, progress=False)
         default = MesaConfig(256)
-        rows = {(row.parameter, row.value, row.length): row for row in result.rows}
         for row in result.rows:
             changes = {} if row.parameter == "default" else {row.parameter: row.value}
             if row.measured is None:
@@ -232,15 +230,14 @@ class TestSensitivity:
             # All places change alike, so the interval is that one number.
             assert row.ratio == pytest.approx((math.exp(loss - bowl(default)[1]),) * 3)
         assert {row.parameter for row in result.rows} == {"default", *PARAMETERS}
-        assert rows["stair_width", 2, 1024].refused if ("stair_width", 2, 1024) in rows else True
         assert "Cannot be, at some length" in result.table()
         assert len(json.loads(result.to_json())["rows"]) == len(result.rows)
 
     def test_given_values(self, judged, text: Path) -> None:
         judged(bowl)
-        values = {"stair_width": [2, 60], "log_n": [False]}
+        values: dict[str, list[Any]] = {"stair_width": [2, 60], "log_n": [False]}
         result = sensitivity(
-            "x", lengths=[512], prompts=2, places=2, parameters=values, values=values, text=text, progress=False
+            "x", lengths=[512], prompts=2, places=2, parameters=list(values), values=values, text=text, progress=False
         )
         assert [(row.parameter, row.value, row.refused is None) for row in result.rows] == [
             ("default", None, True),
@@ -256,8 +253,8 @@ class TestRecommendation:
         return Tried(config, "final", (Measured(1024, correct, 100, tuple(losses), 1.0),))
 
     def test_a_rate_that_may_be_the_best_is_as_good(self) -> None:
-        # The 95% interval of 97 of 100 reaches 0.99, that of 80 of 100 does not.
-        best, near, far = self.tried(8, 99, [2.0] * 9), self.tried(16, 97, [1.9] * 9), self.tried(32, 80, [1.0] * 9)
+        # The 95% interval of 96 of 100 reaches 0.98, that of 80 of 100 does not.
+        best, near, far = self.tried(8, 98, [2.0] * 9), self.tried(16, 96, [1.9] * 9), self.tried(32, 80, [1.0] * 9)
         assert module._recommend([best, near, far]) is near
 
     def test_the_cheaper_of_equal_perplexity(self) -> None:
@@ -333,7 +330,7 @@ class TestOneBundle:
                 np.testing.assert_allclose(system.step(token), reference.step(token), atol=2e-4, rtol=1e-3)
 
     def test_from_end_to_end(self, bundle, text: Path) -> None:
-        options = small(text, lengths=[200], evaluations=2, prompts=1, places=2, final_prompts=1, final_places=2)
+        options = small(text, lengths=[230], evaluations=2, prompts=1, places=2, final_prompts=1, final_places=2)
         result = tune(bundle(), backend="onnxruntime", finalists=1, **options)
         assert result.subject.kind == "bundle"
         assert result.subject.engines["mesa"].startswith("onnxruntime")
@@ -343,7 +340,7 @@ class TestOneBundle:
         assert report["config"] == result.subject.config.to_dict()
 
     def test_agrees_with_the_checkpoint(self, bundle, checkpoint, mesa_config, text: Path) -> None:
-        options = {"start": mesa_config, "lengths": [200], "prompts": 1, "places": 3, "parameters": ["log_n"]}
+        options = {"start": mesa_config, "lengths": [230], "prompts": 1, "places": 3, "parameters": ["log_n"]}
         ours = sensitivity(bundle(), backend="onnxruntime", text=text, progress=False, **options)
         theirs = sensitivity(checkpoint("llama"), text=text, progress=False, **options)
         assert theirs.subject.kind == "checkpoint"
