@@ -165,7 +165,7 @@ def run_passkey(
     _check_options(fillers, prompts, depths, digits, text)
     filler_text = held_out_text(text) if "random" in fillers else None
     with open_systems(source, systems, backend, config) as opened:
-        maker = _PromptMaker(opened, filler_text, digits, seed)
+        maker = PromptMaker(opened, filler_text, digits, seed)
         chosen = _lengths(opened, lengths, maker.shortest)
         names = list(opened.systems)
         spread: Sequence[float | None] = depths or (None,)
@@ -183,7 +183,7 @@ def run_passkey(
                         bar.set_postfix_str(f"{name}, {length} tokens, {filler} filler")
                         wrong = []
                         for prompt in batch:
-                            wrong += _ask(opened, opened.systems[name], prompt)
+                            wrong += ask(opened, opened.systems[name], prompt)
                             bar.update(length)
                         correct = prompts - len(wrong)
                         cells.append(PasskeyCell(name, length, filler, depth, prompts, correct, tuple(wrong)))
@@ -193,7 +193,7 @@ def run_passkey(
     return PasskeyResult(opened.subject, seed, prompts, digits, filler_text, tuple(cells), complete, seconds)
 
 
-class _PromptMaker:
+class PromptMaker:
     """Prompts that depend on the seed, length, filler and index only: not on what else is evaluated in the run."""
 
     def __init__(self, opened: OpenSystems, text: Text | None, digits: int, seed: int) -> None:
@@ -217,7 +217,7 @@ class _PromptMaker:
         )
 
 
-def _ask(opened: OpenSystems, system: System, prompt: PasskeyPrompt) -> list[WrongAnswer]:
+def ask(opened: OpenSystems, system: System, prompt: PasskeyPrompt) -> list[WrongAnswer]:
     """Nothing if the answer is right."""
     # One token more than the key has, so that a number that goes on is not taken for the key.
     count = len(opened.encode(" " + prompt.answer)) + 1
@@ -275,4 +275,4 @@ def _pool(cells: Sequence[PasskeyCell]) -> PasskeyCell:
     return PasskeyCell(first.system, first.length, first.filler, depth, prompts, correct, wrong)
 
 
-__all__ = ["FILLERS", "PasskeyCell", "PasskeyResult", "WrongAnswer", "run_passkey"]
+__all__ = ["FILLERS", "PasskeyCell", "PasskeyResult", "PromptMaker", "WrongAnswer", "ask", "run_passkey"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -147,6 +148,23 @@ class MesaReference(System):
         return len(Plan.of(self._reference.config, tokens).tail)
 
 
+@contextmanager
+def stretched(model: nn.Module, tokens: int) -> Iterator[None]:
+    """Lets MPT run past its window: its ALiBi is a table of ``max_seq_len`` columns, and no more tokens can be run.
+
+    The bias of a distance is the same in a longer table.
+    """
+    config: Any = model.config
+    known = getattr(config, "max_seq_len", None)
+    if isinstance(known, int):
+        config.max_seq_len = max(known, tokens)
+    try:
+        yield
+    finally:
+        if isinstance(known, int):
+            config.max_seq_len = known
+
+
 class Origin(System):
     """The transformers model as it is: its own positions, attention and cache, however long the prompt."""
 
@@ -176,7 +194,8 @@ class Origin(System):
         return tokens
 
     def _run(self, tokens: Sequence[int], last: int) -> NDArray[np.float32]:
-        with self._torch.inference_mode():
+        known = 0 if self._cache is None else self._cache.get_seq_length()
+        with self._torch.inference_mode(), stretched(self._model, known + len(tokens)):
             output = self._model(
                 input_ids=self._torch.tensor([list(tokens)]),
                 past_key_values=self._cache,

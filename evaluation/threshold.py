@@ -43,10 +43,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mesart.evaluation.held_out import held_out_text
-from mesart.evaluation.passkey_eval import _ask, _PromptMaker
+from mesart.evaluation.passkey_eval import PromptMaker, ask
 from mesart.evaluation.perplexity import places_in
 from mesart.evaluation.report import Z95, table, versions, wilson_interval
-from mesart.evaluation.systems import CheckpointModel, OpenSystems, Origin, Source, Subject
+from mesart.evaluation.systems import CheckpointModel, OpenSystems, Origin, Source, Subject, stretched
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
 
@@ -312,7 +312,7 @@ def probe_threshold(
     runners = {ORIGIN: origin, "mesa": mesa, **(others or {})}
 
     with (
-        _stretched(model, max_tokens),
+        stretched(model, max_tokens),
         tqdm(
             total=places * (sum(window) + len(runners) * sum(lengths)),
             unit="tok",
@@ -352,7 +352,7 @@ def probe_threshold(
         )
     rates: tuple[PasskeyRate, ...] = ()
     if passkey is not None:
-        with _stretched(model, max_tokens + _ANSWER):
+        with stretched(model, max_tokens + _ANSWER):
             rates = tuple(PasskeyRate(length, *passkey(length)) for length in lengths[at_window:])
     return ThresholdResult(
         train_length=train_length,
@@ -542,30 +542,13 @@ def _passkey(
     origin = Origin(checkpoint.model)
     subject = Subject(checkpoint.source, "checkpoint", MesaConfig(checkpoint.train_length), {ORIGIN: origin.engine})
     opened = OpenSystems(subject, checkpoint.tokenizer, checkpoint.train_length)
-    maker = _PromptMaker(opened, held_out_text(text), 5, seed)
+    maker = PromptMaker(opened, held_out_text(text), 5, seed)
 
     def rate(length: int) -> tuple[int, int]:
         asked = [maker.prompt(length, "random", None, index, prompts) for index in range(prompts)]
-        return prompts - sum(len(_ask(opened, origin, prompt)) for prompt in asked), prompts
+        return prompts - sum(len(ask(opened, origin, prompt)) for prompt in asked), prompts
 
     return rate
-
-
-@contextmanager
-def _stretched(model: nn.Module, tokens: int) -> Iterator[None]:
-    """Lets MPT run past its window: its ALiBi is a table of ``max_seq_len`` columns, and no more tokens can be run.
-
-    The bias of a distance is the same in a longer table.
-    """
-    config: Any = model.config
-    known = getattr(config, "max_seq_len", None)
-    if isinstance(known, int):
-        config.max_seq_len = max(known, tokens)
-    try:
-        yield
-    finally:
-        if isinstance(known, int):
-            config.max_seq_len = known
 
 
 __all__ = [

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.journal import Journal, Key
-from mesart.evaluation.passkey_eval import _ask, _PromptMaker
+from mesart.evaluation.passkey_eval import PromptMaker, ask
 from mesart.evaluation.perplexity import places_in
 from mesart.evaluation.report import Z95, table, times, to_json, versions, wilson_interval
 from mesart.evaluation.suite import fingerprint
@@ -282,7 +282,8 @@ def tune(
     best; again from the first parameter until nothing changes. The *finalists*, the best of all and the start, are then
     judged on more prompts and places. What is recommended is, among the finalists whose rate of passkeys may be the
     best (the 95% interval reaches it), the one with the lowest perplexity, or a cheaper one whose perplexity may be as
-    low (95% interval, place by place). A search picks up chance too: trust the ``final`` rows, not the ``search`` rows.
+    low (95% interval, place by place); the start, if it is one of these and none of them is cheaper. A search picks up
+    chance too: trust the ``final`` rows, not the ``search`` rows.
 
     Args:
         source: a bundle, which runs every configuration of its trained length; or a checkpoint's folder or hub id,
@@ -373,7 +374,7 @@ def tune(
         seed,
         task,
         bench.text,
-        _recommend(judged).config,
+        _recommend(judged, bench.start).config,
         (*finals.values(), *tried.values()),
         tuple(skipped.values()),
         complete,
@@ -469,13 +470,13 @@ def _by_quality(tried: Sequence[Tried]) -> list[Tried]:
     return sorted(tried, key=lambda it: (-it.rate, statistics.fmean(it.losses), it.scores))
 
 
-def _recommend(tried: Sequence[Tried]) -> Tried:
+def _recommend(tried: Sequence[Tried], start: MesaConfig) -> Tried:
     """The rule of :func:`tune`."""
     highest = max(it.rate for it in tried)
     equal = [it for it in tried if it.interval[1] >= highest]
     lowest = min(equal, key=lambda it: statistics.fmean(it.losses))
     as_low = [it for it in equal if perplexity_ratio(it.losses, lowest.losses)[1] <= 1]
-    return min(as_low, key=lambda it: (it.scores, statistics.fmean(it.losses)))
+    return min(as_low, key=lambda it: (it.scores, it.config != start, statistics.fmean(it.losses)))
 
 
 class _Bench:
@@ -504,7 +505,7 @@ class _Bench:
         self.scored = min(32, self.start.tail_min)
         self.subject = Subject(os.fspath(source), kind, self.start, {"mesa": engine})
         self._opened = OpenSystems(self.subject, tokenizer, self.lengths[-1])
-        self._maker = _PromptMaker(self._opened, self.text, Task.digits, seed)
+        self._maker = PromptMaker(self._opened, self.text, Task.digits, seed)
         if self.lengths[0] < self._maker.shortest:
             raise MesaError(
                 f"a length of {self.lengths[0]} tokens is too short: a passkey prompt takes at least "
@@ -556,7 +557,7 @@ class _Bench:
         wrong = 0
         for index in _spread(prompts, self._most[0]):
             prompt = self._maker.prompt(length, "random", None, index, self._most[0])
-            wrong += len(_ask(self._opened, system, prompt))
+            wrong += len(ask(self._opened, system, prompt))
         prefix = self._opened.prefix_ids
         ends = places_in(len(self._stream), self.lengths[-1] - len(prefix), self._most[1], self._seed)
         losses = []

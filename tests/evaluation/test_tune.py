@@ -255,7 +255,7 @@ class TestRecommendation:
     def test_a_rate_that_may_be_the_best_is_as_good(self) -> None:
         # The 95% interval of 96 of 100 reaches 0.98, that of 80 of 100 does not.
         best, near, far = self.tried(8, 98, [2.0] * 9), self.tried(16, 96, [1.9] * 9), self.tried(32, 80, [1.0] * 9)
-        assert module._recommend([best, near, far]) is near
+        assert module._recommend([best, near, far], MesaConfig(256)) is near
 
     def test_the_cheaper_of_equal_perplexity(self) -> None:
         noise = [0.1, -0.1, 0.2, -0.2, 0.05]
@@ -263,7 +263,13 @@ class TestRecommendation:
         cheap = self.tried(8, 100, [2.01 - x for x in noise], chunk=64)
         worse = self.tried(8, 100, [2.5 + x for x in noise], chunk=32)
         assert worse.scores < cheap.scores < dear.scores
-        assert module._recommend([dear, cheap, worse]) is cheap
+        assert module._recommend([dear, cheap, worse], dear.config) is cheap
+
+    def test_no_change_for_nothing(self) -> None:
+        start = self.tried(32, 100, [2.0, 2.1, 1.9])
+        other = self.tried(16, 100, [1.95, 2.12, 1.88])
+        assert other.perplexity < start.perplexity
+        assert module._recommend([other, start], start.config) is start
 
 
 @given(st.integers(1, 3000), st.integers(8, 40), st.integers(20, 200), st.integers(1, 48))
