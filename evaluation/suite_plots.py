@@ -18,7 +18,7 @@ from mesart.evaluation.report import times
 from mesart.evaluation.suite import PERPLEXITY, Cell, SuiteResult
 from mesart.evaluation.suite_report import depth_grid, interval, value
 from mesart.evaluation.threshold import ThresholdResult
-from mesart.evaluation.tune import SensitivityResult
+from mesart.evaluation.tuning import SensitivityResult
 
 _WIDTH: Final = 4.4
 """Inches of a panel."""

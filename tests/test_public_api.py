@@ -7,6 +7,11 @@ import pytest
 PUBLIC = {
     "mesart.graphs": {"Bucket", "MesaConfig", "MesaError", "Plan", "Span", "Stairs", "TorchReference"},
     "mesart.export": {"build_engines", "export_model", "export_triton_repository"},
+    "mesart.evaluation": {
+        *("CostResult", "PasskeyResult", "PerplexityResult", "SensitivityResult", "Settings", "SuiteResult"),
+        *("ThresholdResult", "TuneResult", "open_systems", "run_cost", "run_passkey", "run_perplexity", "run_suite"),
+        *("run_threshold", "sensitivity", "tune"),
+    },
     "mesart.runtime": {"MesaModel", "SamplingConfig", "backend_names", "present_backends"},
 }
 

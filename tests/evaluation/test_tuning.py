@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mesart.evaluation import tune as module
+from mesart.evaluation import tuning as module
 from mesart.evaluation.systems import MesaReference, System
-from mesart.evaluation.tune import (
+from mesart.evaluation.tuning import (
     PARAMETERS,
     Measured,
     Tried,
