@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,12 @@ Array = NDArray[Any]
 
 STORAGE: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """The numpy type that holds a bundle's dtype."""
+
+Activations = Literal["int8"]
+"""To what activations are rounded in front of quantised weights, where that is asked for (docs/decoding.md)."""
+
+ROUNDED_GROUP = 32
+"""Inputs of a product that are rounded to 8 bits with a scale of their own."""
 
 
 class Graph(Protocol):
@@ -45,7 +51,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, dtype: str, threads: int | None = None) -> None:
+    def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
         import onnxruntime  # noqa: PLC0415
 
         self._onnxruntime = onnxruntime
@@ -61,8 +67,8 @@ class OnnxRuntimeBackend:
         self._options.log_severity_level = 3
         # Weights outside the arena, which would take twice their size.
         self._options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        # Products with quantised weights in float32; the default rounds activations to 8 bits (docs/precision.md).
-        self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        # 1: products with quantised weights in float32. 4, the default, rounds activations to 8 bits.
+        self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4" if activations else "1")
 
     def unpack_weights(self) -> None:
         """Unpacks quantised weights while a graph is loaded: for 8 bits, which its kernels unpack at each run else."""
@@ -92,7 +98,7 @@ class OpenVinoBackend:
     name = "openvino"
     device = "cpu"
 
-    def __init__(self, dtype: str, threads: int | None = None) -> None:
+    def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
         import openvino  # noqa: PLC0415
 
         self._openvino = openvino
@@ -103,8 +109,8 @@ class OpenVinoBackend:
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or available_threads(),
-            # The default rounds activations to 8 bits in front of quantised weights (docs/precision.md).
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            # 0: activations are never rounded; OpenVINO's default rounds them in front of quantised weights.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": ROUNDED_GROUP if activations else 0,
         }
 
     def open(self, path: Path) -> Graph:
@@ -148,8 +154,10 @@ class TorchBackend:
     name = "torch"
     device = "cpu"
 
-    def __init__(self, dtype: str, threads: int | None = None) -> None:
+    def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
         del dtype, threads  # the bundle's; torch's own setting
+        if activations:
+            raise MesaError("backend 'torch' is the reference and rounds no activations; leave activations out")
         self._opened: dict[str, Any] = {}
 
     def open(self, path: Path) -> Graph:
@@ -176,7 +184,9 @@ def present_backends() -> list[str]:
     return [name for name, (package, _) in _BACKENDS.items() if importlib.util.find_spec(package)]
 
 
-def choose_backend(name: str, dtype: str, threads: int | None = None) -> tuple[Backend, str]:
+def choose_backend(
+    name: str, dtype: str, threads: int | None = None, activations: Activations | None = None
+) -> tuple[Backend, str]:
     """The backend of that name, or with ``auto`` the fastest that is installed; and the reason, a phrase for people.
 
     TensorRT is none of them: it runs engines, not ONNX files (:mod:`mesart.runtime.load`).
@@ -191,10 +201,10 @@ def choose_backend(name: str, dtype: str, threads: int | None = None) -> tuple[B
         if importlib.util.find_spec(package) is None:
             extra = "export" if name == "torch" else name
             raise MesaError(f"backend {name!r} needs the package {package}: pip install 'mesart[{extra}]'")
-        return make(dtype, threads), "asked for"
+        return make(dtype, threads, activations), "asked for"
     present = present_backends()
     if "onnxruntime" in present and dtype != "bfloat16":
-        backend = OnnxRuntimeBackend(dtype, threads)
+        backend = OnnxRuntimeBackend(dtype, threads, activations)
         if backend.device == "cuda":
             return backend, "the fastest here: it has a GPU"
     if not present:
@@ -202,7 +212,8 @@ def choose_backend(name: str, dtype: str, threads: int | None = None) -> tuple[B
     for candidate in present:
         if candidate == "onnxruntime" and dtype == "bfloat16":
             continue
-        return _BACKENDS[candidate][1](dtype, threads), f"the fastest of those installed ({', '.join(present)})"
+        made = _BACKENDS[candidate][1](dtype, threads, activations)
+        return made, f"the fastest of those installed ({', '.join(present)})"
     raise MesaError("none of the installed backends computes bfloat16 on this machine: pip install 'mesart[openvino]'")
 
 

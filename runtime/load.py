@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Flavour, Manifest
-from mesart.runtime.backends import OnnxRuntimeBackend, choose_backend
+from mesart.runtime.backends import Activations, OnnxRuntimeBackend, choose_backend
 from mesart.runtime.cache import LiveCache
 from mesart.runtime.device_cache import DeviceCache
 from mesart.runtime.engines import PACKAGES, Engines, usable_flavour
@@ -29,7 +30,14 @@ class Loaded:
 
 
 def load_cache(
-    bundle: Path, manifest: Manifest, backend: str, *, threads: int | None, specialised: bool, verify: bool
+    bundle: Path,
+    manifest: Manifest,
+    backend: str,
+    *,
+    threads: int | None,
+    specialised: bool,
+    verify: bool,
+    activations: Activations | None = None,
 ) -> Loaded:
     """A live cache on the backend of that name; see :meth:`~mesart.runtime.MesaModel.load` for the arguments.
 
@@ -38,26 +46,41 @@ def load_cache(
     Raises:
         MesaError: the backend is unknown or not installed, or cannot run this bundle on this machine.
     """
+    if activations is not None:
+        _check_rounding(manifest, activations)
     for flavour in PACKAGES:
         if backend == flavour:
+            if activations:
+                raise MesaError(f"backend {flavour!r} runs engines as they were built; leave activations out")
             if specialised:
                 raise MesaError(
                     f"backend {flavour!r} runs engines, whose shapes are fixed in any case: leave specialised out"
                 )
             return _load_engines(bundle, manifest, flavour, "asked for", verify=verify)
     reason = ""
-    if backend == "auto" and not specialised:
+    if backend == "auto" and not specialised and not activations:
         usable, reason = usable_flavour(bundle, manifest)
         if usable is not None:
             return _load_engines(
                 bundle, manifest, usable, "the fastest: the bundle has engines for this GPU", verify=verify
             )
-    engine, choice = choose_backend(backend, manifest.dtype, threads)
-    if isinstance(engine, OnnxRuntimeBackend) and manifest.quantisation is not None and manifest.quantisation.bits == 8:
+    engine, choice = choose_backend(backend, manifest.dtype, threads, activations)
+    eight_bits = manifest.quantisation is not None and manifest.quantisation.bits == 8
+    if isinstance(engine, OnnxRuntimeBackend) and eight_bits and not activations:
         engine.unpack_weights()
     graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(bundle, manifest, engine)
     choice += f"; the bundle's engines do not run here: {reason}" if reason else ""
     return Loaded(HostCache(manifest, graphs), manifest, engine.name, engine.device, choice)
+
+
+def _check_rounding(manifest: Manifest, activations: str) -> None:
+    if activations not in get_args(Activations):
+        raise MesaError(f"activations are rounded to {', '.join(get_args(Activations))} or not at all: {activations!r}")
+    if manifest.quantisation is None:
+        raise MesaError(
+            "activations are rounded in front of quantised weights only, and this bundle has none; leave activations "
+            "out, or export with --quantise int4"
+        )
 
 
 def _load_engines(bundle: Path, manifest: Manifest, flavour: Flavour, choice: str, *, verify: bool) -> Loaded:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import bucket_for
-from mesart.runtime.backends import Array
+from mesart.runtime.backends import Activations, Array
 from mesart.runtime.device_cache import DeviceCache, DeviceMemory
 from mesart.runtime.executor import Executor
 from mesart.runtime.load import load_cache
@@ -54,6 +54,7 @@ class MesaModel:
         threads: int | None = None,
         specialised: bool = False,
         verify: bool = True,
+        activations: Activations | None = None,
     ) -> MesaModel:
         """Opens a bundle.
 
@@ -65,15 +66,25 @@ class MesaModel:
             specialised: run the graphs of fixed shapes, one for each role and bucket, instead of the symbolic one.
             verify: check the SHA-256 of every file; otherwise only that it is there and has its size (an engine is
                 checked in any case, before it is opened).
+            activations: ``int8`` lets onnxruntime and OpenVINO round activations to 8 bits in front of quantised
+                weights: faster, and not the model that was exported (docs/decoding.md has both in numbers).
 
         Raises:
-            MesaError: no bundle, a missing or altered file, a backend that is unknown or not installed, or engines that
-                do not run on this machine.
+            MesaError: no bundle, a missing or altered file, a backend that is unknown or not installed, engines that do
+                not run on this machine, or rounding where there is nothing to round.
         """
         folder = Path(bundle)
         manifest = Manifest.read(folder)
         manifest.verify(folder, contents=verify)
-        it = load_cache(folder, manifest, backend, threads=threads, specialised=specialised, verify=verify)
+        it = load_cache(
+            folder,
+            manifest,
+            backend,
+            threads=threads,
+            specialised=specialised,
+            verify=verify,
+            activations=activations,
+        )
         return cls(folder, it.manifest, Executor(it.manifest, it.cache), it.backend, it.device, it.choice)
 
     def __enter__(self) -> MesaModel:
