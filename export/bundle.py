@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from mesart.export.calibrate import calibrated
 from mesart.export.checkpoint import TOKENIZER_FILES, check_checkpoint, local_folder
 from mesart.export.folders import atomic, check_target, require_space
 from mesart.export.forms import with_attention
 from mesart.export.quantise import check_groups, choose_quantisation, quantise_products
+from mesart.export.quantised_checkpoint import read_scheme
 from mesart.export.specialise import specialise
 from mesart.export.trace import trace_place, trace_places, trace_roles
 from mesart.export.weights import WeightFiles, WeightMode, open_network
@@ -63,6 +65,8 @@ def export_model(
     quantise: str | None = None,
     group_size: int | None = None,
     symmetric: bool = True,
+    calibrate: str | None = None,
+    calibration_text: str | None = None,
     trust_remote_code: bool = False,
     force: bool = False,
     progress: bool = False,
@@ -71,7 +75,8 @@ def export_model(
     """Exports a checkpoint as a bundle: ONNX graphs for every role and bucket, weights, manifest, tokenizer.
 
     Args:
-        model: a checkpoint folder or hub id of a causal language model with rotary embeddings.
+        model: a checkpoint folder or hub id of a causal language model with rotary embeddings. Weights that a library
+            quantised (:mod:`mesart.export.quantised_checkpoint`) stay the whole numbers that they are.
         output: the bundle's folder. A bundle that is there is replaced; another folder is only with ``force``.
         config: chosen from the model's config if left out, see :class:`~mesart.graphs.MesaConfig`.
         max_tokens: the longest prompt, in tokens; 16 times the trained length if left out.
@@ -81,6 +86,9 @@ def export_model(
         quantise: store the weights of linear layers as ``int8`` or ``int4``; whatever else has ``dtype`` keeps it.
         group_size: inputs of a layer that share a scale; if left out, 32 for int4 and all of them for int8.
         symmetric: without zero points, which TensorRT refuses.
+        calibrate: quantise by ``auto-round`` or ``awq`` (:mod:`mesart.export.calibrate`), all but the language head,
+            instead of rounding to nearest. It needs the extra ``calibrate``, and the model in memory.
+        calibration_text: what the quantised model shall stay good at; needed with ``calibrate``.
         trust_remote_code: run the Python code that the checkpoint brings, if it does.
         force: replace ``output`` whatever it is.
         progress: show a bar while weights are converted.
@@ -91,6 +99,7 @@ def export_model(
 
     Raises:
         MesaError: the checkpoint, the configuration or the output cannot be used; nothing is left half written.
+        ModuleNotFoundError: the extra ``calibrate`` is missing, and needed.
     """
     say = report or (lambda line: None)
     target = Path(output)
@@ -102,11 +111,38 @@ def export_model(
         raise MesaError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     quantisation = choose_quantisation(quantise, group_size, symmetric=symmetric)
     checked = check_checkpoint(model, trust_remote_code=trust_remote_code)
+    scheme = read_scheme(os.fspath(model), checked)
+    if scheme is not None and quantisation is not None:
+        raise MesaError(f"{model} is quantised already ({scheme.name}); leave --quantise out")
+    if calibrate is not None and quantisation is None:
+        raise MesaError("a calibration belongs to a quantisation; give --quantise int8 or int4 too")
+    if calibrate is not None and quantise == "fp8":
+        raise MesaError("fp8 needs no calibration; leave --calibrate out")
+    if (calibrate is None) != (calibration_text is None):
+        raise MesaError("a calibration is a method and a text; give --calibrate with --calibration-text")
     source = local_folder(model)
     network = open_network(source, dtype, checked, say, trust_remote_code=trust_remote_code)
-    if quantisation is not None:
+    if quantisation is None:
+        quantisation = network.quantisation
+    else:
         linear = [(name, part) for name, part in network.module.named_modules() if isinstance(part, nn.Linear)]
         check_groups({f"{name}.weight": part.in_features for name, part in linear}, quantisation)
+        if calibrate is not None and calibration_text is not None:
+            tokens = config.train_length
+            say(f"calibrating {model} by {calibrate}, on {tokens} tokens at a time")
+            how = quantisation
+            with calibrated(source, target.parent, how, calibrate, calibration_text, tokens, checked) as made:
+                return export_model(
+                    made,
+                    output,
+                    config,
+                    max_tokens=limit,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                    force=force,
+                    progress=progress,
+                    report=report,
+                )
     graph_bytes = _GRAPH_BYTES * (2 * len(buckets) + 4)
     with (
         atomic(target, "bundle", graph_bytes) as folder,
@@ -119,7 +155,7 @@ def export_model(
         say(f"writing weights and {len(graphs.files)} graphs")
         _name_weights(files, graphs)
         if quantisation is not None:
-            _quantise(files, graphs, quantisation)
+            _quantise(files, graphs, quantisation, network.packed or None)
         places = files.write(progress=progress)
         for file, graph in graphs.files.items():
             _attach(graph, folder, places)
@@ -210,9 +246,9 @@ def _name_weights(files: WeightFiles, graphs: _Graphs) -> None:
                 value.metadata_props["weight"] = files.place(raw, prefix + name, table=table)
 
 
-def _quantise(files: WeightFiles, graphs: _Graphs, how: Quantisation) -> None:
+def _quantise(files: WeightFiles, graphs: _Graphs, how: Quantisation, only: Collection[str] | None) -> None:
     """The same weights in all graphs; a tied table of embeddings is used as it is too."""
-    names = set().union(*(quantise_products(graph.graph, how) for graph in graphs.files.values()))
+    names = set().union(*(quantise_products(graph.graph, how, only) for graph in graphs.files.values()))
     if not names:
         raise MesaError(f"{type(graphs.module.model).__name__} has no linear layer of two dimensions to quantise")
     values = (value for graph in graphs.files.values() for value in graph.graph.initializers.values())

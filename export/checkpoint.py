@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mesart.export.quantised_checkpoint import read_scheme
 from mesart.export.safetensors_file import read_header
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import DTYPES
@@ -25,7 +26,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 def check_checkpoint(checkpoint: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
-    """The config of a checkpoint that looks usable: checked without reading its weights.
+    """The config of a checkpoint that looks usable: checked without reading its weights, which may be quantised.
 
     Args:
         checkpoint: a folder or hub id.
@@ -33,16 +34,11 @@ def check_checkpoint(checkpoint: str | os.PathLike[str], *, trust_remote_code: b
 
     Raises:
         MesaError: no checkpoint, no causal language model, code that is not trusted, no weights, a truncated file, or
-            quantised weights.
+            weights that are quantised in a way that export cannot read.
     """
     source = os.fspath(checkpoint)
     config = load_config(source, trust_remote_code=trust_remote_code)
-    scheme = getattr(config, "quantization_config", None)
-    if scheme is not None:
-        method = scheme.get("quant_method") if isinstance(scheme, dict) else getattr(scheme, "quant_method", None)
-        raise MesaError(
-            f"{source} is quantised ({method}), which is not supported; give the checkpoint it was made from"
-        )
+    read_scheme(source, config)
     if Path(source).is_dir():
         weight_files(Path(source))
     return config
@@ -52,12 +48,15 @@ def load_model(checkpoint: str | os.PathLike[str], dtype: str, config: Any = Non
     """A causal language model with its weights in ``dtype``, in eval mode; ``config`` if it was checked already.
 
     Raises:
-        MesaError: no checkpoint, no causal language model, no safetensors, or truncated or missing weights.
+        MesaError: no checkpoint, no causal language model, no safetensors, quantised, truncated or missing weights.
     """
     if dtype not in DTYPES:
         raise MesaError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     source = os.fspath(checkpoint)
     config = config or check_checkpoint(checkpoint)
+    scheme = read_scheme(source, config)
+    if scheme is not None:
+        raise MesaError(f"{source} is quantised ({scheme.name}); export it, and use the bundle")
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from mesart.export.forms import attend_to_all_slots
+from mesart.export.fp8 import pair_single_rows
 from mesart.graphs.manifest import (
     ENGINE_FILE,
     ENGINE_PLACE_FILE,
@@ -96,6 +97,8 @@ def engine_graph(bundle: Path, shapes: EngineShapes, weights: Weights) -> tuple[
     sizes = {"B": 1, "S": first.new, "P": first.slots, "M": 1}
     if shapes.all_fixed:
         sizes["A"] = first.columns
+    if weights == "shared":
+        pair_single_rows(model.graph, sizes)
     ends = [*model.graph.inputs, *model.graph.outputs]
     for value in ends:
         assert value.shape is not None
@@ -121,13 +124,14 @@ def _fixed(dim: int | ir.SymbolicDim, sizes: dict[str, int]) -> int | ir.Symboli
 def _share_weights(model: ir.Model) -> list[WeightInfo]:
     """Turns large weights into inputs, so that all engines can read one copy of them on the device.
 
-    Quantised ones stay constants: only for those has TensorRT a product that reads them as they are. As inputs they
-    would be dequantised as a whole in front of each product.
+    Whole numbers stay constants: only for those has TensorRT a product that reads them as they are. As inputs they
+    would be dequantised as a whole in front of each product. Products of E4M3 numbers read either.
     """
     shared = []
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
-        if any(use.node.op_type == "DequantizeLinear" for use in value.uses()):
+        dequantised = any(use.node.op_type == "DequantizeLinear" for use in value.uses())
+        if dequantised and value.dtype != ir.DataType.FLOAT8E4M3FN:
             continue
         if isinstance(tensor, ir.ExternalTensor) and (tensor.length or 0) >= SHARED_BYTES:
             del model.graph.initializers[name]

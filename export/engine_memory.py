@@ -56,12 +56,12 @@ def _estimate(
     moved = 2 * sum(x.kv_heads * x.key_size for x in manifest.layers if x.place)
     scratch = config.head_length + config.chunk_length if step.bucket else 0
     runs = [p for e in engines for p in e.profiles if p.role in ("head", "chunk") or p.bucket == step.bucket]
-    stored = manifest.weight_bytes
+    stored, how = manifest.weight_bytes, manifest.quantisation
     roles = len({p.role for p in runs if p.role != "place"})
     return Memory(
         chunks=step.bucket or 0,
-        # Quantised weights are never shared.
-        weights=stored * (roles if weights == "embedded" or manifest.quantisation else 1),
+        # Whole numbers are never shared.
+        weights=stored * (roles if weights == "embedded" or (how is not None and how.scheme != "fp8") else 1),
         cache=step.slots * slot,
         scratch=scratch * slot + 2 * config.chunk_length * moved,
         activations=max(_activations(bundle, manifest, run) for run in runs),

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mesart.export.engine_graphs import EngineShapes, engine_graph, engine_shapes
 from mesart.export.engine_memory import estimate, require_fit
+from mesart.export.fp8 import computed_products, count_products
 from mesart.export.gpus import Gpu, local_gpu, parse_gpus
 from mesart.export.tensorrt_builder import NoKernelError, Plan, TensorRtBuilder
 from mesart.graphs.errors import MesaError
@@ -84,6 +85,7 @@ def build_engines(
     check_quantisation(manifest)
     targets = find_targets(flavour, gpus)
     check_brain(manifest, targets)
+    check_fp8(manifest, targets)
     buckets = buckets_for(manifest, max_tokens)
     capabilities = list(dict.fromkeys(gpu.capability for gpu in targets))
     engines_folder = folder / ENGINES_FOLDER
@@ -126,9 +128,19 @@ def check_quantisation(manifest: Manifest) -> None:
 
 
 def check_brain(manifest: Manifest, targets: Sequence[Gpu]) -> None:
-    old = [gpu.name for gpu in targets if int(gpu.capability.removeprefix("sm")) < 80]
+    old = [gpu.name for gpu in targets if gpu.generation < 80]
     if old and manifest.dtype == "bfloat16":
         raise MesaError(f"{old[0]} computes no bfloat16; export again with --dtype float16")
+
+
+def check_fp8(manifest: Manifest, targets: Sequence[Gpu]) -> None:
+    how = manifest.quantisation
+    old = [gpu.name for gpu in targets if gpu.generation < 89]
+    if old and how is not None and how.scheme == "fp8":
+        raise MesaError(
+            f"{old[0]} computes no fp8, which needs sm89 (Ada), sm90 (Hopper) or newer; export again with "
+            "--quantise int8 or int4, or name other GPUs"
+        )
 
 
 def find_targets(flavour: Flavour, gpus: str | None) -> list[Gpu]:
@@ -204,7 +216,8 @@ def _build(
     info = _write(bundle, file, key, plan, shapes, shared, time.monotonic() - start)
     log.append(info, builder.version)
     bar.update()
-    say(f"{shapes.name}: {info.bytes / 1e6:.1f} MB in {info.seconds:.1f} s")
+    told = f", {computed_products(plan.layers)} of {count_products(onnx)} products in fp8" if plan.layers else ""
+    say(f"{shapes.name}: {info.bytes / 1e6:.1f} MB in {info.seconds:.1f} s{told}")
     return info
 
 

@@ -43,6 +43,11 @@ class Gpu:
     memory: int | None
     """Bytes, if known."""
 
+    @property
+    def generation(self) -> int:
+        """The compute capability as a number: 89, 120."""
+        return int(self.capability.removeprefix("sm"))
+
 
 def parse_gpus(names: str) -> list[Gpu]:
     """GPUs of a list such as ``sm89,rtx5090``.

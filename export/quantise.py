@@ -1,4 +1,6 @@
-"""Weights of linear layers as whole numbers of 8 or 4 bits: rounded to nearest, a scale for each block of inputs.
+"""Weights of linear layers as whole numbers of 8 or 4 bits: a scale for each block of inputs.
+
+Here they are rounded to nearest, without looking at any text; :mod:`mesart.export.calibrate` does better, by a library.
 
 A layer computes ``x @ W.T``; its weight ``W``, ``[out, in]``, is stored as ``[in, out]``, blocks along the first axis,
 and a graph has the standard ``DequantizeLinear`` (opset 21) in front of ``MatMul``. That is the one form that all
@@ -13,18 +15,21 @@ the gathering and is quantised for the product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Protocol
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from mesart.export.fp8 import quantise_fp8, round_inputs
 from mesart.export.safetensors_file import Pending
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Quantisation
+from mesart.graphs.torch_fp8 import FP8
 from mesart.graphs.torch_weights import QUANTISED, SCALES, ZERO_POINTS, Packed
 
-SCHEMES = {"int8": 8, "int4": 4}
+SCHEMES = {"int8": 8, "int4": 4, "fp8": 8}
 """Bits by name."""
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -41,11 +46,22 @@ _ONNX_TYPES = {
 }
 
 
+class PackedParts(Protocol):
+    """What is stored of a quantised weight: a :class:`~mesart.graphs.torch_weights.Packed`, or made when asked for."""
+
+    @property
+    def numbers(self) -> Tensor: ...
+    @property
+    def scales(self) -> Tensor: ...
+    @property
+    def zero_points(self) -> Tensor | None: ...
+
+
 def choose_quantisation(scheme: str | None, group_size: int | None, *, symmetric: bool = True) -> Quantisation | None:
     """The quantisation that was asked for.
 
     Args:
-        scheme: ``int8``, ``int4`` or ``None``.
+        scheme: ``int8``, ``int4``, ``fp8`` or ``None``.
         group_size: inputs of a layer that share a scale; if left out, 32 for int4 and all of them for int8.
         symmetric: without zero points.
 
@@ -58,6 +74,8 @@ def choose_quantisation(scheme: str | None, group_size: int | None, *, symmetric
         return None
     if scheme not in SCHEMES:
         raise MesaError(f"unknown quantisation {scheme!r}; there are {', '.join(SCHEMES)}")
+    if scheme == "fp8" and (group_size is not None or not symmetric):
+        raise MesaError("fp8 has one scale for each weight and no zero points; leave the group size and asymmetry out")
     if group_size is None and scheme == "int4":
         group_size = DEFAULT_GROUP
     if group_size is not None and group_size not in GROUP_SIZES:
@@ -91,6 +109,8 @@ def quantise(weight: Tensor, how: Quantisation) -> Packed:
     Returns:
         Numbers, scales and zero points. A block whose weights are all zero has the scale 1.
     """
+    if how.scheme == "fp8":
+        return quantise_fp8(weight)
     outputs, inputs = weight.shape
     blocks = weight.detach().float().t().reshape(-1, how.group_size or inputs, outputs)
     if how.symmetric:
@@ -107,20 +127,24 @@ def quantise(weight: Tensor, how: Quantisation) -> Packed:
     if not how.symmetric:
         zeros = torch.round(-least / scales.float()).clamp_(low, most)
         numbers += zeros[:, None]
-    shape = _scales_shape((outputs, inputs), how)
+    shape = scales_shape((outputs, inputs), how)
     return Packed(
-        _pack(numbers.clamp_(low, most).reshape(inputs, outputs), how),
+        pack(numbers.clamp_(low, most).reshape(inputs, outputs), how),
         scales.reshape(shape),
-        None if zeros is None else _pack(zeros.reshape(shape), how),
+        None if zeros is None else pack(zeros.reshape(shape), how),
     )
 
 
-def _scales_shape(shape: tuple[int, int], how: Quantisation) -> tuple[int, ...]:
+def scales_shape(shape: tuple[int, int], how: Quantisation) -> tuple[int, ...]:
+    """That of the scales of a weight ``[out, in]``: ``[in / group, out]``, ``[out]`` without groups, ``[]`` of fp8."""
+    if how.scheme == "fp8":
+        return ()
     outputs, inputs = shape
     return (outputs,) if how.group_size is None else (inputs // how.group_size, outputs)
 
 
-def _pack(numbers: Tensor, how: Quantisation) -> Tensor:
+def pack(numbers: Tensor, how: Quantisation) -> Tensor:
+    """Whole numbers of any dtype and shape, as :class:`~mesart.graphs.torch_weights.Packed` stores them."""
     if how.bits == 8:
         return numbers.to(torch.int8 if how.symmetric else torch.uint8)
     halves = numbers.reshape(-1).to(torch.int8).view(torch.uint8) & 15
@@ -130,49 +154,56 @@ def _pack(numbers: Tensor, how: Quantisation) -> Tensor:
 
 
 def pending(
-    name: str, shape: tuple[int, int], dtype: torch.dtype, read: Callable[[], Tensor], how: Quantisation
+    name: str, shape: tuple[int, int], dtype: torch.dtype, make: Callable[[], PackedParts], how: Quantisation
 ) -> dict[str, Pending]:
-    """The parts of a quantised weight, to be written one by one: each reads the weight anew, and nothing is kept.
+    """The parts of a quantised weight, to be written one by one: each makes the weight anew, and nothing is kept.
 
     Args:
         name: the parameter's.
         shape: ``[out, in]``.
         dtype: of the scales.
-        read: gives the weight.
+        make: gives the quantised weight.
         how: the quantisation.
     """
 
-    def packed() -> Packed:
-        return quantise(read().to(dtype), how)
-
     def zero_points() -> Tensor:
-        zeros = packed().zero_points
+        zeros = make().zero_points
         assert zeros is not None
         return zeros
 
     outputs, inputs = shape
-    scales = _scales_shape(shape, how)
+    scales = scales_shape(shape, how)
 
-    def stored(extents: tuple[int, ...], make: Callable[[], Tensor]) -> Pending:
+    def stored(extents: tuple[int, ...], part: Callable[[], Tensor]) -> Pending:
         if how.bits == 4:
-            return Pending(torch.uint8, (-(-math.prod(extents) // 2),), make)
-        return Pending(torch.int8 if how.symmetric else torch.uint8, extents, make)
+            return Pending(torch.uint8, (-(-math.prod(extents) // 2),), part)
+        return Pending(torch.int8 if how.symmetric else torch.uint8, extents, part)
+
+    def numbers() -> Tensor:
+        return make().numbers
 
     parts = {
-        name + QUANTISED: stored((inputs, outputs), lambda: packed().numbers),
-        name + SCALES: Pending(dtype, scales, lambda: packed().scales),
+        name + QUANTISED: Pending(FP8, (inputs, outputs), numbers)
+        if how.scheme == "fp8"
+        else stored((inputs, outputs), numbers),
+        name + SCALES: Pending(dtype, scales, lambda: make().scales),
     }
     if not how.symmetric:
         parts[name + ZERO_POINTS] = stored(scales, zero_points)
     return parts
 
 
-def quantise_products(graph: ir.Graph, how: Quantisation) -> set[str]:
+def quantise_products(graph: ir.Graph, how: Quantisation, only: Collection[str] | None = None) -> set[str]:
     """Puts ``DequantizeLinear`` in front of each product with a weight, in place.
 
     Initializers carry the name of their parameter as ``metadata_props["weight"]``, which the new ones get too, with
     what follows it. A weight of two dimensions, ``[out, in]``, counts if ``MatMul`` multiplies with its transpose; one
     that is used otherwise too is kept beside its quantised form.
+
+    Args:
+        graph: of any role.
+        how: the quantisation.
+        only: the parameters that may be quantised; all if left out.
 
     Returns:
         The names of the quantised parameters.
@@ -184,7 +215,7 @@ def quantise_products(graph: ir.Graph, how: Quantisation) -> set[str]:
     for value in list(graph.initializers.values()):
         products = [product for use in value.uses() for product in _products(use.node)]
         name = value.metadata_props.get("weight")
-        if name is not None and products:
+        if name is not None and products and (only is None or name in only):
             weights[name] = (value, products)
     check_groups({name: _shape(value)[1] for name, (value, _) in weights.items()}, how)
     for name, (value, products) in weights.items():
@@ -197,6 +228,8 @@ def quantise_products(graph: ir.Graph, how: Quantisation) -> set[str]:
                 graph.remove(transpose, safe=True)
         if not value.uses():
             graph.initializers.pop(str(value.name))
+    if how.scheme == "fp8":
+        round_inputs(graph, [product for _, products in weights.values() for product in products])
     return set(weights)
 
 
@@ -209,8 +242,8 @@ def _products(transpose: ir.Node) -> list[ir.Node]:
 
 def _dequantised(graph: ir.Graph, weight: ir.Value, name: str, how: Quantisation) -> ir.Node:
     outputs, inputs = shape = _shape(weight)
-    numbers = _ONNX_TYPES[how.bits, how.symmetric]
-    scales = _scales_shape(shape, how)
+    numbers = ir.DataType.FLOAT8E4M3FN if how.scheme == "fp8" else _ONNX_TYPES[how.bits, how.symmetric]
+    scales = scales_shape(shape, how)
     assert weight.dtype is not None
     parts = [_placeholder(weight, name, QUANTISED, numbers, (inputs, outputs))]
     parts.append(_placeholder(weight, name, SCALES, weight.dtype, scales))
@@ -219,7 +252,7 @@ def _dequantised(graph: ir.Graph, weight: ir.Value, name: str, how: Quantisation
     for part in parts:
         graph.register_initializer(part)
     blocks = {"axis": 1} if how.group_size is None else {"axis": 0, "block_size": how.group_size}
-    node = ir.node("DequantizeLinear", parts, blocks)
+    node = ir.node("DequantizeLinear", parts, {} if how.scheme == "fp8" else blocks)
     node.outputs[0].name = f"{weight.name}.dequantised"
     node.outputs[0].shape, node.outputs[0].type = ir.Shape((inputs, outputs)), ir.TensorType(weight.dtype)
     return node
@@ -246,17 +279,23 @@ def _shape(weight: ir.Value) -> tuple[int, int]:
 
 def quantised_bytes(shape: tuple[int, int], dtype: torch.dtype, how: Quantisation) -> int:
     """What a weight takes on disk."""
-    parts = pending("", shape, dtype, lambda: torch.empty(0), how)
-    return sum(part.bytes for part in parts.values())
+
+    def unmade() -> PackedParts:
+        raise AssertionError("only its size is asked for")
+
+    return sum(part.bytes for part in pending("", shape, dtype, unmade, how).values())
 
 
 __all__ = [
     "GROUP_SIZES",
     "SCHEMES",
+    "PackedParts",
     "check_groups",
     "choose_quantisation",
+    "pack",
     "pending",
     "quantise",
     "quantise_products",
     "quantised_bytes",
+    "scales_shape",
 ]

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Plan:
     inputs: list[TensorInfo]
     """All of them, weights too; a free axis has its extent in the first profile."""
     outputs: list[TensorInfo]
+    layers: list[str] = field(default_factory=list)
+    """What TensorRT made of a graph with fp8 in it, in its own words, a line each; of other graphs, nothing."""
 
 
 class TensorRtBuilder:
@@ -91,6 +93,7 @@ class TensorRtBuilder:
         """
         trt = self.trt
         self._logger.errors.clear()
+        self._logger.layers.clear()
         builder = trt.Builder(self._logger)
         network = builder.create_network(_network_flags(trt))
         parser = trt.OnnxParser(network, self._logger)
@@ -101,6 +104,8 @@ class TensorRtBuilder:
         operators = [node.op_type for node in onnx.load_model_from_string(graph).graph.node]
         self._check_attention(network, operators.count("Attention"), operators.count("TensorScatter"))
         config = builder.create_builder_config()
+        if "QuantizeLinear" in operators:
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the layers are told
         if self._rtx:
             config.num_compute_capabilities = len(self._capabilities)
             for index, capability in enumerate(self._capabilities):
@@ -126,7 +131,7 @@ class TensorRtBuilder:
         fixed = profiles[0] if profiles else {}
         inputs = [self._tensor(network.get_input(i), fixed) for i in range(network.num_inputs)]
         outputs = [self._tensor(network.get_output(i), fixed) for i in range(network.num_outputs)]
-        return Plan(bytes(serialized), inputs, outputs)
+        return Plan(bytes(serialized), inputs, outputs, list(self._logger.layers))
 
     def _require_kernel(self) -> None:
         if any("dedicated kernel" in error or "decompose_composite_ops" in error for error in self._logger.errors):
@@ -175,18 +180,21 @@ _loggers: dict[str, Any] = {}
 
 
 def _logger(trt: Any) -> Any:
-    """The one logger of a process: TensorRT keeps the first that it was given. Keeps errors, drops the rest."""
+    """The one logger of a process: TensorRT keeps the first that it was given. Keeps errors and lists of layers."""
     if trt.__name__ not in _loggers:
 
         class Logger(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
                 super().__init__()
                 self.errors: list[str] = []
+                self.layers: list[str] = []
 
             def log(self, severity: Any, message: str) -> None:
                 # Without a driver, TensorRT for RTX looks for a GPU all the same, and says so.
                 if severity <= trt.ILogger.ERROR and "Cuda Runtime" not in message:
                     self.errors.append(message)
+                if message.startswith("Layers:"):  # as an engine's inspector says, but that wants a GPU
+                    self.layers += [line for line in message.splitlines() if line.startswith("Name:")]
 
         _loggers[trt.__name__] = Logger()
     return _loggers[trt.__name__]

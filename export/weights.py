@@ -6,7 +6,8 @@ is looked up in the checkpoint's headers by name, shape and dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,9 @@ from transformers.initialization import no_init_weights
 
 from mesart.export.checkpoint import load_model, weight_files
 from mesart.export.folders import link_or_copy
+from mesart.export.quantise import PackedParts, quantise, quantised_bytes
 from mesart.export.quantise import pending as pending_parts
-from mesart.export.quantise import quantised_bytes
+from mesart.export.quantised_checkpoint import Repacked, open_packed, read_scheme
 from mesart.export.safetensors_file import Pending, Stored, read_header, write_file
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import WEIGHTS_FILE, FileInfo, Quantisation, sha256
@@ -42,6 +44,10 @@ class Network:
     stored: dict[str, Stored] | None
     """Of each parameter and persistent buffer, by its name in the model; ``None``: the numbers are in ``module``."""
     read: Callable[[Stored], Tensor] = field(repr=False, default=lambda stored: torch.empty(0))
+    quantisation: Quantisation | None = None
+    """What the checkpoint's packed weights have, if it is quantised."""
+    packed: Mapping[str, Repacked] = field(default_factory=dict)
+    """Those, by the name of the parameter."""
 
     @property
     def bytes(self) -> int:
@@ -53,28 +59,87 @@ def open_network(
 ) -> Network:
     """A checkpoint's model in ``dtype``, without reading its weights if they lie there under the model's own names.
 
+    A quantised checkpoint is one: the model has plain linear layers, and its config says nothing of a scheme any more.
+
     Raises:
-        MesaError: no such dtype, weights that are missing, truncated or of another shape, a pickle with code in it.
+        MesaError: no such dtype, weights that are missing, truncated or of another shape, a pickle with code in it,
+            packed weights that the model has no place for.
     """
+    scheme = read_scheme(str(checkpoint), config)
+    if scheme is not None:
+        config = copy.deepcopy(config)
+        del config.quantization_config
     files = weight_files(checkpoint)
     tensors, read = _open_pickles(files) if files[0].suffix == ".bin" else _open_safetensors(files)
     with no_init_weights():  # parameters that nobody writes to take no memory
         auto: Any = AutoModelForCausalLM
         module: Any = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).eval()
     module.tie_weights()
-    names = match_weights(module, {name: tensor.shape for name, tensor in tensors.items()})
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    how, packed = None, {}
+    if scheme is not None:
+        how, found = open_packed(checkpoint, scheme, tensors, read)
+        packed = _match_packed(checkpoint, module, found)
+        _check_biases(checkpoint, module, found, tensors, read)
+        shapes = {name: (*weight.shape,) for name, weight in packed.items()} | shapes
+    names = match_weights(module, shapes)
+    if names is None and scheme is not None:
+        raise MesaError(
+            f"{checkpoint} is quantised ({scheme.name}) and lacks weights that {type(module).__name__} has, "
+            "or has them under other names; give the checkpoint that it was made from"
+        )
     if names is None:
         # transformers builds some weights from others (experts), or knows their old names; or some are missing.
         if files[0].suffix == ".bin":
             raise MesaError(f"{files[0]} holds other weights than {type(module).__name__} has; save it as safetensors")
         say("the weights have other names or shapes than the model's: transformers converts them, in memory")
         return Network(load_model(checkpoint, dtype, config), None)
-    stored = {name: tensors[found] for name, found in names.items()}
+    stored = {name: tensors[found] for name, found in names.items() if found in tensors}
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if name in stored:
                 buffer.copy_(read(stored[name]))
-    return Network(module, stored, read)
+    return Network(module, stored, read, how, packed)
+
+
+def _match_packed(checkpoint: Path, module: nn.Module, packed: Mapping[str, Repacked]) -> dict[str, Repacked]:
+    """Packed weights by the names of the parameters that they are; a tied one has the name of the first of its uses.
+
+    Raises:
+        MesaError: the model has no such weight, or one of another shape.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    matched = {}
+    for name, weight in packed.items():
+        if name not in parameters:
+            raise MesaError(
+                f"{checkpoint} packs {name}, which {type(module).__name__} holds in another form (as experts are); "
+                "give the checkpoint that it was made from"
+            )
+        shape = tuple(parameters[name].shape)
+        if weight.shape != shape:
+            raise MesaError(
+                f"{checkpoint} packs {name} as {weight.shape}, but the model's is {shape}; all packed layers must "
+                "have the config's bits"
+            )
+        matched[names[id(parameters[name])]] = weight
+    return matched
+
+
+def _check_biases(
+    checkpoint: Path,
+    module: nn.Module,
+    packed: Mapping[str, Repacked],
+    tensors: Mapping[str, Stored],
+    read: Callable[[Stored], Tensor],
+) -> None:
+    """Refuses biases that packing added; some libraries write zeros for the layers that have none."""
+    known = module.state_dict()
+    for weight in packed:
+        name = weight.removesuffix("weight") + "bias"
+        if name in tensors and name not in known and bool(read(tensors[name]).any()):
+            raise MesaError(f"{checkpoint} has {name}, which {type(module).__name__} has not; is it of this config?")
 
 
 def _open_safetensors(files: list[Path]) -> tuple[dict[str, Stored], Callable[[Stored], Tensor]]:
@@ -144,12 +209,12 @@ class WeightFiles:
     @property
     def bytes_to_write(self) -> int:
         """About how much disk they take: a hard link takes none, but may not be possible."""
-        own = sum(self._bytes(p) for name, p in self._parameters.items() if name not in self._linked)
+        own = sum(self._bytes(name, p) for name, p in self._parameters.items() if name not in self._linked)
         return own + sum(f.stat().st_size for f in self._files if f.stat().st_dev != self._folder.stat().st_dev)
 
-    def _bytes(self, parameter: Tensor) -> int:
+    def _bytes(self, name: str, parameter: Tensor) -> int:
         whole = parameter.numel() * parameter.element_size()
-        if self._how is None or parameter.dim() != 2:
+        if self._how is None or parameter.dim() != 2 or (self._network.packed and name not in self._network.packed):
             return whole
         modules = self._network.module.modules()
         table = any(isinstance(m, nn.Embedding) and m.weight is parameter for m in modules)
@@ -196,7 +261,9 @@ class WeightFiles:
             if name in self._quantised:
                 assert self._how is not None
                 outputs, inputs = whole.shape
-                pending |= pending_parts(name, (outputs, inputs), whole.dtype, whole.make, self._how)
+                pending |= pending_parts(
+                    name, (outputs, inputs), whole.dtype, self._packing(name, whole, self._how), self._how
+                )
         path = self._folder / WEIGHTS_FILE
         total = sum(tensor.bytes for tensor in pending.values())
         with tqdm(
@@ -210,10 +277,17 @@ class WeightFiles:
             places[name] = (self._files[stored.file], stored.offset, stored.bytes)
         return places
 
+    def _packing(self, name: str, whole: Pending, how: Quantisation) -> Callable[[], PackedParts]:
+        """How a weight becomes its quantised form: as the checkpoint has it, or else by rounding."""
+        packed = self._network.packed.get(name)
+        return (lambda: quantise(whole.make().to(whole.dtype), how)) if packed is None else (lambda: packed)
+
     def _pending(self, name: str, parameter: Tensor) -> Pending:
         network = self._network
         if network.stored is None:
             return Pending(parameter.dtype, tuple(parameter.shape), lambda: parameter)
+        if name not in network.stored:
+            return Pending(parameter.dtype, tuple(parameter.shape), network.packed[name].whole)
         stored = network.stored[name]
         return Pending(parameter.dtype, tuple(parameter.shape), lambda: network.read(stored))
 

@@ -174,7 +174,7 @@ class Quantisation:
     """How the weights of linear layers are stored: whole numbers, a scale for each block of them."""
 
     scheme: str
-    """``int8`` or ``int4``."""
+    """``int8``, ``int4`` or ``fp8``."""
     bits: int
     group_size: int | None
     """Inputs of a layer that share a scale; ``None``: all inputs of an output do."""
@@ -182,6 +182,8 @@ class Quantisation:
     """Without zero points."""
 
     def __str__(self) -> str:
+        if self.scheme == "fp8":
+            return "fp8, a scale for a weight; their inputs in fp8 too, a scale for a token"
         blocks = "an output" if self.group_size is None else f"{self.group_size} inputs"
         return f"{self.scheme}, a scale{'' if self.symmetric else ' and a zero point'} for {blocks}"
 

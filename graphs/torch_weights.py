@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest, Quantisation
+from mesart.graphs.torch_fp8 import round_inputs
 
 QUANTISED, SCALES, ZERO_POINTS = ".quantised", ".scales", ".zero_points"
 """What follows a parameter's name in the names of its parts."""
@@ -35,6 +36,8 @@ class Packed:
 
 def dequantise(packed: Packed, shape: tuple[int, int], how: Quantisation) -> Tensor:
     """The weight ``[out, in]`` that a quantised one stands for, in the dtype of its scales."""
+    if how.scheme == "fp8":
+        return (packed.numbers.float() * packed.scales.float()).t().to(packed.scales.dtype)
     outputs, inputs = shape
     groups = inputs // (how.group_size or inputs)
     blocks = _unpack(packed.numbers, inputs * outputs, how).view(groups, -1, outputs)
@@ -115,6 +118,8 @@ def fill_weights(model: nn.Module, bundle: Path, manifest: Manifest) -> None:
                 packed = Packed(read(name + QUANTISED), read(name + SCALES), zeros)
                 return dequantise(packed, (weight.shape[0], weight.shape[1]), how)
 
+            if how.scheme == "fp8":
+                round_inputs(model, quantised)
             replace_products(model, quantised, dequantised)
 
 

@@ -64,6 +64,8 @@ def load_cache(
             return _load_engines(
                 bundle, manifest, usable, "the fastest: the bundle has engines for this GPU", verify=verify
             )
+    if manifest.quantisation is not None and manifest.quantisation.scheme == "fp8":
+        backend = _require_fp8(backend, manifest.dtype, activations)
     engine, choice = choose_backend(backend, manifest.dtype, threads, activations)
     eight_bits = manifest.quantisation is not None and manifest.quantisation.bits == 8
     if isinstance(engine, OnnxRuntimeBackend) and eight_bits and not activations:
@@ -81,6 +83,18 @@ def _check_rounding(manifest: Manifest, activations: str) -> None:
             "activations are rounded in front of quantised weights only, and this bundle has none; leave activations "
             "out, or export with --quantise int4"
         )
+
+
+def _require_fp8(backend: str, dtype: str, activations: str | None) -> str:
+    """The backend, if it rounds to fp8 as the graphs say; ``auto``: one that does and computes the dtype on a CPU."""
+    if activations is not None:
+        raise MesaError("an fp8 bundle's graphs round activations themselves; leave activations out")
+    if backend == "openvino":
+        raise MesaError(
+            "OpenVINO rounds to fp8 otherwise than the graphs say; give backend 'onnxruntime' (float32, float16) or "
+            "'torch', or build TensorRT engines"
+        )
+    return backend if backend != "auto" else "torch" if dtype == "bfloat16" else "onnxruntime"
 
 
 def _load_engines(bundle: Path, manifest: Manifest, flavour: Flavour, choice: str, *, verify: bool) -> Loaded:

@@ -26,7 +26,8 @@ _CONFIG_HELP = {
 }
 
 _EXTRAS = dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"), "export") | {
-    "matplotlib": "eval"
+    "matplotlib": "eval",
+    "auto_round": "calibrate",
 }
 """The extra that installs a package which a command may lack."""
 
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_bench(commands)
     _add_eval(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -88,9 +90,13 @@ def _add_export(commands: Any) -> None:
         default="link",
         help="link to the checkpoint's files, or copy them",
     )
-    parser.add_argument("--quantise", metavar="SCHEME", help="int8 or int4, for the weights of linear layers")
+    parser.add_argument("--quantise", metavar="SCHEME", help="int8, int4 or fp8, for the weights of linear layers")
     parser.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale (int4: 32, int8: all)")
     parser.add_argument("--asymmetric", action="store_true", help="with zero points; not for TensorRT")
+    parser.add_argument("--calibrate", metavar="METHOD", help="auto-round or awq, instead of rounding to nearest")
+    parser.add_argument(
+        "--calibration-text", metavar="FILE", help="text to calibrate on, instead of Python's standard library"
+    )
     parser.add_argument("--force", action="store_true", help="replace the output folder whatever it is")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
     triton = parser.add_argument_group("for NVIDIA Triton Inference Server")
@@ -148,12 +154,27 @@ def _export(options: argparse.Namespace) -> int:
         quantise=options.quantise,
         group_size=options.group_size,
         symmetric=not options.asymmetric,
+        calibrate=options.calibrate,
+        calibration_text=_calibration_text(options),
         trust_remote_code=options.trust_remote_code,
         force=options.force,
         progress=True,
         report=lambda line: print(line, file=sys.stderr),
     )
     return 0
+
+
+def _calibration_text(options: argparse.Namespace) -> str | None:
+    """The user's, or library text that evaluations do not use."""
+    from mesart.evaluation.corpus import library_text  # noqa: PLC0415  (rarely needed)
+    from mesart.evaluation.held_out import held_out_text  # noqa: PLC0415
+
+    if options.calibration_text is not None:
+        return held_out_text(options.calibration_text).content
+    try:
+        return library_text("train") if options.calibrate else None
+    except FileNotFoundError as error:
+        raise MesaError(f"{error}; give a text file instead (--calibration-text)") from error
 
 
 def _add_build(commands: Any) -> None:
@@ -288,6 +309,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("-n", "--max-new-tokens", type=int, default=256)
     _add_backend(parser)
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--activations", choices=("int8",), help="round them before quantised weights: docs/decoding.md"
+    )
     for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float)):
         parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--repetition-penalty", type=float)
@@ -301,7 +325,9 @@ def _generate(options: argparse.Namespace) -> int:
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    with MesaModel.load(options.bundle, options.backend, threads=options.threads) as model:
+    with MesaModel.load(
+        options.bundle, options.backend, threads=options.threads, activations=options.activations
+    ) as model:
         if options.verbose:
             print(f"backend {model.backend} on {model.device}: {model.choice}", file=sys.stderr)
         if options.chat is not None:
@@ -379,6 +405,7 @@ def _add_eval(commands: Any) -> None:
     perplexity.add_argument("--tokens", type=int, default=32, help="tokens judged at each place")
     _add_suite(tasks)
     _add_cost(tasks)
+    _add_threshold(tasks)
     for task in (passkey, perplexity):
         task.add_argument("source", help="a bundle or a checkpoint")
         task.add_argument("--systems", nargs="+", default=["mesa", "origin"], metavar="NAME")
@@ -441,6 +468,80 @@ def _suite(options: argparse.Namespace) -> int:
 def _named_model(text: str) -> tuple[str, str]:
     name, equals, source = text.partition("=")
     return (name, source) if equals else (Path(text).name or text, text)
+
+
+def _add_threshold(tasks: Any) -> None:
+    parser = _command(
+        tasks, "threshold", _threshold, "Predict from hidden states where the plain model fails; measure it."
+    )
+    parser.add_argument("model", help="a checkpoint or hub id")
+    parser.add_argument("--max-tokens", type=int, help="the longest text (default: 4 x T_r)")
+    parser.add_argument("--places", type=int, default=32, help="texts, and as many to choose the dimension by")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens watched at each place")
+    parser.add_argument("--factor", type=float, default=1.2, help="of the perplexity, at which the model has failed")
+    parser.add_argument("--margin", type=float, help="times the stray at T_r / 2 that is too far")
+    parser.add_argument("--passkey-prompts", type=int, default=0, help="of each length, for the plain model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", metavar="FILE", help="text to use instead of Python's standard library")
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON; - for standard output")
+    parser.add_argument("--plot", metavar="FILE", help="also draw a PNG")
+
+
+def _threshold(options: argparse.Namespace) -> int:
+    _require_plots(options)
+    from mesart.evaluation.threshold import run_threshold  # noqa: PLC0415  (torch is slow to import)
+
+    result = run_threshold(
+        options.model,
+        max_tokens=options.max_tokens,
+        places=options.places,
+        tokens=options.tokens,
+        factor=options.factor,
+        margin=options.margin,
+        passkey_prompts=options.passkey_prompts,
+        seed=options.seed,
+        text=options.text,
+    )
+    _write(options.json, result.to_json(), result.table())
+    if options.plot is not None:
+        from mesart.evaluation.suite_plots import plot_threshold  # noqa: PLC0415
+
+        plot_threshold({Path(options.model).name: result}, options.plot)
+    return 0
+
+
+def _add_tune(commands: Any) -> None:
+    parser = _command(commands, "tune", _tune, "Find the configuration (F, C, N, E, log-n) that suits a model.")
+    parser.add_argument("model", help="a bundle (fast), or a checkpoint or hub id")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="default: 4 and 16 x T_r")
+    parser.add_argument("--prompts", type=int, default=8, help="passkeys of each length and configuration")
+    parser.add_argument("--places", type=int, default=12, help="places of scored text of each")
+    parser.add_argument("--final-prompts", type=int, default=40, help="of each finalist")
+    parser.add_argument("--final-places", type=int, default=48, help="of each finalist")
+    parser.add_argument("--finalists", type=int, default=3)
+    parser.add_argument("--evaluations", type=int, default=40, help="configurations to try at most")
+    parser.add_argument("--seconds", type=float, help="after which nothing new is begun")
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="no search: each parameter changed alone, all others left"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    _add_backend(parser)
+    parser.add_argument("--text", metavar="FILE", help="text to use instead of Python's standard library")
+    parser.add_argument("--journal", metavar="FILE", help="keeps what was found, so that an interrupted run goes on")
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON; - for standard output")
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from mesart.evaluation.tuning import sensitivity, tune  # noqa: PLC0415  (torch is slow to import)
+
+    names = ["lengths", "prompts", "places", "seed", "backend", "text", "journal"]
+    run: Any = sensitivity
+    if not options.sensitivity:
+        run = tune
+        names += ["final_prompts", "final_places", "finalists", "evaluations", "seconds"]
+    result = run(options.model, **{name: getattr(options, name) for name in names})
+    _write(options.json, result.to_json(), result.table())
+    return 0 if result.complete else 130
 
 
 def _add_cost(tasks: Any) -> None:

@@ -26,7 +26,7 @@ from mesart.evaluation.suite import JOURNAL_FILE, PERPLEXITY, Settings, SuiteRes
 from mesart.evaluation.suite_plots import plot_cost, plot_sensitivity, plot_threshold
 from mesart.evaluation.suite_report import write_report
 from mesart.evaluation.threshold import run_threshold
-from mesart.evaluation.tune import sensitivity
+from mesart.evaluation.tuning import sensitivity
 from mesart.graphs import MesaError
 
 ROOT: Final = Path(__file__).resolve().parents[1]
