@@ -165,6 +165,12 @@ def run_suite(
     if lengths is None:
         lengths = [infos[0].train_length << power for power in range(6)]
     sizes = tuple(sorted(set(lengths)))
+    if not sizes:
+        raise MesaError("name a length")
+    parameters: dict[tuple[str, str], dict[str, Any]] = {}
+    for info in infos:
+        for method in names:
+            parameters[info.name, method] = chosen_method(method, info.train_length, sizes[-1]).parameters
     for info in infos:
         _check_lengths(_open(info.source, settings), chosen_tasks, sizes, settings, text)
     journal = Journal(Path(output) / JOURNAL_FILE)
@@ -173,14 +179,10 @@ def run_suite(
         "settings": {name: value for name, value in vars(settings).items() if name != "text"},
         "text": text.record(),
     }
-    parameters: dict[tuple[str, str], dict[str, Any]] = {}
     conditions: dict[Cell, dict[str, Any]] = {}
     outcomes: dict[Cell, Outcome] = {}
     waiting: list[_Job] = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    for info in infos:
-        for method in names:
-            parameters[info.name, method] = chosen_method(method, info.train_length, sizes[-1]).parameters
     for length in sizes:
         for info in infos:
             for task in chosen_tasks:

@@ -151,6 +151,7 @@ def test_a_method_that_a_model_cannot_take_is_named(checkpoint: Any, settings: S
         ({"methods": ["rerope:window"]}, "'window' is not PARAMETER=VALUE"),
         ({"tasks": ["chess"]}, "there is no task 'chess'; there are passkey"),
         ({"tasks": []}, "name at least one model, one method and one task"),
+        ({"lengths": []}, "name a length"),
         ({"lengths": [30]}, "task passkey needs at least [0-9]+ tokens of the tokenizer of .*, not 30"),
         ({"lengths": [5], "tasks": ["perplexity"]}, "task perplexity needs at least 10 tokens"),
     ],

@@ -93,7 +93,24 @@ def test_errors_of_the_user(
     assert "or more would do" in stairs
     assert "unknown system 'x'" in fails(capsys, "eval", "passkey", good, "--systems", "x")
     assert "serves 1 to 344" in fails(capsys, "bench", good, "--lengths", "9999")
+    suite = ("eval", "suite", model, "-o", output, "--lengths", "64")
+    assert "unknown method 'x'; there are origin" in fails(capsys, *suite, "--methods", "x")
+    assert "there is no task 'x'; there are passkey" in fails(capsys, *suite, "--tasks", "x")
+    cost = ("eval", "cost", model, "-o", output, "--lengths", "64")
+    assert "unknown method 'x'; there are origin" in fails(capsys, *cost, "--methods", "x")
+    assert "at least 1 evaluation" in fails(capsys, "tune", good, "--evaluations", "0")
+    assert "activations" in fails(capsys, "generate", good, "-p", "a", "--activations", "int8")
     assert not Path(output).exists()
+
+
+def test_threshold(checkpoint: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "text.txt").write_text("The sun is yellow. The grass is green. " * 200)
+    options = ["--max-tokens", "128", "--places", "4", "--tokens", "4", "--text", str(tmp_path / "text.txt")]
+    files = ["--json", str(tmp_path / "result.json"), "--plot", str(tmp_path / "plot.png")]
+    assert main(["eval", "threshold", str(checkpoint("llama")), *options, *files]) == 0
+    assert "of layer" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["task"] == "threshold"
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_an_output_that_is_no_bundle_is_kept(checkpoint: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
