@@ -11,10 +11,12 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -280,7 +282,9 @@ def _run(waiting: Sequence[_Job], jobs: int, settings: Settings, progress: bool)
                 yield job.cell, run_cell(job)
                 bar.update(tokens(job))
             return
-        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+        # An interrupt from the keyboard reaches the processes too: they end at once and without a word.
+        quietly = (signal.SIGINT, signal.SIG_DFL)
+        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), signal.signal, quietly)
         try:
             running: dict[Future[Outcome], _Job] = {pool.submit(run_cell, job): job for job in waiting}
             while running:
@@ -290,6 +294,11 @@ def _run(waiting: Sequence[_Job], jobs: int, settings: Settings, progress: bool)
                     yield job.cell, future.result()
                     bar.set_postfix_str(f"{job.cell.method}, {job.cell.task}, {job.cell.length} tokens")
                     bar.update(tokens(job))
+        except BrokenProcessPool as error:
+            raise MesaError(
+                "a process of the suite was killed, most likely for want of memory; what was finished is kept: call "
+                "again with fewer --jobs"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

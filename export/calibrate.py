@@ -83,6 +83,7 @@ def calibrated(
         device_map="cpu",
         low_cpu_mem_usage=False,  # or it writes while it works
     )
+    place.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".calibrated-", dir=place) as folder:
         _, written = library.quantize_and_save(folder, format="auto_round")
         yield Path(written[0] if isinstance(written, list) else written)

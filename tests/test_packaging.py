@@ -12,7 +12,7 @@ from pathlib import Path
 import mesart
 
 FOLDERS = ("graphs", "export", "runtime", "evaluation", "scripts")
-EXTRAS = {"dev", "eval", "export", "gpu", "lm-eval", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"}
+EXTRAS = {"calibrate", "dev", "eval", "export", "gpu", "lm-eval", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"}
 DIST_INFO = f"mesart-{mesart.__version__}.dist-info"
 
 

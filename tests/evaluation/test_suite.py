@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,7 @@ import numpy as np
 import pytest
 
 from mesart.evaluation import suite
-from mesart.evaluation.cost import run_cost
+from mesart.evaluation.cost import CostResult, run_cost
 from mesart.evaluation.held_out import held_out_text
 from mesart.evaluation.methods import make_method, open_method
 from mesart.evaluation.perplexity import places_in
@@ -106,6 +111,33 @@ def test_an_interrupted_run_goes_on(
     assert second.complete
     assert len(ran) == len(set(ran)) == 8, "no cell runs twice"
     assert {c: o.scores for c, o in second.outcomes.items()} == {c: o.scores for c, o in result.outcomes.items()}
+
+
+def test_an_interrupt_reaches_the_processes(settings: Settings, tmp_path: Path) -> None:
+    """As Ctrl-C does it: to all of them. What was finished is reported, and nothing else is printed."""
+    code = f"""
+from mesart.evaluation.suite import Settings, run_suite
+if __name__ == "__main__":
+    print("started", flush=True)
+    result = run_suite({{"demo": {str(DEMO_MODEL)!r}}}, {str(tmp_path)!r}, methods=["origin"], tasks=["passkey"],
+        lengths=[*range(200, 1200)], settings=Settings(prompts=1, text={settings.text!r}), jobs=2, progress=False)
+    print(len(result.outcomes), result.complete)
+"""
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    pipe = subprocess.PIPE
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        journal = tmp_path / JOURNAL_FILE
+        while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") >= 2):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        out, error = process.communicate(timeout=120)
+    assert error == ""
+    count, complete = out.splitlines()[-1].split()
+    assert complete == "False"
+    kept = journal.read_text().count("\n")
+    assert kept - 1 <= int(count) <= kept < 1000, "the last may have been written and not yet counted"
 
 
 def test_processes_change_nothing(result: SuiteResult, settings: Settings, tmp_path: Path) -> None:
@@ -205,33 +237,19 @@ def test_the_report(result: SuiteResult, tmp_path: Path) -> None:
 
 
 def test_cost_is_measured_apart(tmp_path: Path) -> None:
-    found = run_cost(
-        DEMO_MODEL,
-        tmp_path / "journal.jsonl",
-        methods=["mesa"],
-        lengths=[600],
-        repeat=1,
-        new_tokens=1,
-        threads=1,
-        progress=False,
-    )
+    options: dict[str, Any] = {"lengths": [600], "repeat": 1, "new_tokens": 1, "threads": 1, "progress": False}
+
+    def measured() -> CostResult:
+        return run_cost(DEMO_MODEL, tmp_path / "journal.jsonl", methods=["mesa"], **options)
+
+    found = measured()
     (row,) = found.rows
     method = make_method("mesa", 256, 600)
     assert (row.pairs, row.kept) == (method.pairs(600), method.kept(600))
     assert row.first_token[0] > 0
     assert row.per_token > 0
     assert "mesa" in found.table()
-    again = run_cost(
-        DEMO_MODEL,
-        tmp_path / "journal.jsonl",
-        methods=["mesa"],
-        lengths=[600],
-        repeat=1,
-        new_tokens=1,
-        threads=1,
-        progress=False,
-    )
-    assert again.rows == found.rows, "from the journal"
+    assert measured().rows == found.rows, "from the journal"
 
 
 def test_what_takes_too_long_is_said(tmp_path: Path) -> None:
