@@ -81,6 +81,13 @@ class CostResult:
         header = ["tokens", "of T_r", "method", "first token", "per token", "memory", "scores", "keys kept"]
         return table(header, rows)
 
+    def to_json(self) -> str:
+        """Everything, for machines."""
+        fields = {"source": self.source, "train_length": self.train_length, "threads": self.threads}
+        rows = [asdict(row) for row in self.rows]
+        report = {"task": "cost", "complete": self.complete, **fields, "rows": rows, "versions": versions()}
+        return json.dumps(report, indent=1) + "\n"
+
 
 def run_cost(
     source: str | os.PathLike[str],

@@ -66,7 +66,7 @@ class Outcome:
     """Where in each prompt the answer stood, 0 to 1, where the task has one such place."""
     seconds: float = 0.0
     refused: str | None = None
-    """Why the method cannot take the model."""
+    """Why the method cannot take the model, or this task and length."""
 
 
 @dataclass(frozen=True)
@@ -315,6 +315,8 @@ def run_cell(job: _Job) -> Outcome:
     start = time.monotonic()
     try:
         system = MethodSystem(model.model, chosen_method(cell.method, model.train_length, job.max_tokens))
+        if cell.task == PERPLEXITY:
+            system.require_scores(cell.length, settings.scored)
     except MesaError as error:
         return Outcome(refused=str(error))
     text = held_out_text(settings.text)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
@@ -80,11 +81,15 @@ def _panels(result: SuiteResult, task: str, path: Place, *, title: str, percent:
                 axes.set_ylim(-0.04, 1.04)
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             else:
-                axes.set_yscale("log")
-                axes.yaxis.set_minor_formatter(FuncFormatter(few_digits))
-                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                _logarithmic(axes)
         legend(figure, panels, columns=6)
         save(figure, path)
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(FuncFormatter(few_digits))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def plot_depths(result: SuiteResult, model: str, task: str, path: Place, depths: int = 5) -> None:
@@ -131,7 +136,7 @@ def plot_cost(result: CostResult, path: Place) -> None:
                 values = [of(row) for row in found]
                 draw_line(axes, method, [row.length for row in found], values, None)
             length_axis(axes, lengths, result.train_length, "prompt, tokens")
-            axes.set_yscale("log")
+            _logarithmic(axes)
             axes.set_ylabel(label)
         legend(figure, panels, columns=6)
         save(figure, path)

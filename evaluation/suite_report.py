@@ -47,20 +47,15 @@ def tables(result: SuiteResult) -> str:
         )
         parts += [_table(result, model, task) for task in result.tasks]
         refused = {
-            method: outcome.refused
-            for method in result.methods
-            if (outcome := _any(result, model, method)) is not None and outcome.refused
+            (cell.method, outcome.refused): None
+            for cell, outcome in sorted(result.outcomes.items(), key=lambda item: item[0])
+            if cell.model == model.name and outcome.refused
         }
         if refused:
-            parts.append("\n".join(f"- {method} left out: {reason}" for method, reason in refused.items()))
+            parts.append("\n".join(f"- {method} left out: {reason}" for method, reason in refused))
     if not result.complete:
         parts.append("Interrupted: what was finished by then. The same command goes on.")
     return "\n\n".join(parts) + "\n"
-
-
-def _any(result: SuiteResult, model: ModelInfo, method: str) -> Outcome | None:
-    found = (result.outcome(model.name, method, task, n) for task in result.tasks for n in result.lengths)
-    return next((outcome for outcome in found if outcome is not None), None)
 
 
 def _table(result: SuiteResult, model: ModelInfo, task: str) -> str:

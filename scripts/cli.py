@@ -553,6 +553,7 @@ def _add_cost(tasks: Any) -> None:
     parser.add_argument("--repeat", type=int, default=3, help="timed runs of each; the median counts")
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens to decode")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON; - for standard output")
 
 
 def _cost(options: argparse.Namespace) -> int:
@@ -570,7 +571,7 @@ def _cost(options: argparse.Namespace) -> int:
         new_tokens=options.new_tokens,
         threads=options.threads,
     )
-    print(result.table())
+    _write(options.json, result.to_json(), result.table())
     if any(row.failed is None for row in result.rows):
         plot_cost(result, folder / "cost.png")
     return 0 if result.complete else 130

@@ -181,6 +181,7 @@ def cost(options: argparse.Namespace) -> None:
         f"model.\n\n{result.table()}\n"
     )
     _write(folder / "README.md", text)
+    _write(folder / "cost.json", result.to_json())
     plot_cost(result, folder / "cost.png")
     _stop_if_interrupted(result)
 

@@ -175,6 +175,15 @@ def test_a_method_that_a_model_cannot_take_is_named(checkpoint: Any, settings: S
     assert found.outcomes[Cell("bloom", "origin", "perplexity", 40)].scores
 
 
+def test_a_cell_that_a_method_has_no_logits_for_is_left_out(settings: Settings, tmp_path: Path) -> None:
+    method = "star-attention:block=256,query=4"
+    found = run(tmp_path, settings, methods=[method, "origin"], tasks=["perplexity"])
+    inside, beyond = (found.outcomes[Cell("demo", method, "perplexity", n)] for n in (200, 400))
+    assert inside.scores
+    assert beyond.refused == "of a text of 400 tokens only the last 4 can be scored, the tail of its plan, not 8"
+    assert f"- {method} left out: {beyond.refused}" in tables(found)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -249,6 +258,7 @@ def test_cost_is_measured_apart(tmp_path: Path) -> None:
     assert row.first_token[0] > 0
     assert row.per_token > 0
     assert "mesa" in found.table()
+    assert json.loads(found.to_json())["rows"][0]["pairs"] == row.pairs
     assert measured().rows == found.rows, "from the journal"
 
 
