@@ -34,7 +34,10 @@ _EXTRAS = dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0: done, 1: a validation failed, 2: an error of the user's input, in one line."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["eval"] and given[1:2] != [] and given[1].startswith("--model"):
+        given.insert(1, "suite")  # `mesart eval --model MODEL ...` is the suite
+    options = _parser().parse_args(given)
     try:
         status: int = options.run(options)
     except MesaError as error:
@@ -421,7 +424,8 @@ def _add_eval(commands: Any) -> None:
 
 def _add_suite(tasks: Any) -> None:
     parser = _command(tasks, "suite", _suite, "Methods side by side; an interrupted run goes on.")
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="a checkpoint or hub id, or NAME=MODEL")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="a checkpoint or hub id, or NAME=MODEL")
+    parser.add_argument("--model", action="append", default=[], dest="more", metavar="MODEL", help="the same")
     parser.add_argument("-o", "--output", required=True, help="folder of the results")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="or NAME:PARAMETER=VALUE,... (default: all)")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", default=["passkey", "perplexity"])
@@ -442,7 +446,7 @@ def _suite(options: argparse.Namespace) -> int:
     from mesart.evaluation.suite_report import tables, write_report  # noqa: PLC0415
 
     result = run_suite(
-        dict(_named_model(model) for model in options.models),
+        dict(_named_model(model) for model in [*options.models, *options.more]),
         options.output,
         methods=options.methods,
         tasks=options.tasks,

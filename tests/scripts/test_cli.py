@@ -96,6 +96,10 @@ def test_errors_of_the_user(
     suite = ("eval", "suite", model, "-o", output, "--lengths", "64")
     assert "unknown method 'x'; there are origin" in fails(capsys, *suite, "--methods", "x")
     assert "there is no task 'x'; there are passkey" in fails(capsys, *suite, "--tasks", "x")
+    assert "unknown method 'x'; there are origin" in fails(
+        capsys, "eval", "--model", model, "-o", output, "--methods", "x"
+    )
+    assert "name at least one model" in fails(capsys, "eval", "suite", "-o", output)
     cost = ("eval", "cost", model, "-o", output, "--lengths", "64")
     assert "unknown method 'x'; there are origin" in fails(capsys, *cost, "--methods", "x")
     assert "at least 1 evaluation" in fails(capsys, "tune", good, "--evaluations", "0")
