@@ -83,7 +83,7 @@ class CostResult:
 
     def to_json(self) -> str:
         """Everything, for machines."""
-        fields = {"source": self.source, "train_length": self.train_length, "threads": self.threads}
+        fields = {"source": Path(self.source).name, "train_length": self.train_length, "threads": self.threads}
         rows = [asdict(row) for row in self.rows]
         report = {"task": "cost", "complete": self.complete, **fields, "rows": rows, "versions": versions()}
         return json.dumps(report, indent=1) + "\n"

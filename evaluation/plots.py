@@ -29,6 +29,13 @@ _LOOKS: Final[dict[str, dict[str, Any]]] = {
     "dynamic-ntk": {"color": "#e69f00", "marker": "^", "label": "Dynamic-NTK"},
     "yarn": {"color": "#b8860b", "marker": "v", "label": "YaRN"},
     "rerope": {"color": "#009e73", "marker": "D", "label": "ReRoPE"},
+    "rerope:log_n=true": {
+        "color": "#000000",
+        "marker": "D",
+        "linestyle": ":",
+        "zorder": 5,
+        "label": "ReRoPE with log-n",
+    },
     "leaky-rerope": {"color": "#009e73", "marker": "d", "linestyle": "--", "label": "Leaky-ReRoPE"},
     "self-extend": {"color": "#56b4e9", "marker": "P", "label": "SelfExtend"},
     "dual-chunk": {"color": "#56b4e9", "marker": "p", "linestyle": "--", "label": "Dual Chunk Attention"},

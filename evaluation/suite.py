@@ -282,8 +282,10 @@ def _run(waiting: Sequence[_Job], jobs: int, settings: Settings, progress: bool)
                 yield job.cell, run_cell(job)
                 bar.update(tokens(job))
             return
-        # An interrupt from the keyboard reaches the processes too: they end at once and without a word.
-        quietly = (signal.SIGINT, signal.SIG_DFL)
+        # An interrupt from the keyboard reaches the processes too: they end at once and without a word, unless this
+        # process is one that ignores it (a shell's background job).
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        quietly = (signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), signal.signal, quietly)
         try:
             running: dict[Future[Outcome], _Job] = {pool.submit(run_cell, job): job for job in waiting}

@@ -46,9 +46,11 @@ def draw_suite(result: SuiteResult, folder: Path) -> list[str]:
 
 def _has_depths(result: SuiteResult, model: str, task: str) -> bool:
     """Whether all cells of at least one method are there, each prompt with a depth."""
-    outcomes = [result.outcome(model, method, task, n) for method in result.methods for n in result.lengths]
-    known = [outcome for outcome in outcomes if outcome is not None and outcome.scores]
-    return len(known) >= len(result.lengths) and all(None not in outcome.depths for outcome in known)
+    for method in result.methods:
+        outcomes = [result.outcome(model, method, task, length) for length in result.lengths]
+        if all(outcome is not None and outcome.scores and None not in outcome.depths for outcome in outcomes):
+            return True
+    return False
 
 
 def plot_accuracy(result: SuiteResult, task: str, path: Place) -> None:

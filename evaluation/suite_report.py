@@ -109,7 +109,8 @@ def to_json(result: SuiteResult) -> str:
         "versions": versions(),
         "settings": asdict(result.settings),
         "text": result.text.record(),
-        "models": [asdict(model) for model in result.models],
+        # A folder's place says nothing elsewhere; the fingerprint tells models apart.
+        "models": [{**asdict(model), "source": Path(model.source).name} for model in result.models],
         "parameters": [
             {"model": model, "method": method, **parameters}
             for (model, method), parameters in result.parameters.items()
