@@ -116,8 +116,10 @@ def test_an_interrupted_run_goes_on(
 def test_an_interrupt_reaches_the_processes(settings: Settings, tmp_path: Path) -> None:
     """As Ctrl-C does it: to all of them. What was finished is reported, and nothing else is printed."""
     code = f"""
+import signal
 from mesart.evaluation.suite import Settings, run_suite
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's child would ignore it
     print("started", flush=True)
     result = run_suite({{"demo": {str(DEMO_MODEL)!r}}}, {str(tmp_path)!r}, methods=["origin"], tasks=["passkey"],
         lengths=[*range(200, 1200)], settings=Settings(prompts=1, text={settings.text!r}), jobs=2, progress=False)
