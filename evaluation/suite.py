@@ -321,7 +321,7 @@ def run_cell(job: _Job) -> Outcome:
             system.require_scores(cell.length, settings.scored)
     except MesaError as error:
         return Outcome(refused=str(error))
-    text = held_out_text(settings.text)
+    text = _text(settings.text)
     depths: list[float | None] = []
     if cell.task == PERPLEXITY:
         scores = _losses(model, system, cell.length, job.max_tokens, settings, text)
@@ -372,6 +372,9 @@ def _open(source: str, settings: Settings) -> CheckpointModel:
     quiet: Any = logging.disable_progress_bar  # of transformers' loading, which each process does
     quiet()
     return CheckpointModel.load(source, settings.dtype, settings.device)
+
+
+_text = lru_cache(1)(held_out_text)  # megabytes, read once a process and not once a cell
 
 
 @lru_cache(1)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from mesart.evaluation.cost import CostResult, run_cost
+from mesart.evaluation.cost import run_cost
 from mesart.evaluation.methods import METHODS
 from mesart.evaluation.suite import JOURNAL_FILE, PERPLEXITY, Settings, SuiteResult, run_suite
 from mesart.evaluation.suite_plots import plot_cost, plot_sensitivity, plot_threshold
@@ -111,7 +111,7 @@ def suite(options: argparse.Namespace) -> None:
     models = {name: model_folder(options, name) for name in ("rotary", "alibi", "nope")}
     result = _suite(options, models, PAPER_METHODS, PAPER_TASKS, options.lengths)
     write_report(result, options.output / "suite")
-    _stop_if_interrupted(result)
+    _stop_if_interrupted(complete=result.complete)
 
 
 def retrieval(options: argparse.Namespace) -> None:
@@ -119,7 +119,7 @@ def retrieval(options: argparse.Namespace) -> None:
     models = {"tasks": model_folder(options, "tasks")}
     result = _suite(options, models, RETRIEVAL_METHODS, RETRIEVAL_TASKS, options.lengths[:5])
     write_report(result, options.output / "retrieval")
-    _stop_if_interrupted(result)
+    _stop_if_interrupted(complete=result.complete)
 
 
 def _suite(
@@ -162,7 +162,7 @@ def sweep(options: argparse.Namespace) -> None:
     _write(folder / "sensitivity.json", result.to_json())
     plot_sensitivity(result, folder / "sensitivity.png")
     _write(folder / "README.md", f"# Sensitivity\n\n![sensitivity](sensitivity.png)\n\n{result.table()}\n")
-    _stop_if_interrupted(result)
+    _stop_if_interrupted(complete=result.complete)
 
 
 def cost(options: argparse.Namespace) -> None:
@@ -183,7 +183,7 @@ def cost(options: argparse.Namespace) -> None:
     _write(folder / "README.md", text)
     _write(folder / "cost.json", result.to_json())
     plot_cost(result, folder / "cost.png")
-    _stop_if_interrupted(result)
+    _stop_if_interrupted(complete=result.complete)
 
 
 def _write(path: Path, text: str) -> None:
@@ -191,8 +191,8 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _stop_if_interrupted(result: SuiteResult | CostResult | Any) -> None:
-    if not result.complete:
+def _stop_if_interrupted(*, complete: bool) -> None:
+    if not complete:
         raise KeyboardInterrupt
 
 

@@ -30,6 +30,22 @@ TRAIN_LENGTH = 64
 VOCABULARY = 320
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
 
+# Latent attention: a key for each head, of which the last part turns; shared and routed experts.
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
 # What each family has that others have not; all have two layers, four heads and weights large enough that attention is
 # far from uniform, so that a wrong position or mask shows.
 SMALL = {
@@ -71,34 +87,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 8, "partial_rotary_factor": 0.5},  # interleaved and partial
     "smollm3": {"no_rope_layers": [1, 0]},  # a layer without rotary embedding
     "mixtral": {"num_local_experts": 4},  # a mixture of experts
-    "deepseek_v3": {  # latent attention: a key for each head, of which the last part turns; shared and routed experts
-        "num_key_value_heads": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
-    "deepseek_v2": {  # the same, with turns that are complex numbers
-        "num_key_value_heads": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
+    "deepseek_v3": LATENT,
+    "deepseek_v2": LATENT,  # with turns that are complex numbers
     "gpt_oss": {  # sinks, experts, and a window shorter than the trained length beside a full layer
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
