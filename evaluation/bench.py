@@ -296,6 +296,9 @@ def prompt_flops(manifest: Manifest, tokens: int, parameters: int, heads: int, *
 
 def needed_pairs(config: MesaConfig, tokens: int) -> int:
     """Pairs of a query and a key that it sees, over the whole prompt."""
+    if config.reach is not None:
+        kept = min(tokens, config.reach.slots)
+        return kept * (kept + 1) // 2 + (tokens - kept) * kept
     plan = Plan.of(config, tokens)
     spans = ([] if plan.head is None else [(len(plan.head), 0)]) + [(len(c), config.head_length) for c in plan.chunks]
     spans.append((len(plan.tail), plan.tail.start))

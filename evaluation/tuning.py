@@ -29,6 +29,7 @@ from mesart.evaluation.perplexity import places_in
 from mesart.evaluation.report import Z95, table, times, to_json, versions, wilson_interval
 from mesart.evaluation.suite import fingerprint
 from mesart.evaluation.systems import CheckpointModel, MesaBundle, MesaReference, OpenSystems, Source, Subject, System
+from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import MANIFEST_FILE, Manifest, sha256
@@ -602,6 +603,8 @@ def _open(
             executor = Executor(changed, HostCache(changed, graphs))
             return MesaBundle(MesaModel(folder, changed, executor, engine.name, engine.device, choice))
 
+        if isinstance(manifest.config, BaselineConfig):
+            raise MesaError(f"{folder} holds {manifest.config.method}; only Mesa has parameters that are tuned here")
         config = manifest.config if start is None else start
         if config.train_length != manifest.config.train_length:
             raise MesaError(

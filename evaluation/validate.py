@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from mesart.graphs import MesaError, Plan, TorchReference
+from mesart.graphs import MesaConfig, MesaError, Plan, Span, TorchReference
 from mesart.graphs.manifest import Manifest, Quantisation
 from mesart.graphs.plan import Bucket
 from mesart.runtime import MesaModel
@@ -246,10 +246,12 @@ def _tokens(manifest: Manifest, bucket: Bucket, steps: int, seed: int) -> tuple[
 
 def _reference_pieces(reference: TorchReference, prompt: list[int], forced: list[int]) -> Iterator[Piece]:
     logits = reference.prefill(prompt)
-    yield from _pieces(reference.config, len(prompt), logits[0], lambda: (reference.keys, reference.values))
+    config = reference.config
+    yield from _pieces(config, len(prompt), logits[0], lambda: (reference.keys, reference.values))
     if forced:
         rows = [reference.step(token)[0] for token in forced]
-        yield _piece("step", torch.cat(rows), reference.keys, reference.values, len(prompt), len(prompt) + len(forced))
+        span = _kept(config, len(prompt), len(prompt) + len(forced))
+        yield _piece("step", torch.cat(rows), reference.keys, reference.values, span)
 
 
 def _engine_pieces(model: MesaModel, prompt: list[int], forced: list[int]) -> Iterator[Piece]:
@@ -259,29 +261,36 @@ def _engine_pieces(model: MesaModel, prompt: list[int], forced: list[int]) -> It
         keys, values = model.executor.cache.snapshot(0)
         return [_floats(key[None]) for key in keys], [_floats(value[None]) for value in values]
 
-    yield from _pieces(model.manifest.config, len(prompt), logits[0], cache)
+    config = model.manifest.config
+    yield from _pieces(config, len(prompt), logits[0], cache)
     if forced:
         rows = [model.step(token)[0] for token in forced]
-        yield _piece("step", np.concatenate(rows), *cache(), len(prompt), len(prompt) + len(forced))
+        yield _piece("step", np.concatenate(rows), *cache(), _kept(config, len(prompt), len(prompt) + len(forced)))
 
 
 def _pieces(
-    config: Any, tokens: int, logits: Any, cache: Callable[[], tuple[Sequence[Any], Sequence[Any]]]
+    config: MesaConfig, tokens: int, logits: Any, cache: Callable[[], tuple[Sequence[Any], Sequence[Any]]]
 ) -> Iterator[Piece]:
     plan = Plan.of(config, tokens)
     keys, values = cache()
     if plan.head is not None:
-        yield _piece("head", None, keys, values, plan.head.start, plan.head.stop)
-        yield _piece("chunk", None, keys, values, plan.chunks[0].start, plan.chunks[-1].stop)
-    yield _piece("tail", logits, keys, values, plan.tail.start, plan.tail.stop)
+        yield _piece("head", None, keys, values, plan.head)
+        yield _piece("chunk", None, keys, values, Span(plan.chunks[0].start, plan.chunks[-1].stop))
+    yield _piece("tail", logits, keys, values, _kept(config, plan.tail.start, plan.tail.stop))
 
 
-def _piece(role: str, logits: Any, keys: Sequence[Any], values: Sequence[Any], start: int, stop: int) -> Piece:
+def _kept(config: MesaConfig, start: int, stop: int) -> Span:
+    """The tokens ``start .. stop - 1``, less those whose keys a method has dropped by then."""
+    return Span(start if config.reach is None else max(start, stop - config.reach.window), stop)
+
+
+def _piece(role: str, logits: Any, keys: Sequence[Any], values: Sequence[Any], span: Span) -> Piece:
+    part = slice(span.start, span.stop)
     return Piece(
         role,
         None if logits is None else _floats(logits),
-        [_floats(key[0, :, start:stop]) for key in keys],
-        [_floats(value[0, :, start:stop]) for value in values],
+        [_floats(key[0, :, part]) for key in keys],
+        [_floats(value[0, :, part]) for value in values],
     )
 
 

@@ -23,6 +23,7 @@ from mesart.export.quantised_checkpoint import read_scheme
 from mesart.export.specialise import specialise
 from mesart.export.trace import trace_place, trace_places, trace_roles
 from mesart.export.weights import WeightFiles, WeightMode, open_network
+from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import (
@@ -106,7 +107,9 @@ def export_model(
     check_target(target, MANIFEST_FILE, "bundle", force=force)
     config = (config or MesaConfig()).for_model(model)
     limit = max_tokens if max_tokens is not None else 16 * config.train_length
-    buckets = buckets_up_to(config, limit)
+    buckets = buckets_up_to(config.up_to(limit) if isinstance(config, BaselineConfig) else config, limit)
+    if isinstance(config, BaselineConfig):
+        config = config.up_to(buckets[-1].max_tokens)
     if dtype not in DTYPES:
         raise MesaError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     quantisation = choose_quantisation(quantise, group_size, symmetric=symmetric)
@@ -151,7 +154,7 @@ def export_model(
         require_space(target.parent, "bundle", graph_bytes + files.bytes_to_write)
         say(f"tracing {model} in {dtype}")
         graphs = _trace(network.module, config, buckets)
-        layers = _layer_infos(graphs.module)
+        layers = _layer_infos(graphs)
         say(f"writing weights and {len(graphs.files)} graphs")
         _name_weights(files, graphs)
         if quantisation is not None:
@@ -189,50 +192,53 @@ def export_model(
 class _Graphs:
     """All graphs of a bundle before they are written."""
 
-    def __init__(self, module: RoleModule) -> None:
-        self.module = module
+    def __init__(self, module: RoleModule, *, moves: bool = True) -> None:
+        self.module, self._moves = module, moves
         self.files: dict[str, ir.Model] = {}
         self.roles: dict[str, tuple[Role, int | None]] = {}
+
+    def place_files(self) -> dict[str, LayerSpec]:
+        """A file name for each kind of rotation in the model, if keys move at all."""
+        kinds = dict.fromkeys(spec for spec in self.module.layers if spec.layout is not None and self._moves)
+        return {f"place{f'-{i}' if i else ''}.onnx": spec for i, spec in enumerate(kinds)}
 
     def add(self, file: str, role: Role, bucket: int | None, graph: ir.Model) -> None:
         self.files[file], self.roles[file] = graph, (role, bucket)
 
 
 def _trace(network: Any, config: MesaConfig, buckets: tuple[Bucket, ...]) -> _Graphs:
-    module = RoleModule(network, config.train_length, "traced")
-    graphs = _Graphs(module)
+    module = RoleModule(network, config, "traced")
+    graphs = _Graphs(module, moves=config.moves)
     with torch.no_grad():
         traced = trace_roles(module)
-        for name, spec in _place_files(module).items():
+        for name, spec in graphs.place_files().items():
             dtype = next(network.parameters()).dtype
             place = trace_place(module.place(spec), spec.kv_heads, spec.key_size, dtype)
             graphs.add(name, "place", None, place)
-        places = trace_places(module)
+        places = trace_places(module) if config.moves else None
         if places is not None:
             graphs.add(ENGINE_PLACE_FILE, "engine_place", None, places)
     graphs.add(SYMBOLIC_FILE, "any", None, with_attention(traced, "split"))
-    graphs.add(ENGINE_FILE, "engine", None, with_attention(traced, "in_place"))
+    if config.reach is None:  # engines write a cache that grows
+        graphs.add(ENGINE_FILE, "engine", None, with_attention(traced, "in_place"))
     fused = with_attention(traced, "fused")
     head, chunk = config.head_length, config.chunk_length
-    graphs.add("head.onnx", "head", None, specialise(fused, {"B": 1, "S": head, "P": 0, "M": 1}))
-    graphs.add("chunk.onnx", "chunk", None, specialise(fused, {"B": 1, "S": chunk, "P": head, "M": 1}))
-    tail = min(TAIL_SLICE, config.train_length)
+    if not isinstance(config, BaselineConfig):
+        graphs.add("head.onnx", "head", None, specialise(fused, {"B": 1, "S": head, "P": 0, "M": 1}))
+        graphs.add("chunk.onnx", "chunk", None, specialise(fused, {"B": 1, "S": chunk, "P": head, "M": 1}))
+    tail = min(TAIL_SLICE, config.train_length if config.reach is None else config.reach.window)
     for bucket in buckets:
         n, past = bucket.chunks, bucket.max_tokens
+        if config.reach is not None:
+            past = min(past, config.reach.slots)
         graphs.add(f"tail-{n}.onnx", "tail", n, specialise(fused, {"B": 1, "S": tail, "P": past, "M": 1}))
         graphs.add(f"step-{n}.onnx", "step", n, specialise(fused, {"B": 1, "S": 1, "P": past, "M": 1}))
     return graphs
 
 
-def _place_files(module: RoleModule) -> dict[str, LayerSpec]:
-    """A file name for each kind of rotation in the model."""
-    kinds = dict.fromkeys(spec for spec in module.layers if spec.layout is not None)
-    return {f"place{f'-{i}' if i else ''}.onnx": spec for i, spec in enumerate(kinds)}
-
-
-def _layer_infos(module: RoleModule) -> list[LayerInfo]:
-    files = {spec: file for file, spec in _place_files(module).items()}
-    return [LayerInfo(s.kv_heads, s.key_size, s.value_size, files.get(s)) for s in module.layers]
+def _layer_infos(graphs: _Graphs) -> list[LayerInfo]:
+    files = {spec: file for file, spec in graphs.place_files().items()}
+    return [LayerInfo(s.kv_heads, s.key_size, s.value_size, files.get(s)) for s in graphs.module.layers]
 
 
 def _name_weights(files: WeightFiles, graphs: _Graphs) -> None:

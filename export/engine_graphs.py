@@ -65,7 +65,7 @@ def engine_shapes(manifest: Manifest, layout: Layout, buckets: Sequence[Bucket])
         return ProfileInfo(role, bucket.chunks, new, columns if layout == "bucket" else largest, columns)
 
     engines = []
-    if buckets[-1].chunks:
+    if buckets[-1].chunks and any(graph.role == "head" for graph in manifest.graphs):
         for role, new in (("head", config.head_length), ("chunk", config.chunk_length)):
             engines.append(EngineShapes(role, ENGINE_FILE, (ProfileInfo(role, None, new, scratch, scratch),)))  # type: ignore[arg-type]
     if any(graph.role == "engine_place" for graph in manifest.graphs):

@@ -54,8 +54,9 @@ def _estimate(
     config = manifest.config
     slot = 2 * sum(x.kv_heads * (x.key_size + x.value_size) for x in manifest.layers)
     moved = 2 * sum(x.kv_heads * x.key_size for x in manifest.layers if x.place)
-    scratch = config.head_length + config.chunk_length if step.bucket else 0
     runs = [p for e in engines for p in e.profiles if p.role in ("head", "chunk") or p.bucket == step.bucket]
+    cut = step.bucket and any(p.role == "chunk" for p in runs)
+    scratch = config.head_length + config.chunk_length if cut else 0
     stored, how = manifest.weight_bytes, manifest.quantisation
     roles = len({p.role for p in runs if p.role != "place"})
     return Memory(

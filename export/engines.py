@@ -81,6 +81,11 @@ def build_engines(
     folder = Path(bundle)
     manifest = Manifest.read(folder)
     manifest.verify(folder)
+    if manifest.config.reach is not None:
+        raise MesaError(
+            f"{folder} holds a method that drops keys, in a ring, and engines write a cache that "
+            "grows; run it with onnxruntime or openvino"
+        )
     check_dtype(manifest)
     check_quantisation(manifest)
     targets = find_targets(flavour, gpus)

@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from mesart.export.trace import ATTENTION_DOMAIN, merge_equal, tidy_names
 from mesart.graphs.attention import MASKED
+from mesart.graphs.reach import Reach
 
 Form = Literal["split", "fused", "in_place"]
 
@@ -79,7 +80,8 @@ class _Attention:
         assert past_mask is not None and new_mask is not None  # noqa: PT018
         self.query, self.key, self.value = query, key, value
         self.past_key, self.past_value, self.past_mask, self.new_mask = past_key, past_value, past_mask, new_mask
-        self.positions, self.past_positions, self.sinks = (*node.inputs[7:], None, None, None)[:3]
+        given = (*node.inputs[7:], None, None, None, None, None)
+        self.positions, self.past_positions, self.sinks, self.far_query, self.far_key = given[:5]
         assert query.shape is not None
         assert key.shape is not None
         self.heads, self.kv_heads = int(query.shape[1]), int(key.shape[1])  # type: ignore[arg-type]
@@ -90,11 +92,16 @@ class _Attention:
         self.softcap = node.attributes.get_float("softcap", 0.0)
         self.window = node.attributes.get_int("window", 0)
         self.slopes = list(node.attributes.get_floats("slopes", ()))
+        self.reach: Reach | None = None
+        if self.far_query is not None:
+            attribute = node.attributes.get_int
+            fields = {field: attribute(f"reach_{field}") for field in ("window", "sinks", "floor", "far")}
+            self.reach = Reach(**fields, at_zero=bool(attribute("reach_at_zero")))
 
     @property
     def standard(self) -> bool:
         """Whether the standard operator says it, on every engine."""
-        return self.sinks is None and not self.slopes and not self.softcap
+        return self.sinks is None and self.reach is None and not self.slopes and not self.softcap
 
     @property
     def group(self) -> int:
@@ -115,11 +122,11 @@ class _Attention:
     def cast(self, value: ir.Value, old: ir.DataType, new: ir.DataType) -> ir.Value:
         return value if old == new else self.op("Cast", value, to=new.value)
 
-    def folded_query(self) -> ir.Value:
+    def folded(self, query: ir.Value) -> ir.Value:
         """Grouped queries share a key: the group as rows, ``[B, K, G * S, D]``, so that no key is repeated."""
         if self.group == 1:
-            return self.query
-        return self.op("Reshape", self.query, self.ints(0, self.kv_heads, -1, self.head_size))
+            return query
+        return self.op("Reshape", query, self.ints(0, self.kv_heads, -1, self.head_size))
 
     def unfolded(self, output: ir.Value) -> ir.Value:
         """``[B, K, G * S, D]`` back to ``[B, H, S, D]``."""
@@ -140,22 +147,31 @@ class _Attention:
 
     def masked_beyond_window(self, mask: ir.Value, key_positions: ir.Value) -> ir.Value:
         """The mask of keys that stand at ``key_positions``, ``[B, X]``, where the window ends: ``[B, 1, S, X]``."""
-        assert self.positions is not None
-        queries = self.op("Unsqueeze", self.positions, self.ints(1, 3))
-        away = self.op("Sub", queries, self.op("Unsqueeze", key_positions, self.ints(1, 2)))
-        seen = self.op("Less", away, _scalar(self, self.window))
+        seen = self.within(key_positions, self.window)
         if mask.dtype == ir.DataType.BOOL:
             return self.op("And", mask, seen)
         return self.op("Where", seen, mask, _float(self, MASKED))
 
+    def within(self, key_positions: ir.Value, window: int, floor: int = 0) -> ir.Value:
+        """Whether a query is less than ``window`` behind a key, none of which count as before ``floor``."""
+        keys = self.op("Unsqueeze", key_positions, self.ints(1, 2))
+        if floor:
+            keys = self.op("Max", keys, _scalar(self, floor))
+        return self.op("Less", self.op("Sub", self.queries(), keys), _scalar(self, window))
+
+    def queries(self) -> ir.Value:
+        """Where the queries stand, ``[B, 1, S, 1]``."""
+        assert self.positions is not None
+        return self.op("Unsqueeze", self.positions, self.ints(1, 3))
+
     def biased(self, scores: ir.Value, key_positions: ir.Value) -> ir.Value:
-        """ALiBi's bias."""
-        keys = self.op("Cast", self.op("Unsqueeze", key_positions, self.ints(1, 2)), to=ir.DataType.FLOAT.value)
+        """ALiBi's bias of keys at ``[B, 1, 1 or G * S, X]``."""
+        keys = self.op("Cast", key_positions, to=ir.DataType.FLOAT.value)
         slopes = self.each_row(self.op("Constant", value_floats=self.slopes))
         return self.op("Add", scores, self.op("Mul", slopes, keys))
 
     def split(self) -> ir.Value:
-        query, parts = self.folded_query(), []
+        query, parts = self.folded(self.query), []
         for keys, mask, positions in (
             (self.past_key, self.past_mask, self.past_positions),
             (self.key, self.new_mask, self.positions),
@@ -163,22 +179,60 @@ class _Attention:
             if self.window:
                 assert positions is not None
                 mask = self.masked_beyond_window(mask, positions)
+            if self.reach is not None:
+                assert positions is not None
+                near = self.within(positions, self.reach.window, self.reach.floor)
+                mask = self.op("Where", near, mask, _float(self, MASKED))
             scores = self.scores(query, keys)
             if mask is self.new_mask and self.group > 1:
                 scores = self.add_new_mask(scores)
             else:
-                rows_differ = self.window or mask is self.new_mask
+                rows_differ = self.window or self.reach is not None or mask is self.new_mask
                 scores = self.op("Add", scores, self.grouped_mask(mask) if rows_differ else mask)
             if self.slopes:
                 assert positions is not None
-                scores = self.biased(scores, positions)
+                scores = self.biased(scores, self.op("Unsqueeze", positions, self.ints(1, 2)))
             parts.append(scores)
+        values = [self.past_value, self.value]
+        if self.far_key is not None:
+            parts.append(self.far_scores())
+            first = self.size(self.far_key, 2)
+            values.append(self.op("Slice", self.past_value, self.ints(0), first, self.ints(2)))
         weights = self.weights(*parts)
-        past, axis = self.size(self.past_key, 2), self.ints(3)
-        of_past = self.op("Slice", weights, self.ints(0), past, axis)
-        of_new = self.op("Slice", weights, past, self.ints(_END), axis)
-        output = self.op("Add", self.op("MatMul", of_past, self.past_value), self.op("MatMul", of_new, self.value))
+        edges, axis = [self.ints(0)], self.ints(3)
+        for source in values[:-1]:
+            size = self.size(source, 2)
+            edges.append(size if len(edges) == 1 else self.op("Add", edges[-1], size))
+        outputs = [
+            self.op("MatMul", self.op("Slice", weights, start, stop, axis), source)
+            for start, stop, source in zip(edges, [*edges[1:], self.ints(_END)], values, strict=True)
+        ]
+        output = outputs[0]
+        for more in outputs[1:]:
+            output = self.op("Add", output, more)
         return self.unfolded(output)
+
+    def far_scores(self) -> ir.Value:
+        """Scores of the first tokens as they are seen from beyond the window."""
+        assert self.reach is not None
+        assert self.far_query is not None
+        assert self.far_key is not None
+        assert self.past_positions is not None
+        first, start = self.size(self.far_key, 2), self.ints(0)
+        positions = self.op("Slice", self.past_positions, start, first, self.ints(1))
+        seen = self.op("Not", self.within(positions, self.reach.window, self.reach.floor))
+        if self.window:
+            seen = self.op("And", seen, self.within(positions, self.window))
+        mask = self.op("Slice", self.past_mask, start, first, self.ints(3))
+        mask = self.op("Where", seen, mask, _float(self, MASKED))
+        scores = self.op("Add", self.scores(self.folded(self.far_query), self.far_key), self.grouped_mask(mask))
+        if not self.slopes:
+            return scores
+        # As far away as they seem: in the scores of the others the query's own position is left out.
+        apparent = self.op("Sub", self.queries(), _scalar(self, self.reach.far))
+        if not self.reach.at_zero:
+            apparent = self.op("Add", apparent, self.op("Unsqueeze", positions, self.ints(1, 2)))
+        return self.biased(scores, self.grouped_mask(apparent))
 
     def add_new_mask(self, scores: ir.Value) -> ir.Value:
         """The mask of new keys added to scores ``[B, K, G * S, S]``, without a copy of it for each query of a group."""
@@ -227,7 +281,7 @@ class _Attention:
         mask = self.grouped_mask(self.cast(mask, ir.DataType.FLOAT, self.dtype))
         keys = self.op("Concat", self.past_key, self.key, axis=2)
         values = self.op("Concat", self.past_value, self.value, axis=2)
-        return self.unfolded(self.op("Attention", self.folded_query(), keys, values, mask, scale=1.0))
+        return self.unfolded(self.op("Attention", self.folded(self.query), keys, values, mask, scale=1.0))
 
     def in_place(self) -> ir.Value:
         columns, write_at = _input(self.model, "columns"), _input(self.model, "write_at")
@@ -249,10 +303,10 @@ class _Attention:
         if self.standard and self.head_size == self.value_size:  # TensorRT takes no others
             return self.op("Attention", self.query, *attended, mask, scale=1.0)
         unseen = self.op("Where", mask, _float(self, 0.0), _float(self, MASKED))
-        scores = self.op("Add", self.scores(self.folded_query(), attended[0]), self.grouped_mask(unseen))
+        scores = self.op("Add", self.scores(self.folded(self.query), attended[0]), self.grouped_mask(unseen))
         if self.slopes:
             assert positions is not None
-            scores = self.biased(scores, positions)
+            scores = self.biased(scores, self.op("Unsqueeze", positions, self.ints(1, 2)))
         return self.unfolded(self.op("MatMul", self.weights(scores), attended[1]))
 
     def written(self, kind: str) -> ir.Value:

@@ -35,8 +35,10 @@ ATTENTION_DOMAIN = "mesart"
 """Of the operator ``Attention`` in a traced graph.
 
 Inputs: query ``[B, H, S, D]``, key and value ``[B, K, S, D]``, past key and value ``[B, K, P, D]``, ``past_mask``,
-``new_mask``, and where the layer needs them ``position_ids``, ``past_position_ids`` and a sink of each head, ``[H]``.
-Attributes: ``layer``, ``softcap`` (0: none), ``window`` (0: none), ``slopes`` (ALiBi's, one a head; absent: none).
+``new_mask``, and where the layer needs them ``position_ids``, ``past_position_ids``, a sink of each head, ``[H]``,
+and queries ``[B, H, S, D]`` and keys ``[B, K, F, D]`` as they meet the first tokens beyond the window.
+Attributes: ``layer``, ``softcap`` (0: none), ``window`` (0: none), ``slopes`` (ALiBi's, one a head; absent: none), and
+with first tokens ``reach_`` and each field of :class:`~mesart.graphs.baseline.Reach`.
 """
 
 _ROLE_AXES = {
@@ -70,6 +72,8 @@ def trace_roles(module: RoleModule) -> ir.Model:
     layers = module.layers
     dtype = next(module.parameters()).dtype
     batch, new, past, wanted = 2, 5, 7, 3  # any sizes above 1 that differ
+    if module.reach is not None:
+        past += module.reach.sinks  # first tokens are a part of the past
     past_keys = [torch.zeros(batch, s.kv_heads, past, s.key_size, dtype=dtype) for s in layers]
     past_values = [torch.zeros(batch, s.kv_heads, past, s.value_size, dtype=dtype) for s in layers]
     example = (
@@ -259,6 +263,7 @@ def _tidy(model: ir.Model) -> ir.Model:
     """Folds the graph and gives weights the checkpoint's names; the same input gives the same bytes."""
     passes.InlinePass()(model)
     fold(model)
+    _divide(model)
     for name in list(model.graph.initializers):
         model.graph.initializers[name].name = name.removeprefix("model.")
     model.ir_version = IR_VERSION
@@ -266,6 +271,23 @@ def _tidy(model: ir.Model) -> ir.Model:
     model.graph.name = "mesart"
     tidy_names(model)
     return model
+
+
+def _divide(model: ir.Model) -> None:
+    """Writes ``x * (1 / y)`` as ``x / y``: onnxruntime knows a root mean square norm by its division."""
+    for node in model.graph:
+        if node.op_type != "Mul":
+            continue
+        for x, inverse in (node.inputs, node.inputs[::-1]):
+            producer = None if inverse is None else inverse.producer()
+            if producer is not None and producer.op_type == "Reciprocal":
+                quotient = ir.node("Div", [x, producer.inputs[0]])
+                quotient.outputs[0].shape, quotient.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+                model.graph.insert_before(node, quotient)
+                ir.convenience.replace_all_uses_with(node.outputs[0], quotient.outputs[0])
+                model.graph.remove(node, safe=True)
+                break
+    merge_equal(model)
 
 
 def tidy_names(model: ir.Model) -> None:

@@ -30,6 +30,7 @@ from mesart.export.gpus import local_gpu
 from mesart.export.specialise import specialise
 from mesart.export.tensorrt_builder import NoKernelError, TensorRtBuilder
 from mesart.export.triton_model import BUNDLE_FOLDER, MODEL, MODEL_FILE
+from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import MANIFEST_FILE, GraphInfo, Manifest, TensorInfo
 
@@ -109,6 +110,11 @@ def export_triton_repository(
     if target.resolve() == source.resolve():
         raise MesaError(f"{target} is the bundle itself; give another output folder")
     check_target(target, MARKER_FILE, "Triton repository of mesart", force=force)
+    if isinstance(manifest.config, BaselineConfig):
+        raise MesaError(
+            f"{source} holds {manifest.config.method}, exported to compare Mesa with; a Triton repository serves "
+            "Mesa only"
+        )
     manifest.verify(source)
     graphs = _graphs(manifest, max_tokens)
     capabilities = _capabilities(manifest, engine, gpus)

@@ -13,13 +13,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from mesart.graphs.errors import MesaError
+from mesart.graphs.reach import Reach
+
+if TYPE_CHECKING:
+    from mesart.graphs.rotary import Place
 
 ATTENTION = "mesa"
 """The name of Mesa attention in transformers' attention interface."""
@@ -54,11 +58,16 @@ class AttentionInputs:
     past_keys: list[Tensor]
     past_values: list[Tensor]
     """``[B, K, P, D]`` each, a layer each."""
-    train_length: int
+    positions: int
+    """Every position is below."""
     position_ids: Tensor | None = None
     """Where the new tokens stand, int64 ``[B, S]``."""
     past_position_ids: Tensor | None = None
     """Where the past keys stand, int64 ``[B, P]``; only layers that look at positions need both."""
+    reach: Reach | None = None
+    """What queries see, where that is not all that the masks show; the first slots of the past are the first tokens."""
+    turns: Sequence[Place | None] = ()
+    """What turns the queries and keys of each layer to other positions, for ``reach``."""
     new_keys: dict[int, Tensor] = field(default_factory=dict)
     new_values: dict[int, Tensor] = field(default_factory=dict)
 
@@ -127,9 +136,9 @@ def mesa_attention(
             f"layer {layer} ({type(module).__name__}) attends more than once; only one cache a layer is kept"
         )
     inputs.new_keys[layer], inputs.new_values[layer] = key, value
-    # Positions are below train_length: a window as long as that hides nothing.
-    window = sliding_window if sliding_window is not None and sliding_window < inputs.train_length else None
-    by_position = window is not None or alibi_slopes is not None
+    # A window as long as there are positions hides nothing.
+    window = sliding_window if sliding_window is not None and sliding_window < inputs.positions else None
+    by_position = window is not None or alibi_slopes is not None or inputs.reach is not None
     if by_position and (inputs.position_ids is None or inputs.past_position_ids is None):
         raise MesaError(f"layer {layer} ({type(module).__name__}) looks at positions of keys; give past_position_ids")
 
@@ -139,14 +148,28 @@ def mesa_attention(
     scale = head_size**-0.5 if scaling is None else scaling
     query = query * (inputs.query_scale * scale).to(query.dtype)
     past_key, past_value = inputs.past_keys[layer], inputs.past_values[layer]
+    far = None if inputs.reach is None else _far(inputs, inputs.reach, layer, query, past_key)
     if inputs.form == "traced":
         positions = (inputs.position_ids, inputs.past_position_ids) if by_position else (None, None)
         attributes: dict[str, Any] = {"layer": layer, "softcap": float(softcap or 0), "window": window or 0}
         if alibi_slopes is not None:
             attributes["slopes"] = [float(slope) for slope in alibi_slopes]
+        if inputs.reach is not None:
+            attributes |= {f"reach_{name}": int(value) for name, value in vars(inputs.reach).items()}
         named: Tensor = torch.onnx.ops.symbolic(
             "mesart::Attention",
-            (query, key, value, past_key, past_value, inputs.past_mask, inputs.new_mask, *positions, s_aux),
+            (
+                query,
+                key,
+                value,
+                past_key,
+                past_value,
+                inputs.past_mask,
+                inputs.new_mask,
+                *positions,
+                s_aux,
+                *(far or ()),
+            ),
             attributes,
             dtype=query.dtype,
             shape=(*query.shape[:3], value_size),
@@ -156,10 +179,15 @@ def mesa_attention(
     masks = _masks(inputs, window, alibi_slopes)
     # Grouped queries share a key: fold the group into the rows, so that no key is repeated.
     query = query.reshape(-1, kv_heads, group * new, head_size)
-    if inputs.form == "fused" and softcap is None and s_aux is None and alibi_slopes is None:
+    if inputs.form == "fused" and softcap is None and s_aux is None and alibi_slopes is None and far is None:
         output = _fused(query, key, value, past_key, past_value, masks, group)
     else:
-        output = _split(query, key, value, past_key, past_value, masks, softcap, s_aux, group)
+        parts = [(query, past_key, past_value, masks[0]), (query, key, value, masks[1])]
+        if far is not None:
+            far_query, far_key = far[0].reshape(query.shape), far[1]
+            first_value = past_value[:, :, : far_key.shape[2]]
+            parts.append((far_query, far_key, first_value, _far_mask(inputs, window, alibi_slopes)))
+        output = _split(parts, softcap, s_aux, group)
     return output.reshape(-1, kv_heads * group, new, value_size).transpose(1, 2).contiguous(), None
 
 
@@ -169,29 +197,58 @@ def _masks(inputs: AttentionInputs, window: int | None, slopes: Sequence[float] 
         return inputs.past_mask, inputs.new_mask
     result = []
     for mask, keys in ((inputs.past_mask, inputs.past_position_ids), (inputs.new_mask, inputs.position_ids)):
-        keys = keys[:, None, None, :]
+        keys, queries = keys[:, None, None, :], inputs.position_ids[:, None, :, None]
         if window is not None:
-            mask = mask.where(inputs.position_ids[:, None, :, None] - keys < window, MASKED)
+            mask = mask.where(queries - keys < window, MASKED)
+        if inputs.reach is not None:
+            mask = mask.where(queries - keys.clamp(min=inputs.reach.floor) < inputs.reach.window, MASKED)
         if slopes is not None:
             mask = mask + torch.tensor(slopes)[None, :, None, None] * keys
         result.append(mask)
     return result[0], result[1]
 
 
+def _far(inputs: AttentionInputs, reach: Reach, layer: int, query: Tensor, past_key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries ``[B, H, S, D]`` and the keys of the first tokens ``[B, K, F, D]`` as they meet beyond the window."""
+    assert inputs.position_ids is not None
+    assert inputs.past_position_ids is not None
+    keys, turn = past_key[:, :, : reach.sinks], inputs.turns[layer]
+    if turn is None:
+        return query, keys
+    if reach.at_zero:
+        positions = inputs.past_position_ids[:, : reach.sinks]
+        keys = turn(keys, positions, torch.zeros_like(positions))
+    return turn(query, inputs.position_ids, torch.full_like(inputs.position_ids, reach.far)), keys
+
+
+def _far_mask(inputs: AttentionInputs, window: int | None, slopes: Sequence[float] | None) -> Tensor:
+    """What is added to the scores of the first tokens beyond the window, ``[B, 1 or H, S, F]``."""
+    reach = inputs.reach
+    assert reach is not None
+    assert inputs.position_ids is not None
+    assert inputs.past_position_ids is not None
+    queries, keys = inputs.position_ids[:, None, :, None], inputs.past_position_ids[:, None, None, : reach.sinks]
+    seen = queries - keys.clamp(min=reach.floor) >= reach.window
+    if window is not None:
+        seen = seen & (queries - keys < window)
+    mask = inputs.past_mask[..., : reach.sinks].where(seen, MASKED)
+    if slopes is not None:
+        # As far away as they seem: in the scores of the others the query's own position is left out.
+        apparent = queries - reach.far + (0 if reach.at_zero else keys)
+        mask = mask + torch.tensor(slopes)[None, :, None, None] * apparent
+    return mask
+
+
 def _split(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    masks: tuple[Tensor, Tensor],
+    sources: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
     softcap: float | None,
     sinks: Tensor | None,
     group: int,
 ) -> Tensor:
-    past, kv_heads, new = past_key.shape[2], key.shape[1], key.shape[2]
+    """One softmax over all sources: queries ``[B, K, G * S, D]``, keys and values ``[B, K, X, D]``, what is added."""
+    kv_heads, new = sources[0][0].shape[1], sources[0][0].shape[2] // group
     parts = []
-    for keys, mask in zip((past_key, key), masks, strict=True):
+    for query, keys, _, mask in sources:
         scores = query @ keys.transpose(-1, -2)
         if softcap is not None:
             scores = (scores / softcap).tanh() * softcap
@@ -204,7 +261,12 @@ def _split(
     if sinks is not None:
         parts.append(sinks.float().reshape(1, kv_heads, group, 1, 1).expand(*parts[0].shape[:4], 1))
     weights = torch.cat(parts, dim=-1).softmax(dim=-1).to(query.dtype).flatten(2, 3)
-    return weights[..., :past] @ past_value + weights[..., past : past + new] @ value
+    output, start = None, 0
+    for _, keys, values, _ in sources:
+        part = weights[..., start : start + keys.shape[2]] @ values
+        output, start = part if output is None else output + part, start + keys.shape[2]
+    assert output is not None
+    return output
 
 
 def _fused(

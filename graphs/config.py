@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.reach import Reach
 
 AUTO: Final = -1
 """A field left out: chosen from ``train_length`` by the rule of :class:`MesaConfig`."""
@@ -23,6 +25,8 @@ class HasConfig(Protocol):
 
 
 ModelSource: TypeAlias = "str | PathLike[str] | HasConfig"
+
+Self = TypeVar("Self", bound="MesaConfig")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,21 @@ class MesaConfig:
             )
 
     @property
+    def positions(self) -> int:
+        """Rows of the position table: every position is below."""
+        return self.train_length
+
+    @property
+    def moves(self) -> bool:
+        """Whether keys of the cache change their positions."""
+        return True
+
+    @property
+    def reach(self) -> Reach | None:
+        """What a query sees, if that is not all keys; Mesa keeps all."""
+        return None
+
+    @property
     def stair_range(self) -> int:
         """Positions that the linear window and the stairs may take together where the tail starts."""
         return int(self.rho * self.train_length)
@@ -112,25 +131,40 @@ class MesaConfig:
         """The smallest E that keeps window and stairs of ``tokens`` tokens within ``stair_range``."""
         return max(1, math.ceil((tokens - self.linear_window) / (self.stair_range - self.linear_window)))
 
+    def bucket_lengths(self) -> Iterator[tuple[int, int]]:
+        """Buckets beyond the trained length, without end: chunks, and the longest prompt that they serve."""
+        power = 1
+        while True:
+            for chunks in (power, power * 3 // 2) if power > 1 else (1,):
+                tokens = self.head_length + chunks * self.chunk_length + self.tail_min
+                if tokens > self.train_length:
+                    yield chunks, tokens
+            power *= 2
+
+    def described(self) -> str:
+        """The method and its numbers, for people."""
+        values = {name: value for name, value in self.to_dict().items() if name != "train_length"}
+        return ", ".join(f"{name} {'auto' if value in (None, AUTO) else value}" for name, value in values.items())
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> MesaConfig:
+    def from_dict(cls: type[Self], fields: dict[str, Any]) -> Self:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         if unknown:
             raise MesaError(f"unknown configuration field {unknown[0]!r}; known are {', '.join(sorted(known))}")
         return cls(**fields)
 
-    def for_model(self, checkpoint: ModelSource) -> MesaConfig:
+    def for_model(self: Self, checkpoint: ModelSource) -> Self:
         """This configuration with what it leaves out chosen from a model, see :meth:`from_model`."""
         if self.train_length != AUTO:
             return self
-        return MesaConfig.from_model(checkpoint, **{k: v for k, v in self.to_dict().items() if v != AUTO})
+        return self.from_model(checkpoint, **{k: v for k, v in self.to_dict().items() if v != AUTO})
 
     @classmethod
-    def from_model(cls, checkpoint: ModelSource, **fields: Any) -> MesaConfig:
+    def from_model(cls: type[Self], checkpoint: ModelSource, **fields: Any) -> Self:
         """The configuration for a checkpoint folder, hub id or transformers model; ``fields`` override the rule.
 
         ``train_length`` is the model's ``max_position_embeddings``: for a model that was fine-tuned with scaled

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.plan import Bucket
@@ -252,7 +253,7 @@ class Manifest:
             return cls(
                 model=fields["model"],
                 dtype=fields["dtype"],
-                config=MesaConfig.from_dict(fields["config"]),
+                config=(BaselineConfig if "method" in fields["config"] else MesaConfig).from_dict(fields["config"]),
                 max_tokens=fields["max_tokens"],
                 buckets=[Bucket(**bucket) for bucket in fields["buckets"]],
                 layers=[LayerInfo(**layer) for layer in fields["layers"]],

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import AUTO, MesaConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.stairs import ORDINARY, Stairs
@@ -42,15 +43,16 @@ class Bucket:
 
 
 def all_buckets(config: MesaConfig) -> Iterator[Bucket]:
-    """Buckets of 0 (the dense path), 1, 2, 3, 4, 6, 8, 12, ... chunks: at most a quarter of the slots stays empty."""
+    """Buckets of 0 (the dense path), 1, 2, 3, 4, 6, 8, 12, ... chunks: at most a quarter of the slots stays empty.
+
+    A method that keeps a window of the text has one bucket.
+    """
+    if isinstance(config, BaselineConfig) and config.reach:
+        yield Bucket(0, config.max_tokens, 1)  # it keeps as many keys of any text
+        return
     yield Bucket(0, config.train_length, 1)
-    power = 1
-    while True:
-        for chunks in (power, power * 3 // 2) if power > 1 else (1,):
-            tokens = config.head_length + chunks * config.chunk_length + config.tail_min
-            if tokens > config.train_length:
-                yield Bucket(chunks, tokens, config.width_for(tokens))
-        power *= 2
+    for chunks, tokens in config.bucket_lengths():
+        yield Bucket(chunks, tokens, 1 if isinstance(config, BaselineConfig) else config.width_for(tokens))
 
 
 def buckets_up_to(config: MesaConfig, max_tokens: int) -> tuple[Bucket, ...]:
@@ -67,7 +69,7 @@ def buckets_up_to(config: MesaConfig, max_tokens: int) -> tuple[Bucket, ...]:
         if bucket.max_tokens >= max_tokens:
             break
     longest = min(max_tokens, buckets[-1].max_tokens)
-    if longest > config.train_length:
+    if longest > config.train_length and not isinstance(config, BaselineConfig):
         # The worst tail of this bucket: as long as the minimum, with all the rest on stairs.
         _require_range(
             config, Stairs(longest - config.tail_min - config.linear_window, buckets[-1].stair_width), longest
@@ -85,7 +87,7 @@ class Plan:
     """What to compute for tokens ``start .. length - 1``, given the tokens before them in the cache.
 
     Every token of ``start .. length - 1`` is in exactly one of ``head``, ``chunks`` and ``tail``. With no chunks and
-    ``start == 0`` this is the dense path: the plain model. Positions are always below ``config.train_length``.
+    ``start == 0`` this is the dense path: the plain model. Positions are always below ``config.positions``.
     """
 
     config: MesaConfig
@@ -108,6 +110,8 @@ class Plan:
             raise MesaError("the prompt is empty; give at least one token")
         if config.train_length == AUTO:
             raise MesaError("the configuration has no train_length; give one, or use MesaConfig.from_model")
+        if isinstance(config, BaselineConfig):
+            return cls(config, 0, tokens, None, (), Span(0, tokens), config.stairs(tokens))
         if tokens <= config.train_length:
             return cls(config, 0, tokens, None, (), Span(0, tokens), ORDINARY)
         head = Span(0, config.head_length)
@@ -126,6 +130,8 @@ class Plan:
         if cached == 0:
             return cls.of(config, tokens)
         length = cached + tokens
+        if isinstance(config, BaselineConfig):
+            return cls(config, cached, length, None, (), Span(cached, length), config.stairs(length))
         room = max(tokens, min(config.tail_min, config.train_length // 16))  # not to move at every step
         for candidate in _anchors(config, stairs, cached, length):
             needed = tokens if candidate == stairs else room

@@ -24,6 +24,8 @@ TokenIds: TypeAlias = "Sequence[int] | ArrayLike | Tensor"
 class TorchReference:
     """Runs a transformers model under Mesa-Extrapolation: a span at a time, nothing batched, nothing padded.
 
+    Given a :class:`~mesart.graphs.baseline.BaselineConfig` it runs that method; it keeps all keys in any case.
+
     The state (cache, tokens, anchor) belongs to the object; :meth:`prefill` starts anew.
 
     Args:
@@ -39,7 +41,7 @@ class TorchReference:
 
             model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **load})
         self.config = (config or MesaConfig()).for_model(model)
-        self.role = RoleModule(model, self.config.train_length, "fused")
+        self.role = RoleModule(model, self.config, "fused")
         self.dtype = next(self.role.parameters()).dtype
         self.vocab_size: int = self.role.config.get_text_config().vocab_size
         self._places = {spec: self.role.place(spec) for spec in self.role.layers if spec.layout}
@@ -94,17 +96,25 @@ class TorchReference:
         placed = plan.stairs.positions(0, len(standing))
         self.keys = self._move(self.keys, standing, placed)
         self.stairs = plan.stairs
-        output = self._run(
-            plan.tail,
-            plan.stairs.positions(plan.tail.start, plan.tail.stop),
-            self.keys,
-            self.values,
-            placed,
-            plan.query_scales(plan.tail),
-            all_logits,
-        )
-        self._append(output)
-        return output.logits
+        logits = []
+        for span in self._slices(plan.tail):
+            output = self._run(
+                span,
+                plan.stairs.positions(span.start, span.stop),
+                self.keys,
+                self.values,
+                plan.stairs.positions(0, span.start),
+                plan.query_scales(span),
+                all_logits,
+            )
+            self._append(output)
+            logits.append(output.logits)
+        return torch.cat(logits, dim=1) if all_logits else logits[-1]
+
+    def _slices(self, tail: Span) -> list[Span]:
+        """The tail, in one or, where queries see the first tokens otherwise than a window, in parts within it."""
+        length = len(tail) if self.role.reach is None else self.role.reach.window
+        return [Span(start, min(start + length, tail.stop)) for start in range(tail.start, tail.stop, length)]
 
     def step(self, token: int | TokenIds) -> Tensor:
         """Appends one token (one for each prompt of the batch); logits of the next, float32 ``[B, 1, V]``."""

@@ -7,13 +7,17 @@ the reference runs.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mesart.graphs.adapters import prepare
 from mesart.graphs.attention import AttentionForm, AttentionInputs, attention_inputs
+from mesart.graphs.baseline import BaselineConfig
+from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.rotary import LayerSpec, Place, probe_layers
 
@@ -33,7 +37,7 @@ class RoleModule(nn.Module):
 
     Args:
         model: a causal language model with rotary embeddings; it may lie on the meta device for tracing.
-        train_length: rows of the position table.
+        window: rows of the position table, train_length under Mesa-Extrapolation; or another method to compute.
         form: see :data:`~mesart.graphs.attention.AttentionForm`.
 
     Raises:
@@ -43,7 +47,7 @@ class RoleModule(nn.Module):
     model: Any
     config: Any
 
-    def __init__(self, model: nn.Module, train_length: int, form: AttentionForm = "split") -> None:
+    def __init__(self, model: nn.Module, window: int | MesaConfig, form: AttentionForm = "split") -> None:
         super().__init__()
         shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
         self.model = copy.deepcopy(model, shared).eval()
@@ -52,9 +56,10 @@ class RoleModule(nn.Module):
             raise MesaError(
                 f"{type(model).__name__} is no causal language model; it has no decoder with a language head"
             )
-        self.train_length = train_length
+        config = window if isinstance(window, MesaConfig) else MesaConfig(window)
+        self.positions = config.positions
         self.form: AttentionForm = form
-        table = prepare(self.model, train_length)
+        table = prepare(self.model, config.train_length, self.positions)
         self.layers: list[LayerSpec] = probe_layers(self.model, table)
         count = int(self.config.num_hidden_layers)
         if len(self.layers) != count:
@@ -62,11 +67,23 @@ class RoleModule(nn.Module):
                 f"{type(model).__name__} has {count} layers, of which {len(self.layers)} use transformers' attention "
                 "interface; all must"
             )
-        self._table = table.to(next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        self.reach = config.reach
+        if isinstance(config, BaselineConfig):
+            if config.turns and all(spec.layout is None for spec in self.layers):
+                raise MesaError(
+                    f"{config.method} changes rotary positions, and {type(model).__name__} has none (ALiBi or NoPE); "
+                    "use origin, mesa, streaming-llm or lm-infinite on it"
+                )
+            table.replace(functools.partial(_stretched, config))
+        self._table = table.to(device)
+        turning = {spec: self.place(spec).to(device) for spec in self.layers if self.reach and spec.layout is not None}
+        self._turning = nn.ModuleList(turning.values())  # known to torch, in the order of their first layers
+        self._turns = [turning.get(spec) for spec in self.layers]
 
     @property
     def tables(self) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """cos and sin of each layer type, float32 ``[train_length, R]``, with numbers even if the model has none."""
+        """cos and sin of each layer type, float32 ``[positions, R]``, with numbers even if the model has none."""
         return self._table.values
 
     def place(self, layer: LayerSpec) -> Place:
@@ -91,7 +108,7 @@ class RoleModule(nn.Module):
 
         Args:
             input_ids: int64 ``[B, S]``.
-            position_ids: int64 ``[B, S]``, each below ``train_length``.
+            position_ids: int64 ``[B, S]``, each below ``positions``.
             past_mask: float32 ``[B, 1, 1, P]``.
             new_mask: float32 ``[B, 1, S, S]``.
             query_scale: float32 ``[B, 1, S, 1]``.
@@ -107,9 +124,11 @@ class RoleModule(nn.Module):
             query_scale,
             past_keys,
             past_values,
-            self.train_length,
+            self.positions,
             position_ids,
             past_position_ids,
+            self.reach,
+            self._turns,
         )
         with attention_inputs(inputs):
             output = self.model(
@@ -122,3 +141,8 @@ class RoleModule(nn.Module):
         return RoleOutputs(
             output.logits.float(), [inputs.new_keys[i] for i in order], [inputs.new_values[i] for i in order]
         )
+
+
+def _stretched(baseline: BaselineConfig, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cosines, sines = baseline.table(cos.double().numpy(), sin.double().numpy())
+    return torch.from_numpy(cosines), torch.from_numpy(sines)

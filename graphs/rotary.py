@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, TypeAlias, get_args
@@ -35,6 +36,13 @@ class RotaryTable(nn.Module):
         self.names = list(tables)
         self.values = tables  # with numbers, even where the buffers lie on the meta device
         for index, (cos, sin) in enumerate(tables.values()):
+            self.register_buffer(f"cos_{index}", cos, persistent=False)
+            self.register_buffer(f"sin_{index}", sin, persistent=False)
+
+    def replace(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Changes the numbers of each table, cos and sin, in place."""
+        for index, name in enumerate(self.names):
+            cos, sin = self.values[name] = change(*self.values[name])
             self.register_buffer(f"cos_{index}", cos, persistent=False)
             self.register_buffer(f"sin_{index}", sin, persistent=False)
 

@@ -20,6 +20,8 @@ class Stairs:
 
     anchor: int
     width: int
+    offset: int = 0
+    """Added to all positions: the row where their part of the position table begins, if it has several."""
 
     @property
     def shift(self) -> int:
@@ -29,13 +31,14 @@ class Stairs:
     def position(self, token: int) -> int:
         """The position of one token."""
         if token < self.anchor:
-            return self.shift - -(-(self.anchor - token) // self.width)
-        return self.shift + token - self.anchor
+            return self.offset + self.shift - -(-(self.anchor - token) // self.width)
+        return self.offset + self.shift + token - self.anchor
 
     def positions(self, start: int, stop: int) -> NDArray[np.int64]:
         """Positions of the tokens ``start .. stop - 1``, int64 ``[stop - start]``."""
         distance = self.anchor - np.arange(start, stop, dtype=np.int64)
-        return np.where(distance > 0, self.shift - -(-distance // self.width), self.shift - distance)
+        stepped = np.where(distance > 0, -(-distance // self.width), distance)
+        return self.offset + self.shift - stepped
 
 
 ORDINARY = Stairs(anchor=0, width=1)

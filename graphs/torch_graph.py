@@ -47,7 +47,7 @@ def open_torch(path: Path, opened: dict[str, RoleModule]) -> Run:
     """
     bundle, manifest = path.parent, Manifest.read(path.parent)
     if str(bundle) not in opened:
-        opened[str(bundle)] = RoleModule(load_bundle_model(bundle, manifest), manifest.config.train_length)
+        opened[str(bundle)] = RoleModule(load_bundle_model(bundle, manifest), manifest.config)
     module = opened[str(bundle)]
     role = next(graph.role for graph in manifest.graphs if graph.file == path.name)
     if role == "place":

@@ -10,7 +10,7 @@ from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest, Role
 from mesart.runtime.backends import Array, Backend, Graph
 
-GRANULE = 256
+GRANULE = 64
 """Slots by which a cache grows where the graph leaves its length free."""
 
 _SCORES = 1 << 21

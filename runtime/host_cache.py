@@ -51,12 +51,20 @@ class HostCache:
 
     def begin(self, lengths: Sequence[int]) -> None:
         self._allocate(1, 0)  # the old buffers go before the new ones come
-        self._allocate(len(lengths), self._graphs.capacity(max(lengths)))
+        self._allocate(len(lengths), self._room(max(lengths)))
 
     def make_room(self, row: int, tokens: int) -> None:
         del row  # all have the same
         if tokens > self._capacity:
-            self._grow(self._graphs.capacity(tokens, growing=True))
+            self._grow(self._room(tokens, growing=True))
+
+    def _room(self, tokens: int, *, growing: bool = False) -> int:
+        """Slots for ``tokens`` tokens; more of them if there have just become too few."""
+        return self._graphs.capacity(tokens, growing=growing)
+
+    def _slice_length(self) -> int:
+        """New tokens that one run of a tail takes."""
+        return self._graphs.slice_length(self._capacity)
 
     def _grow(self, capacity: int) -> None:
         for buffers in (self.keys, self.values):
@@ -116,7 +124,7 @@ class HostCache:
         all_logits: bool,
     ) -> NDArray[np.float32]:
         part = slice(row, row + 1)
-        length = self._graphs.slice_length(self._capacity)
+        length = self._slice_length()
         pieces = []
         for start in range(span.start, span.stop, length):
             piece = Span(start, min(start + length, span.stop))

@@ -14,6 +14,7 @@ from mesart.runtime.device_cache import DeviceCache
 from mesart.runtime.engines import PACKAGES, Engines, usable_flavour
 from mesart.runtime.graphs import SpecialisedGraphs, SymbolicGraphs
 from mesart.runtime.host_cache import HostCache
+from mesart.runtime.window_cache import WindowCache
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ def load_cache(
     if isinstance(engine, OnnxRuntimeBackend) and eight_bits and not activations:
         engine.unpack_weights()
     graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(bundle, manifest, engine)
+    cache = (WindowCache if manifest.config.reach is not None else HostCache)(manifest, graphs)
     choice += f"; the bundle's engines do not run here: {reason}" if reason else ""
-    return Loaded(HostCache(manifest, graphs), manifest, engine.name, engine.device, choice)
+    return Loaded(cache, manifest, engine.name, engine.device, choice)
 
 
 def _check_rounding(manifest: Manifest, activations: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mesart import __version__
-from mesart.graphs.config import AUTO, MesaConfig
+from mesart.graphs.baseline import BaselineConfig
+from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import DTYPES, Manifest
 
@@ -88,6 +89,11 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--max-tokens", type=int, help="longest prompt (default: 16 x T_r)")
     parser.add_argument(
+        "--method",
+        metavar="NAME[:PARAMETER=VALUE,...]",
+        help="a method to compare Mesa with: origin, dynamic-ntk, yarn, lm-infinite or streaming-llm",
+    )
+    parser.add_argument(
         "--weights",
         choices=("link", "copy"),
         default="link",
@@ -145,12 +151,10 @@ def _export(options: argparse.Namespace) -> int:
             report=lambda line: print(line, file=sys.stderr),
         )
         return 0
-    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(MesaConfig)}
-    config = MesaConfig.from_model(options.model, **given)
     export_model(
         options.model,
         options.output,
-        config,
+        _method_config(options),
         max_tokens=options.max_tokens,
         dtype=options.dtype,
         weights=options.weights,
@@ -165,6 +169,22 @@ def _export(options: argparse.Namespace) -> int:
         report=lambda line: print(line, file=sys.stderr),
     )
     return 0
+
+
+def _method_config(options: argparse.Namespace) -> MesaConfig:
+    """The configuration of Mesa, or of the method that was asked for."""
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(MesaConfig)}
+    config = MesaConfig.from_model(options.model, **given)
+    if options.method is None:
+        return config
+    from mesart.evaluation.suite import chosen_method  # noqa: PLC0415  (rarely needed)
+
+    theirs = [name for name, value in given.items() if value is not None and name != "train_length"]
+    if theirs:
+        option = theirs[0].replace("_", "-")
+        raise MesaError(f"--{option} with --method: give it as a parameter, --method NAME:{theirs[0]}=...")
+    longest = options.max_tokens if options.max_tokens is not None else 16 * config.train_length
+    return chosen_method(options.method, config.train_length, longest).static()
 
 
 def _calibration_text(options: argparse.Namespace) -> str | None:
@@ -232,20 +252,19 @@ def _inspect(options: argparse.Namespace) -> int:
 def summary(bundle: Path, manifest: Manifest) -> str:
     """A bundle in a few readable lines."""
     config, size = manifest.config, sum(info.bytes for info in manifest.files.values())
-    layer = manifest.layers[0]
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "train_length"}
+    layer, stairs = manifest.layers[0], not isinstance(config, BaselineConfig)
     lines = [
         f"{bundle}: {manifest.model['architecture']}, {manifest.model['parameters']:,} parameters, {manifest.dtype}",
         f"  trained on {config.train_length} tokens, exported for {manifest.max_tokens}; {size / 1e6:.1f} MB on disk",
         *([f"  linear layers in {manifest.quantisation}"] if manifest.quantisation else []),
         f"  {len(manifest.layers)} layers, {layer.kv_heads} key-value heads of {layer.key_size}, "
         f"vocabulary {manifest.model['vocab_size']:,}",
-        "  " + ", ".join(f"{name} {'auto' if value in (None, AUTO) else value}" for name, value in values.items()),
+        f"  {config.described()}",
         f"  {len(manifest.graphs)} graphs: " + ", ".join(sorted({graph.role for graph in manifest.graphs})),
         "",
-        f"  {'chunks':>6}  {'up to tokens':>12}  {'stair width':>11}",
+        f"  {'chunks':>6}  {'up to tokens':>12}" + "  stair width" * stairs,
     ]
-    lines += [f"  {b.chunks:>6}  {b.max_tokens:>12,}  {b.stair_width:>11}" for b in manifest.buckets]
+    lines += [f"  {b.chunks:>6}  {b.max_tokens:>12,}" + f"  {b.stair_width:>11}" * stairs for b in manifest.buckets]
     if manifest.engines:
         lines.append("")
     for built in manifest.engines:

@@ -8,17 +8,15 @@ step.
 Within ``T_r`` equal to the plain model.
 Source: arXiv 2410.15859, section 5; "NTK-aware" and "dynamic" scaling as in YaRN (arXiv 2309.00071), sections 3.1 and
 3.3.
-Pair j turns by ``base ** (-2 j / R)`` radians a position, so a new base is a factor of the frequencies that needs no
-base.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from mesart.evaluation.methods.method import TOKEN, Method, Part, Positions, arange, constant
+from mesart.graphs.baseline import BaselineConfig
+from mesart.graphs.frequencies import dynamic_ntk
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,6 @@ class DynamicNTK(Method):
     """See the module."""
 
     name = "dynamic-ntk"
-    exportable = True
     rotary_only = True
     turns_again = True
 
@@ -40,9 +37,9 @@ class DynamicNTK(Method):
         return [Part(TOKEN, constant(0, t), t + 1, t.astype(float))]
 
     def turn(self, frequencies: Positions, tokens: int) -> tuple[Positions, float]:
-        turning = 2 * len(frequencies)
-        if tokens <= self.train_length or turning <= 2:
+        if tokens <= self.train_length:
             return frequencies, 1.0
-        growth = self.factor * tokens / self.train_length - (self.factor - 1)
-        pair = np.arange(len(frequencies))
-        return frequencies * growth ** (-2 * pair / (turning - 2)), 1.0
+        return dynamic_ntk(frequencies, self.factor * tokens / self.train_length - (self.factor - 1)), 1.0
+
+    def static(self) -> BaselineConfig:
+        return BaselineConfig(self.train_length, log_n=self.log_n, method=self.name, factor=self.factor)

@@ -123,7 +123,7 @@ class Execution:
             self._move(index, view, moved, by)
         cache.write(self._start - rows.gap, stored, value)
         views = self._views(index)
-        if window is not None and window >= self._train_length:
+        if window is not None and self._rule.window_by_position and window >= self._train_length:
             window = None
         heads, size = query.shape[1], query.shape[-1]
         kv_heads = key.shape[1]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mesart.evaluation.methods.method import TOKEN, ZERO, Method, Part, arange, constant
+from mesart.graphs.baseline import BaselineConfig
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,6 @@ class LMInfinite(Method):
     """See the module."""
 
     name = "lm-infinite"
-    exportable = True
     views = (TOKEN, ZERO)
 
     window: int
@@ -49,3 +49,8 @@ class LMInfinite(Method):
 
     def needed(self, start: int) -> tuple[int, int]:
         return self.first_tokens, max(self.first_tokens, start - self.window + 1)
+
+    def static(self) -> BaselineConfig:
+        return BaselineConfig(
+            self.train_length, log_n=self.log_n, method=self.name, window=self.window, first_tokens=self.first_tokens
+        )

@@ -94,7 +94,6 @@ class Mesa(Method):
     """See the module."""
 
     name = "mesa"
-    exportable = True
 
     config: MesaConfig
     log_n: bool = field(default=True, kw_only=True)
@@ -117,3 +116,6 @@ class Mesa(Method):
 
     def logits_of(self, tokens: int) -> int:
         return len(Plan.of(self.config, tokens).tail)
+
+    def static(self) -> MesaConfig:
+        return self.config

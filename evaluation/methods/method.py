@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
 
 Indices = NDArray[np.int64]
@@ -117,8 +118,6 @@ class Method(Rule):
     """
 
     name: ClassVar[str]
-    exportable: ClassVar[bool] = False
-    """Whether it can be written as one rotary embedding, one mask and one attention: data of an exported graph."""
     rotary_only: ClassVar[bool] = False
     """Whether it is defined by what rotary embeddings do, and so says nothing of ALiBi or NoPE."""
 
@@ -196,6 +195,17 @@ class Method(Rule):
             return None
         scales: Positions = np.maximum(1.0, np.log(np.arange(start, stop) + 1.0) / math.log(self.train_length))
         return scales
+
+    def static(self) -> MesaConfig:
+        """What an export of the method fixes.
+
+        Raises:
+            MesaError: its graphs are not static.
+        """
+        raise MesaError(
+            f"{self.name} takes several attentions a layer that depend on the prompt, so it cannot be exported; its "
+            "PyTorch form runs in `mesart eval`"
+        )
 
     def require(self, **least: float) -> None:
         """Raises a :class:`MesaError` if a parameter is below the least value it may have."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesart.evaluation.methods.method import TOKEN, Method, Part, arange, constant
+from mesart.graphs.baseline import BaselineConfig
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Origin(Method):
     """See the module."""
 
     name = "origin"
-    exportable = True
 
     def parts(self, start: int, stop: int) -> list[Part]:
         t = arange(start, stop)
         return [Part(TOKEN, constant(0, t), t + 1, t.astype(float))]
+
+    def static(self) -> BaselineConfig:
+        return BaselineConfig(self.train_length, log_n=self.log_n, method=self.name)

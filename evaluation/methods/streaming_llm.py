@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mesart.evaluation.methods.method import TOKEN, Method, Part, arange, constant
+from mesart.graphs.baseline import BaselineConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class StreamingLLM(Method):
     """See the module."""
 
     name = "streaming-llm"
-    exportable = True
 
     sinks: int
     window: int
@@ -49,3 +49,8 @@ class StreamingLLM(Method):
 
     def needed(self, start: int) -> tuple[int, int]:
         return self.sinks, max(self.sinks, start - self.window + 1)
+
+    def static(self) -> BaselineConfig:
+        return BaselineConfig(
+            self.train_length, log_n=self.log_n, method=self.name, window=self.window, first_tokens=self.sinks
+        )

@@ -7,21 +7,19 @@ Parameters: ``factor`` s, default the longest prompt over ``T_r``; ``fast`` 32, 
 Cost: ``T (T + 1) / 2`` scores at prefill; all keys are kept.
 At ``factor`` 1 it is the plain model; at any other it differs from it within ``T_r`` too, and was meant to be
 fine-tuned.
-Source: Peng et al. (arXiv 2309.00071), sections 3.2 (NTK-by-parts) and 3.4; the ramp over the index, with its ends
-rounded to whole pairs, is that of the authors' and transformers' code (the paper's text has it over the number of
-turns).
+Source: Peng et al. (arXiv 2309.00071), sections 3.2 and 3.4; see
+:func:`~mesart.graphs.frequencies.yarn`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mesart.evaluation.methods.method import TOKEN, Method, Part, Positions, arange, constant
+from mesart.graphs.baseline import BaselineConfig
+from mesart.graphs.frequencies import yarn
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,6 @@ class YaRN(Method):
     """See the module."""
 
     name = "yarn"
-    exportable = True
     rotary_only = True
 
     factor: float
@@ -48,14 +45,9 @@ class YaRN(Method):
         return [Part(TOKEN, constant(0, t), t + 1, t.astype(float))]
 
     def turn(self, frequencies: Positions, tokens: int) -> tuple[Positions, float]:
-        pairs = len(frequencies)
-        low = max(math.floor(self._pair(frequencies, self.fast)), 0)
-        high = min(math.ceil(self._pair(frequencies, self.slow)), 2 * pairs - 1)
-        slowed = ((np.arange(pairs) - low) / max(high - low, 0.001)).clip(0, 1)
-        return frequencies * (slowed / self.factor + 1 - slowed), 0.1 * math.log(self.factor) + 1
+        return yarn(frequencies, self.train_length, self.factor, self.fast, self.slow)
 
-    def _pair(self, frequencies: Positions, turns: float) -> float:
-        """The index, not whole, of the pair that turns so often within T_r; from the ratio of the first two."""
-        first = abs(frequencies[0])
-        ratio = first / abs(frequencies[1]) if len(frequencies) > 1 else math.e
-        return math.log(self.train_length * first / (2 * math.pi * turns)) / math.log(ratio)
+    def static(self) -> BaselineConfig:
+        return BaselineConfig(
+            self.train_length, log_n=self.log_n, method=self.name, factor=self.factor, fast=self.fast, slow=self.slow
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from mesart.evaluation.methods import METHODS, Method, make_method
 from mesart.evaluation.methods.method import Rule
 from mesart.graphs import MesaConfig, MesaError, Plan
+from mesart.graphs.baseline import BASELINES, BaselineConfig
 
 Relative = Callable[[int, int], "float | None"]
 """``relative(t, i)``: the relative position at which query t sees key i <= t; None where it does not."""
@@ -210,9 +212,18 @@ def test_infllm_shows_all_but_the_blocks(prompt, window, first, block, chosen, g
 
 def test_all_methods_are_here():
     assert set(METHODS) == set(RULES) | LOOKS_UP
-    assert {name for name, method in METHODS.items() if method.exportable} == {
-        *("origin", "dynamic-ntk", "lm-infinite", "streaming-llm", "yarn", "mesa")
-    }
+
+
+def test_those_with_static_graphs_say_what_an_export_fixes():
+    fixed = {}
+    for name in METHODS:
+        with contextlib.suppress(MesaError):
+            fixed[name] = make_method(name, 64).static()
+    assert set(fixed) == {*BASELINES, "mesa"}
+    assert [config.method for config in fixed.values() if isinstance(config, BaselineConfig)] == [
+        name for name in METHODS if name in BASELINES
+    ]
+    assert fixed["mesa"] == MesaConfig(64)
 
 
 class TestDefaults:

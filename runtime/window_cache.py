@@ -1,0 +1,98 @@
+"""The live cache of methods that drop keys: the first tokens, and the last ones in a ring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesart.graphs.manifest import Manifest
+from mesart.graphs.plan import Span
+from mesart.graphs.reach import Reach
+from mesart.runtime.backends import Array
+from mesart.runtime.cache import Positions
+from mesart.runtime.graphs import RoleGraphs
+from mesart.runtime.host_cache import MASKED, HostCache
+
+
+class WindowCache(HostCache):
+    """A host cache whose size does not grow with the text; see :class:`~mesart.graphs.reach.Reach`.
+
+    The slots of the first tokens are theirs. The others are taken in turn: a token overwrites the one that was
+    ``window`` tokens before it. Graphs see by a key's position, not by its slot, what it is.
+    """
+
+    def __init__(self, manifest: Manifest, graphs: RoleGraphs) -> None:
+        assert manifest.config.reach is not None
+        self._reach: Reach = manifest.config.reach
+        super().__init__(manifest, graphs)
+
+    def make_room(self, row: int, tokens: int) -> None:
+        super().make_room(row, min(tokens, self._reach.slots))
+
+    def tail(
+        self,
+        row: int,
+        tokens: Sequence[int],
+        span: Span,
+        positions: Positions,
+        scales: NDArray[np.float32],
+        *,
+        all_logits: bool,
+    ) -> NDArray[np.float32]:
+        whole = span.start == 0 or len(span) <= self._slice_length()  # nothing is there to drop, or not before the end
+        with nullcontext() if whole else self._restored_on_error(row):
+            return super().tail(row, tokens, span, positions, scales, all_logits=all_logits)
+
+    def forget(self, row: int, start: int) -> None:
+        self.mask[row, ..., self.positions[row] >= start] = MASKED
+
+    def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:
+        """As of every cache; zeros in place of the keys and values that were dropped."""
+        kept = np.flatnonzero(self.mask[row, 0, 0] == 0)
+        tokens = self.positions[row, kept]
+        result: list[list[Array]] = []
+        for buffers in (self.keys, self.values):
+            result.append([])
+            for buffer in buffers:
+                whole = np.zeros((buffer.shape[1], int(tokens.max(initial=-1)) + 1, buffer.shape[3]), buffer.dtype)
+                whole[:, tokens] = buffer[row][:, kept]
+                result[-1].append(whole)
+        return result[0], result[1]
+
+    def _room(self, tokens: int, *, growing: bool = False) -> int:
+        return min(super()._room(tokens, growing=growing), self._reach.slots)
+
+    def _slice_length(self) -> int:
+        return min(super()._slice_length(), self._reach.window)  # what it writes may drop nothing that it has to see
+
+    def _write(self, row: int, start: int, keys: list[Array], values: list[Array], positions: Positions) -> None:
+        for part, slot in self._slots(start, start + len(positions)):
+            super()._write(row, slot, [k[:, part] for k in keys], [v[:, part] for v in values], positions[part])
+
+    def _slots(self, start: int, stop: int) -> Iterator[tuple[slice, int]]:
+        """The parts of the tokens ``start .. stop - 1`` whose slots lie side by side, and the first slot of each."""
+        first, window = self._reach.sinks, self._reach.window
+        token = start
+        while token < stop:
+            turn = (token - first) % window
+            slot, end = (token, first) if token < first else (first + turn, token + window - turn)
+            yield slice(token - start, min(end, stop) - start), slot
+            token = min(end, stop)
+
+    @contextmanager
+    def _restored_on_error(self, row: int) -> Iterator[None]:
+        """A tail of several slices drops keys that would be needed again if a later slice fails."""
+        buffers = [*self.keys, *self.values, self.mask, self.positions]
+        saved = [buffer[row].copy() for buffer in buffers]
+        try:
+            yield
+        except BaseException:
+            for buffer, content in zip(buffers, saved, strict=True):
+                buffer[row] = content
+            raise
+
+
+__all__ = ["WindowCache"]

@@ -1,0 +1,299 @@
+"""Methods to compare with as graphs: the same as their own rule in `mesart.evaluation.methods`, on every backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mesart.evaluation.methods import METHODS, Method, make_method
+from mesart.evaluation.methods.dynamic_ntk import DynamicNTK
+from mesart.evaluation.methods.system import MethodSystem
+from mesart.evaluation.validate import validate
+from mesart.export import build_engines, export_model, export_triton_repository
+from mesart.export.forms import with_attention
+from mesart.export.trace import trace_roles
+from mesart.graphs import MesaConfig, MesaError, TorchReference
+from mesart.graphs.baseline import BASELINES, BaselineConfig
+from mesart.graphs.role import RoleModule
+from mesart.runtime import MesaModel
+from mesart.runtime.backends import present_backends
+from mesart.scripts.cli import main
+
+TRAINED, LONGEST = 64, 300
+WINDOWS = ("lm-infinite", "streaming-llm")
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    ids: list[int] = np.random.default_rng(seed).integers(2, 320, count).tolist()
+    return ids
+
+
+def config_of(name: str, max_tokens: int = LONGEST, **parameters: Any) -> BaselineConfig:
+    config = make_method(name, TRAINED, max_tokens, **parameters).static()
+    assert isinstance(config, BaselineConfig)
+    return config.up_to(max_tokens)
+
+
+def rule_of(config: BaselineConfig, **parameters: Any) -> Method:
+    """What computes the method with no graph; Dynamic-NTK with the numbers of tokens that the graphs know."""
+    if config.method == "yarn":
+        parameters["factor"] = config.factor
+    method = make_method(config.method, TRAINED, config.max_tokens, **parameters)
+    if config.method != "dynamic-ntk":
+        return method
+
+    class InSteps(DynamicNTK):
+        def turn(self, frequencies: Any, tokens: int) -> Any:
+            return super().turn(frequencies, next(x for x in config.levels if x >= tokens))
+
+    return InSteps(TRAINED, **{**method.parameters, **parameters})
+
+
+def answers(opened: Any, ids: list[int], steps: list[int]) -> np.ndarray:
+    """Logits behind a prompt and behind each of the steps."""
+    if isinstance(opened, MethodSystem):
+        rows = [opened.prefill(ids, 1)[-1], *(opened.step(token) for token in steps)]
+    else:
+        rows = [np.asarray(opened.prefill([ids]))[0, -1], *(np.asarray(opened.step(token))[0, -1] for token in steps)]
+    return np.stack(rows)
+
+
+def assert_equal(got: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(got - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
+
+
+# Grouped queries; partial and interleaved rotary; ALiBi, of grouped queries too; capped scores and windows; sinks; a
+# layer without positions.
+FAMILIES = ("llama", "gpt_neox", "gptj", "mpt", "falcon", "gemma2", "gpt_oss", "smollm3", "deepseek_v3")
+
+
+class TestReference:
+    """`TorchReference` under these methods, which `mesart validate` takes for the truth."""
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("name", BASELINES)
+    def test_is_the_rule(self, make_model, name, family):
+        if METHODS[name].rotary_only and family in ("mpt", "falcon"):
+            pytest.skip("it says nothing of ALiBi")
+        changes = {"gemma2": {"sliding_window": 40}, "gpt_oss": {"sliding_window": 40}}.get(family, {})
+        model, config = make_model(family, **changes), config_of(name)
+        expected = answers(MethodSystem(model, rule_of(config)), tokens(150), tokens(8, seed=1))
+        assert_equal(answers(TorchReference(model, config), tokens(150), tokens(8, seed=1)), expected)
+
+    @settings(max_examples=25)
+    @given(
+        name=st.sampled_from(WINDOWS),
+        window=st.integers(5, 80),
+        first=st.integers(0, 9),
+        prompt=st.integers(1, 170),
+        log_n=st.booleans(),
+    )
+    def test_any_window(self, make_model, name, window, first, prompt, log_n):
+        parameters = {"window": window, "log_n": log_n, "sinks" if name == "streaming-llm" else "first_tokens": first}
+        model, config = make_model("tied_llama"), config_of(name, **parameters)
+        expected = answers(MethodSystem(model, rule_of(config, **parameters)), tokens(prompt), tokens(4, seed=1))
+        assert_equal(answers(TorchReference(model, config), tokens(prompt), tokens(4, seed=1)), expected)
+
+    @pytest.mark.parametrize("name", BASELINES)
+    def test_within_the_window_it_is_the_model(self, make_model, name):
+        model, ids = make_model("llama"), tokens(TRAINED)
+        parameters = {"factor": 1} if name == "yarn" else {}
+        with torch.no_grad():
+            plain = model(torch.tensor([ids])).logits[0].numpy()
+        got = TorchReference(model, config_of(name, **parameters)).prefill(ids, all_logits=True)[0].numpy()
+        if name == "streaming-llm":  # a query in the last places does not see all
+            plain, got = plain[:-4], got[:-4]
+        assert_equal(got, plain)
+
+    def test_dynamic_ntk_turns_all_keys_where_a_text_outgrows_its_bucket(self, make_model):
+        model, config = make_model("tied_llama"), config_of("dynamic-ntk")
+        edge = config.levels[1]
+        expected = answers(MethodSystem(model, rule_of(config)), tokens(edge - 3), tokens(6, seed=1))
+        assert_equal(answers(TorchReference(model, config), tokens(edge - 3), tokens(6, seed=1)), expected)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("family", ["llama", "falcon", "gemma2", "gpt_oss"])
+def test_the_graph_is_the_module(make_model, family, name):
+    """Where first tokens are seen from beyond the window, with all else that changes scores."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    changes = {"gemma2": {"sliding_window": 30}, "gpt_oss": {"sliding_window": 30}}.get(family, {})
+    model, config = make_model(family, **changes), config_of(name, window=20)
+    module, past, new = RoleModule(model, config), 34, 5
+    generator = torch.Generator().manual_seed(0)
+    keys = [torch.randn(1, x.kv_heads, past, x.key_size, generator=generator) for x in module.layers]
+    values = [torch.randn(1, x.kv_heads, past, x.value_size, generator=generator) for x in module.layers]
+    first = config.first_tokens
+    standing = torch.cat([torch.arange(first), torch.arange(first, past).roll(7)])[None]  # a ring
+    feeds = {
+        "input_ids": torch.arange(new)[None] + 7,
+        "position_ids": torch.arange(new)[None] + past,
+        "past_mask": torch.zeros(1, 1, 1, past),
+        "new_mask": torch.full((new, new), -1e9).triu(1)[None, None],
+        "query_scale": torch.full((1, 1, new, 1), 1.3),
+        "logits_at": torch.arange(new),
+        "past_position_ids": standing,
+    }
+    with torch.no_grad():
+        expected = module(**feeds, past_keys=keys, past_values=values).logits.numpy()
+        without = RoleModule(model, dataclasses.replace(config, window=1000).up_to(1200))(
+            **feeds, past_keys=keys, past_values=values
+        ).logits.numpy()
+        graph = with_attention(trace_roles(RoleModule(model, config, "traced")), "split")
+    assert np.abs(expected - without).max() > 1e-3, "the window changes nothing here"
+    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+        feeds |= {f"past_key_values.{layer}.key": key, f"past_key_values.{layer}.value": value}
+    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    names = {value.name for value in session.get_inputs()}
+    got = session.run(["logits"], {name: value.numpy() for name, value in feeds.items() if name in names})[0]
+    assert_equal(got, expected)
+
+
+@pytest.fixture(scope="session")
+def baseline_bundle(checkpoint, shared_folder) -> Callable[[str], Path]:
+    """``baseline_bundle(name)``: a llama of one layer under that method, for up to 300 tokens."""
+
+    def make(name: str) -> Path:
+        def export(folder: Path) -> None:
+            config = make_method(name, TRAINED, LONGEST).static()
+            export_model(checkpoint("tied_llama"), folder, config, max_tokens=LONGEST)
+
+        return shared_folder(f"{name}-baseline-bundle", export)
+
+    return make
+
+
+@pytest.mark.parametrize("name", BASELINES)
+class TestBundle:
+    @pytest.mark.parametrize("specialised", [False, True])
+    @pytest.mark.parametrize("backend", present_backends())
+    def test_is_the_rule(self, baseline_bundle, make_model, name, backend, specialised):
+        with MesaModel.load(baseline_bundle(name), backend, specialised=specialised, verify=False) as model:
+            config = model.manifest.config
+            assert isinstance(config, BaselineConfig)
+            rule = MethodSystem(make_model("tied_llama"), rule_of(config))
+            for length in (1, 60, 114, 240):
+                steps = tokens(12, seed=length)
+                assert_equal(answers(model, tokens(length), steps), answers(rule, tokens(length), steps))
+
+    def test_validates(self, baseline_bundle, checkpoint, name):
+        result = validate(baseline_bundle(name), checkpoint("tied_llama"), backend="torch", progress=False)
+        assert result.passed, result.verdict()
+
+    def test_a_second_turn(self, baseline_bundle, name):
+        with MesaModel.load(baseline_bundle(name), "torch", verify=False) as model:
+            whole = model.prefill(tokens(200))
+            model.prefill(tokens(200)[:70])
+            assert_equal(model.extend(tokens(200)[70:]), whole)
+
+    def test_rows_of_a_batch_are_apart(self, baseline_bundle, name):
+        prompts = [tokens(150), tokens(90, seed=1)]
+        with MesaModel.load(baseline_bundle(name), "torch", verify=False) as model:
+            alone = [answers(model, prompt, [5, 6]) for prompt in prompts]
+            model.prefill(prompts)
+            model.step([5, 5])
+            together = model.step([6, 6])[:, 0]
+            assert_equal(together, np.stack([rows[-1] for rows in alone]))
+
+    def test_ends_where_its_positions_end(self, baseline_bundle, name):
+        with MesaModel.load(baseline_bundle(name), "torch", verify=False) as model:
+            longest = model.max_tokens
+            model.prefill(tokens(longest))
+            with pytest.raises(MesaError, match=f"--max-tokens {longest + 1}"):
+                model.step(5)
+            with pytest.raises(MesaError, match="export again with --max-tokens"):
+                model.prefill(tokens(longest + 1))
+            assert model.lengths == [longest]
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+class TestDroppedKeys:
+    def test_the_cache_does_not_grow_with_the_text(self, baseline_bundle, name):
+        with MesaModel.load(baseline_bundle(name), "torch", verify=False) as model:
+            reach = model.manifest.config.reach
+            assert reach is not None
+            model.prefill(tokens(300))
+            assert model.executor.cache.capacity == reach.slots
+
+    def test_a_failure_in_the_middle_loses_no_key(self, baseline_bundle, name, monkeypatch):
+        """Slices before the one that fails have dropped keys that the next turn has to see."""
+        with MesaModel.load(baseline_bundle(name), "torch", verify=False) as model:
+            model.prefill(tokens(100))
+            expected = model.extend(tokens(150, seed=1))
+            model.prefill(tokens(100))
+            cache: Any = model.executor.cache
+            run, count = cache._graphs.run, 0
+
+            def fail(role, bucket, feeds):
+                nonlocal count
+                count += 1
+                if count == 3:
+                    raise MesaError("the engine gave up")
+                return run(role, bucket, feeds)
+
+            monkeypatch.setattr(cache._graphs, "run", fail)
+            with pytest.raises(MesaError, match="gave up"):
+                model.extend(tokens(150, seed=1))
+            assert model.lengths == [100]
+            assert np.array_equal(model.extend(tokens(150, seed=1)), expected)
+
+    def test_no_engines(self, baseline_bundle, name):
+        with pytest.raises(MesaError, match="run it with onnxruntime or openvino"):
+            build_engines(baseline_bundle(name), gpus="sm89")
+
+
+def test_origin_and_mesa_have_the_same_buckets(baseline_bundle, checkpoint, tmp_path):
+    with MesaModel.load(baseline_bundle("origin"), "torch", verify=False) as model:
+        lengths = [bucket.max_tokens for bucket in model.manifest.buckets]
+        assert not [graph.file for graph in model.manifest.graphs if graph.role in ("head", "chunk", "place")]
+    export_model(checkpoint("tied_llama"), tmp_path / "mesa", MesaConfig(TRAINED), max_tokens=LONGEST)
+    with MesaModel.load(tmp_path / "mesa", "torch", verify=False) as model:
+        assert [bucket.max_tokens for bucket in model.manifest.buckets] == lengths
+
+
+def test_no_triton_repository(baseline_bundle, tmp_path):
+    with pytest.raises(MesaError, match="serves Mesa only"):
+        export_triton_repository(baseline_bundle("origin"), tmp_path / "repository", engine="onnxruntime")
+
+
+class TestCommand:
+    def test_parameters(self, checkpoint, tmp_path, capsys):
+        arguments = ["export", str(checkpoint("tied_llama")), "-o", str(tmp_path / "b"), "--max-tokens", "80"]
+        assert main([*arguments, "--method", "streaming-llm:sinks=2,log_n=true"]) == 0
+        assert main(["inspect", str(tmp_path / "b")]) == 0
+        out = capsys.readouterr().out
+        assert "streaming-llm: window 62, first_tokens 2, log_n True" in out
+        assert "stair" not in out
+
+    @pytest.mark.parametrize(
+        ("method", "message"),
+        [
+            ("rerope", "cannot be exported"),
+            ("nonsense", "unknown method 'nonsense'"),
+            ("yarn:slope=3", "no parameter 'slope'"),
+            ("yarn:factor=x", "is not PARAMETER=VALUE"),
+        ],
+    )
+    def test_bad_methods(self, checkpoint, tmp_path, capsys, method, message):
+        assert main(["export", str(checkpoint("tied_llama")), "-o", str(tmp_path / "b"), "--method", method]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "b").exists()
+
+    def test_mesas_own_options_do_not_mix(self, checkpoint, tmp_path, capsys):
+        arguments = ["export", str(checkpoint("tied_llama")), "-o", str(tmp_path / "b"), "--method", "origin"]
+        assert main([*arguments, "--head-length", "9"]) == 2
+        assert "--head-length with --method" in capsys.readouterr().err
+
+    def test_alibi_has_no_frequencies(self, checkpoint, tmp_path, capsys):
+        arguments = ["export", str(checkpoint("mpt")), "-o", str(tmp_path / "b"), "--method"]
+        assert main([*arguments, "yarn"]) == 2
+        assert "changes rotary positions" in capsys.readouterr().err
