@@ -117,7 +117,7 @@ def suite(options: argparse.Namespace) -> None:
 def retrieval(options: argparse.Namespace) -> None:
     """RULER's tasks, lines, pairs and the needle on the model that was trained on them."""
     models = {"tasks": model_folder(options, "tasks")}
-    result = _suite(options, models, RETRIEVAL_METHODS, RETRIEVAL_TASKS, options.lengths[:5])
+    result = _suite(options, models, RETRIEVAL_METHODS, RETRIEVAL_TASKS, options.lengths[:5:2])
     write_report(result, options.output / "retrieval")
     _stop_if_interrupted(complete=result.complete)
 
