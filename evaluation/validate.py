@@ -227,7 +227,7 @@ def _quantise(model: nn.Module, folder: Path, how: Quantisation) -> None:
 
     def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
         del name
-        return dequantise(quantise(weight, how), (weight.shape[0], weight.shape[1]), how)
+        return dequantise(quantise(weight, how), tuple(weight.shape), how)
 
     with torch.no_grad():
         names = read_quantised_names(folder)

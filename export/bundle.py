@@ -18,10 +18,11 @@ from mesart.export.calibrate import calibrated
 from mesart.export.checkpoint import TOKENIZER_FILES, check_checkpoint, local_folder
 from mesart.export.folders import atomic, check_target, require_space
 from mesart.export.forms import with_attention
-from mesart.export.quantise import check_groups, choose_quantisation, quantise_products
+from mesart.export.places import place_of_layers
+from mesart.export.quantise import EXPERT, check_groups, choose_quantisation, quantise_products
 from mesart.export.quantised_checkpoint import read_scheme
 from mesart.export.specialise import specialise
-from mesart.export.trace import trace_place, trace_places, trace_roles
+from mesart.export.trace import no_collection, trace_place, trace_roles
 from mesart.export.weights import WeightFiles, WeightMode, open_network
 from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
@@ -44,6 +45,7 @@ from mesart.graphs.manifest import (
 from mesart.graphs.plan import Bucket, buckets_up_to
 from mesart.graphs.role import RoleModule
 from mesart.graphs.rotary import LayerSpec
+from mesart.graphs.torch_weights import expert_weights
 
 _TOOLS = ("mesart", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 _GRAPH_BYTES = 2 << 20
@@ -129,7 +131,12 @@ def export_model(
         quantisation = network.quantisation
     else:
         linear = [(name, part) for name, part in network.module.named_modules() if isinstance(part, nn.Linear)]
-        check_groups({f"{name}.weight": part.in_features for name, part in linear}, quantisation)
+        inputs = {f"{name}.weight": part.in_features for name, part in linear}
+        if calibrate is None:  # which leaves experts alone
+            shapes = {name: parameter.shape for name, parameter in network.module.named_parameters()}
+            experts = expert_weights(network.module)
+            inputs |= {name: shapes[name][1 if inputs_first else 2] for name, inputs_first in experts.items()}
+        check_groups(inputs, quantisation)
         if calibrate is not None and calibration_text is not None:
             tokens = config.train_length
             say(f"calibrating {model} by {calibrate}, on {tokens} tokens at a time")
@@ -148,6 +155,7 @@ def export_model(
                 )
     graph_bytes = _GRAPH_BYTES * (2 * len(buckets) + 4)
     with (
+        no_collection(),
         atomic(target, "bundle", graph_bytes) as folder,
         closing(WeightFiles(network, folder, weights, quantisation)) as files,
     ):
@@ -211,13 +219,14 @@ def _trace(network: Any, config: MesaConfig, buckets: tuple[Bucket, ...]) -> _Gr
     graphs = _Graphs(module, moves=config.moves)
     with torch.no_grad():
         traced = trace_roles(module)
+        places: dict[LayerSpec, ir.Model] = {}
         for name, spec in graphs.place_files().items():
             dtype = next(network.parameters()).dtype
-            place = trace_place(module.place(spec), spec.kv_heads, spec.key_size, dtype)
-            graphs.add(name, "place", None, place)
-        places = trace_places(module) if config.moves else None
-        if places is not None:
-            graphs.add(ENGINE_PLACE_FILE, "engine_place", None, places)
+            places[spec] = trace_place(module.place(spec), spec.kv_heads, spec.key_size, dtype)
+            graphs.add(name, "place", None, places[spec])
+    if places:
+        each = {index: places[spec] for index, spec in enumerate(module.layers) if spec in places}
+        graphs.add(ENGINE_PLACE_FILE, "engine_place", None, place_of_layers(each))
     graphs.add(SYMBOLIC_FILE, "any", None, with_attention(traced, "split"))
     if config.reach is None:  # engines write a cache that grows
         graphs.add(ENGINE_FILE, "engine", None, with_attention(traced, "in_place"))
@@ -254,7 +263,7 @@ def _name_weights(files: WeightFiles, graphs: _Graphs) -> None:
 
 def _quantise(files: WeightFiles, graphs: _Graphs, how: Quantisation, only: Collection[str] | None) -> None:
     """The same weights in all graphs; a tied table of embeddings is used as it is too."""
-    names = set().union(*(quantise_products(graph.graph, how, only) for graph in graphs.files.values()))
+    names = set().union(*(quantise_products(graph, how, files.experts, only) for graph in graphs.files.values()))
     if not names:
         raise MesaError(f"{type(graphs.module.model).__name__} has no linear layer of two dimensions to quantise")
     values = (value for graph in graphs.files.values() for value in graph.graph.initializers.values())
@@ -268,6 +277,10 @@ def _attach(graph: ir.Model, folder: Path, places: dict[str, tuple[str, int, int
         if name is not None:
             file, offset, length = places[name]
             assert value.const_value is not None
+            expert = value.metadata_props.pop(EXPERT, None)
+            if expert is not None:
+                length = value.const_value.nbytes
+                offset += int(expert) * length
             value.const_value = ir.ExternalTensor(
                 file,
                 offset,

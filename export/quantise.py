@@ -1,11 +1,12 @@
-"""Weights of linear layers as whole numbers of 8 or 4 bits: a scale for each block of inputs.
+"""Weights of linear layers and of experts as whole numbers of 8 or 4 bits: a scale for each block of inputs.
 
 Here they are rounded to nearest, without looking at any text; :mod:`mesart.export.calibrate` does better, by a library.
 
 A layer computes ``x @ W.T``; its weight ``W``, ``[out, in]``, is stored as ``[in, out]``, blocks along the first axis,
 and a graph has the standard ``DequantizeLinear`` (opset 21) in front of ``MatMul``. That is the one form that all
 engines keep packed: onnxruntime makes ``MatMulNBits`` of it, OpenVINO a compressed ``FullyConnected``, TensorRT a
-product with whole numbers.
+product with whole numbers. Experts, whose weights are stored in one tensor, are multiplied one by one therefore
+(:mod:`mesart.export.experts`).
 
 Activations, the cache and all other weights keep the bundle's dtype. So does the table of embeddings: its rows are
 gathered, a few at a time, so that nothing is gained in speed; a table that is also the language head (tied) stays for
@@ -15,13 +16,15 @@ the gathering and is quantised for the product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
 from torch import Tensor
 
+from mesart.export.experts import find_groups, split_group
 from mesart.export.fp8 import quantise_fp8, round_inputs
 from mesart.export.safetensors_file import Pending
 from mesart.graphs.errors import MesaError
@@ -37,6 +40,9 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 
 DEFAULT_GROUP = 32
 """Of int4: the best quality for half a bit more a weight (docs/precision.md)."""
+
+EXPERT = "expert"
+"""In the ``metadata_props`` of an initializer: of which expert it is, where those of all are stored as one tensor."""
 
 _ONNX_TYPES = {
     (8, True): ir.DataType.INT8,
@@ -103,12 +109,20 @@ def quantise(weight: Tensor, how: Quantisation) -> Packed:
     """Rounds a weight to whole numbers.
 
     Args:
-        weight: ``[out, in]``, of any floating dtype, which the scales get too.
+        weight: ``[out, in]``, or ``[E, out, in]`` of experts, of any floating dtype, which the scales get too.
         how: the group size must divide ``in``.
 
     Returns:
         Numbers, scales and zero points. A block whose weights are all zero has the scale 1.
     """
+    if weight.dim() == 3:
+        each = [quantise(expert, how) for expert in weight]
+        zero_points = [expert.zero_points for expert in each if expert.zero_points is not None]
+        return Packed(
+            torch.stack([expert.numbers for expert in each]),
+            torch.stack([expert.scales for expert in each]),
+            torch.stack(zero_points) if zero_points else None,
+        )
     if how.scheme == "fp8":
         return quantise_fp8(weight)
     outputs, inputs = weight.shape
@@ -135,12 +149,15 @@ def quantise(weight: Tensor, how: Quantisation) -> Packed:
     )
 
 
-def scales_shape(shape: tuple[int, int], how: Quantisation) -> tuple[int, ...]:
-    """That of the scales of a weight ``[out, in]``: ``[in / group, out]``, ``[out]`` without groups, ``[]`` of fp8."""
+def scales_shape(shape: tuple[int, ...], how: Quantisation) -> tuple[int, ...]:
+    """That of the scales of a weight ``[out, in]``: ``[in / group, out]``, ``[out]`` without groups, ``[]`` of fp8.
+
+    Those of experts, ``[E, out, in]``, have E such.
+    """
+    *experts, outputs, inputs = shape
     if how.scheme == "fp8":
-        return ()
-    outputs, inputs = shape
-    return (outputs,) if how.group_size is None else (inputs // how.group_size, outputs)
+        return (*experts,)
+    return (*experts, outputs) if how.group_size is None else (*experts, inputs // how.group_size, outputs)
 
 
 def pack(numbers: Tensor, how: Quantisation) -> Tensor:
@@ -154,13 +171,13 @@ def pack(numbers: Tensor, how: Quantisation) -> Tensor:
 
 
 def pending(
-    name: str, shape: tuple[int, int], dtype: torch.dtype, make: Callable[[], PackedParts], how: Quantisation
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], PackedParts], how: Quantisation
 ) -> dict[str, Pending]:
     """The parts of a quantised weight, to be written one by one: each makes the weight anew, and nothing is kept.
 
     Args:
         name: the parameter's.
-        shape: ``[out, in]``.
+        shape: ``[out, in]`` or ``[E, out, in]``.
         dtype: of the scales.
         make: gives the quantised weight.
         how: the quantisation.
@@ -171,21 +188,21 @@ def pending(
         assert zeros is not None
         return zeros
 
-    outputs, inputs = shape
+    *experts, outputs, inputs = shape
     scales = scales_shape(shape, how)
 
     def stored(extents: tuple[int, ...], part: Callable[[], Tensor]) -> Pending:
-        if how.bits == 4:
-            return Pending(torch.uint8, (-(-math.prod(extents) // 2),), part)
+        if how.bits == 4:  # each expert begins with a byte of its own
+            return Pending(torch.uint8, (*experts, -(-math.prod(extents[len(experts) :]) // 2)), part)
         return Pending(torch.int8 if how.symmetric else torch.uint8, extents, part)
 
     def numbers() -> Tensor:
         return make().numbers
 
     parts = {
-        name + QUANTISED: Pending(FP8, (inputs, outputs), numbers)
+        name + QUANTISED: Pending(FP8, (*experts, inputs, outputs), numbers)
         if how.scheme == "fp8"
-        else stored((inputs, outputs), numbers),
+        else stored((*experts, inputs, outputs), numbers),
         name + SCALES: Pending(dtype, scales, lambda: make().scales),
     }
     if not how.symmetric:
@@ -193,7 +210,9 @@ def pending(
     return parts
 
 
-def quantise_products(graph: ir.Graph, how: Quantisation, only: Collection[str] | None = None) -> set[str]:
+def quantise_products(
+    model: ir.Model, how: Quantisation, experts: Mapping[str, bool], only: Collection[str] | None = None
+) -> set[str]:
     """Puts ``DequantizeLinear`` in front of each product with a weight, in place.
 
     Initializers carry the name of their parameter as ``metadata_props["weight"]``, which the new ones get too, with
@@ -201,8 +220,10 @@ def quantise_products(graph: ir.Graph, how: Quantisation, only: Collection[str] 
     that is used otherwise too is kept beside its quantised form.
 
     Args:
-        graph: of any role.
+        model: a graph of any role.
         how: the quantisation.
+        experts: the weights of experts that are quantised too, and whether they lie ``[E, in, out]``; each gets a
+            product of its own, with initializers that say whose they are (:data:`EXPERT`).
         only: the parameters that may be quantised; all if left out.
 
     Returns:
@@ -211,25 +232,35 @@ def quantise_products(graph: ir.Graph, how: Quantisation, only: Collection[str] 
     Raises:
         MesaError: the group size divides no input dimension, with one that would.
     """
-    weights = {}
-    for value in list(graph.initializers.values()):
-        products = [product for use in value.uses() for product in _products(use.node)]
+    graph = model.graph
+    weights: dict[str, ir.Value] = {}
+    products: dict[ir.Node, tuple[str, Sequence[int | None]]] = {}  # what each multiplies with; of which experts
+    for value in graph.initializers.values():
         name = value.metadata_props.get("weight")
-        if name is not None and products and (only is None or name in only):
-            weights[name] = (value, products)
-    check_groups({name: _shape(value)[1] for name, (value, _) in weights.items()}, how)
-    for name, (value, products) in weights.items():
-        dequantised = _dequantised(graph, value, name, how)
-        graph.insert_before(next(node for node in graph if node in products), dequantised)
-        for product in products:
-            product.replace_input_with(1, dequantised.outputs[0])
-        for transpose in [use.node for use in value.uses()]:
-            if not transpose.outputs[0].uses():
-                graph.remove(transpose, safe=True)
-        if not value.uses():
-            graph.initializers.pop(str(value.name))
+        if name is None or (only is not None and name not in only):
+            continue
+        found: dict[ir.Node, Sequence[int | None]]
+        if name in experts:
+            found = dict(find_groups(value, inputs_first=experts[name]))
+        else:
+            found = {product: [None] for use in value.uses() for product in _products(use.node)}
+        if found:
+            weights[name] = value
+            products |= {product: (name, group) for product, group in found.items()}
+    shapes = {name: _shape(value, inputs_first=experts.get(name, False)) for name, value in weights.items()}
+    check_groups({name: inputs for name, (_, inputs) in shapes.items()}, how)
+    dequantised: dict[tuple[str, int | None], ir.Value] = {}
+    for product in [node for node in graph if node in products]:
+        name, group = products[product]
+        for expert in group:
+            if (name, expert) not in dequantised:
+                made = _dequantised(graph, weights[name], shapes[name], how, expert)
+                graph.insert_before(product, made)
+                dequantised[name, expert] = made.outputs[0]
+        split_group(graph, product, [dequantised[name, expert] for expert in group])
     if how.scheme == "fp8":
-        round_inputs(graph, [product for _, products in weights.values() for product in products])
+        round_inputs(graph, list(products))
+    passes.RemoveUnusedNodesPass()(model)
     return set(weights)
 
 
@@ -240,44 +271,56 @@ def _products(transpose: ir.Node) -> list[ir.Node]:
     return [use.node for use in transpose.outputs[0].uses() if use.node.op_type == "MatMul" and use.idx == 1]
 
 
-def _dequantised(graph: ir.Graph, weight: ir.Value, name: str, how: Quantisation) -> ir.Node:
-    outputs, inputs = shape = _shape(weight)
+def _dequantised(
+    graph: ir.Graph, weight: ir.Value, shape: tuple[int, int], how: Quantisation, expert: int | None
+) -> ir.Node:
+    """A weight ``[in, out]``, one expert's or a linear layer's, of initializers whose numbers are not written yet."""
+    outputs, inputs = shape
     numbers = ir.DataType.FLOAT8E4M3FN if how.scheme == "fp8" else _ONNX_TYPES[how.bits, how.symmetric]
     scales = scales_shape(shape, how)
     assert weight.dtype is not None
-    parts = [_placeholder(weight, name, QUANTISED, numbers, (inputs, outputs))]
-    parts.append(_placeholder(weight, name, SCALES, weight.dtype, scales))
+    parts = [_placeholder(weight, QUANTISED, numbers, (inputs, outputs), expert)]
+    parts.append(_placeholder(weight, SCALES, weight.dtype, scales, expert))
     if not how.symmetric:
-        parts.append(_placeholder(weight, name, ZERO_POINTS, numbers, scales))
+        parts.append(_placeholder(weight, ZERO_POINTS, numbers, scales, expert))
     for part in parts:
         graph.register_initializer(part)
     blocks = {"axis": 1} if how.group_size is None else {"axis": 0, "block_size": how.group_size}
     node = ir.node("DequantizeLinear", parts, {} if how.scheme == "fp8" else blocks)
-    node.outputs[0].name = f"{weight.name}.dequantised"
+    node.outputs[0].name = _own_name(weight, expert) + ".dequantised"
     node.outputs[0].shape, node.outputs[0].type = ir.Shape((inputs, outputs)), ir.TensorType(weight.dtype)
     return node
 
 
-def _placeholder(weight: ir.Value, name: str, part: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
-    """An initializer whose numbers are not written yet."""
+def _placeholder(
+    weight: ir.Value, part: str, dtype: ir.DataType, shape: tuple[int, ...], expert: int | None
+) -> ir.Value:
+    stored = weight.metadata_props["weight"] + part
 
     def unwritten() -> ir.TensorProtocol:
-        raise AssertionError(f"{name}{part} is read before it is written")
+        raise AssertionError(f"{stored} is read before it is written")
 
     extents = ir.Shape(shape)
-    tensor = ir.LazyTensor(unwritten, dtype, extents, name=f"{weight.name}{part}")
+    tensor = ir.LazyTensor(unwritten, dtype, extents, name=_own_name(weight, expert) + part)
     value = ir.Value(name=tensor.name, shape=extents, type=ir.TensorType(dtype), const_value=tensor)
-    value.metadata_props["weight"] = name + part
+    value.metadata_props["weight"] = stored
+    if expert is not None:
+        value.metadata_props[EXPERT] = str(expert)
     return value
 
 
-def _shape(weight: ir.Value) -> tuple[int, int]:
+def _own_name(weight: ir.Value, expert: int | None) -> str:
+    return str(weight.name) if expert is None else f"{weight.name}.{expert}"
+
+
+def _shape(weight: ir.Value, *, inputs_first: bool) -> tuple[int, int]:
+    """Outputs and inputs."""
     assert weight.shape is not None
-    outputs, inputs = weight.shape.numpy()
-    return outputs, inputs
+    *_, one, other = weight.shape.numpy()
+    return (other, one) if inputs_first else (one, other)
 
 
-def quantised_bytes(shape: tuple[int, int], dtype: torch.dtype, how: Quantisation) -> int:
+def quantised_bytes(shape: tuple[int, ...], dtype: torch.dtype, how: Quantisation) -> int:
     """What a weight takes on disk."""
 
     def unmade() -> PackedParts:
@@ -287,6 +330,7 @@ def quantised_bytes(shape: tuple[int, int], dtype: torch.dtype, how: Quantisatio
 
 
 __all__ = [
+    "EXPERT",
     "GROUP_SIZES",
     "SCHEMES",
     "PackedParts",

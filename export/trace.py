@@ -18,15 +18,19 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
 from onnxscript import optimizer, rewriter
-from torch import Tensor, nn
+from onnxscript.rewriter.rules.common import slice_split_rule
+from torch import nn
 
+from mesart.export.decompose import decomposed_one_by_one
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.role import RoleModule
-from mesart.graphs.rotary import Place
 
 OPSET = 23
 IR_VERSION = 11
 """onnxruntime 1.31 reads up to IR version 12; 11 is the one that opset 23 came with."""
+
+_REWRITE_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is not slice_split_rule]
+"""onnxscript's, but for one that looks at all nodes for each node, and fits slices that the exporter hardly writes."""
 
 _FOLD_BYTES = 1024
 """Constants larger than this are not folded."""
@@ -126,43 +130,13 @@ def trace_place(module: nn.Module, kv_heads: int, key_size: int, dtype: torch.dt
     return _tidy(model)
 
 
-def trace_places(module: RoleModule) -> ir.Model | None:
-    """The place of all layers at once, for engines that keep the cache on a device; ``None`` if no layer turns keys.
-
-    Inputs ``key.N`` ``[B, K, S, D]`` of each layer N that turns its keys, ``from_ids`` and ``to_ids``, int64
-    ``[B, S]``; outputs ``moved.N``.
-    """
-    layers = {index: spec for index, spec in enumerate(module.layers) if spec.layout is not None}
-    if not layers:
-        return None
-    dtype = next(module.parameters()).dtype
-    keys = [torch.zeros(2, spec.kv_heads, 5, spec.key_size, dtype=dtype) for spec in layers.values()]
-    ids = torch.zeros(2, 5, dtype=torch.int64)
-    any_size = torch.export.Dim.DYNAMIC
-    sequence = {0: any_size, 1: any_size}
-    shapes = ([{0: any_size, 2: any_size}] * len(layers), sequence, sequence)
-    shared = {spec: module.place(spec) for spec in layers.values()}
-    model = _to_onnx(_Places([shared[spec] for spec in layers.values()]), (keys, ids, ids.clone()), shapes)
-    _rename(model, [*(f"key.{i}" for i in layers), "from_ids", "to_ids"], [f"moved.{i}" for i in layers])
-    _name_axes(model, {"key.": "B . S .", "moved.": "B . S .", "": "B S"})
-    return _tidy(model)
-
-
-class _Places(nn.Module):
-    def __init__(self, places: list[Place]) -> None:
-        super().__init__()
-        self.places = nn.ModuleList(places)
-
-    def forward(self, keys: list[Tensor], from_ids: Tensor, to_ids: Tensor) -> list[Tensor]:
-        return [place(key, from_ids, to_ids) for place, key in zip(self.places, keys, strict=True)]
-
-
 def _to_onnx(module: nn.Module, example: tuple[object, ...], shapes: tuple[object, ...]) -> ir.Model:
     name = type(getattr(module, "model", module)).__name__
     program: torch.export.ExportedProgram | None = None
-    with _quiet(), _no_collection():
+    with _quiet():
         try:
             program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+            program = decomposed_one_by_one(program)
             translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
         except MesaError:
             raise
@@ -191,8 +165,8 @@ def _reason(error: BaseException, program: torch.export.ExportedProgram | None) 
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Tracing makes millions of objects, all of which stay: looking for garbage among them takes a seventh of it."""
+def no_collection() -> Iterator[None]:
+    """Graphs are millions of objects, and nearly all stay: looking for garbage among them is a sixth of an export."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -281,11 +255,9 @@ def _divide(model: ir.Model) -> None:
         for x, inverse in (node.inputs, node.inputs[::-1]):
             producer = None if inverse is None else inverse.producer()
             if producer is not None and producer.op_type == "Reciprocal":
-                quotient = ir.node("Div", [x, producer.inputs[0]])
-                quotient.outputs[0].shape, quotient.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-                model.graph.insert_before(node, quotient)
-                ir.convenience.replace_all_uses_with(node.outputs[0], quotient.outputs[0])
-                model.graph.remove(node, safe=True)
+                node.op_type = "Div"
+                node.replace_input_with(0, x)
+                node.replace_input_with(1, producer.inputs[0])
                 break
     merge_equal(model)
 
@@ -306,16 +278,17 @@ def fold(model: ir.Model, *, rewrite: bool = True) -> None:
     ``rewrite``: also onnxscript's rules, which take a hundred times as long; once for a traced graph is enough.
     """
     with _weights_hidden(model), _quiet():
-        for last in (False, True):
-            optimizer.fold_constants(
-                model,
-                onnx_shape_inference=False,
-                input_size_limit=_FOLD_BYTES,
-                output_size_limit=_FOLD_BYTES,
-            )
-            if rewrite and not last:
-                rewriter.rewrite(model)
+        _fold_constants(model)
+        if rewrite:
+            rewriter.rewrite(model, _REWRITE_RULES)
+            _fold_constants(model)
     merge_equal(model)
+
+
+def _fold_constants(model: ir.Model) -> None:
+    optimizer.fold_constants(
+        model, onnx_shape_inference=False, input_size_limit=_FOLD_BYTES, output_size_limit=_FOLD_BYTES
+    )
 
 
 def merge_equal(model: ir.Model) -> None:

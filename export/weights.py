@@ -28,7 +28,7 @@ from mesart.export.quantised_checkpoint import Repacked, open_packed, read_schem
 from mesart.export.safetensors_file import Pending, Stored, read_header, write_file
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import WEIGHTS_FILE, FileInfo, Quantisation, sha256
-from mesart.graphs.torch_weights import match_weights
+from mesart.graphs.torch_weights import expert_weights, match_weights
 
 WeightMode = Literal["link", "copy"]
 """``link``: a weight that the checkpoint holds in the asked dtype stays in its file, which the bundle links to (hard,
@@ -178,14 +178,20 @@ class WeightFiles:
         network: whose weights they hold.
         folder: the bundle's.
         mode: see :data:`WeightMode`; a quantised bundle has no use for the checkpoint's files, and copies.
-        how: how the weights of linear layers are stored.
+        how: how the weights of linear layers and experts are stored.
     """
+
+    experts: dict[str, bool]
+    """The weights of experts that are quantised, and whether they lie ``[E, in, out]``: none in fp8, and none if the
+    checkpoint is quantised and has left them."""
 
     def __init__(self, network: Network, folder: Path, mode: WeightMode, how: Quantisation | None = None) -> None:
         self._network, self._folder, self._how = network, folder, how
         self._quantised: set[str] = set()
         self._unused: set[str] = set()
         module = network.module
+        whole = how is None or how.scheme == "fp8" or bool(network.packed)
+        self.experts = {} if whole else expert_weights(module)
         self._parameters = dict(module.named_parameters())
         self._names = {parameter.data_ptr(): name for name, parameter in self._parameters.items()}
         self._tables: dict[str, Tensor] = {}
@@ -214,12 +220,17 @@ class WeightFiles:
 
     def _bytes(self, name: str, parameter: Tensor) -> int:
         whole = parameter.numel() * parameter.element_size()
-        if self._how is None or parameter.dim() != 2 or (self._network.packed and name not in self._network.packed):
+        multiplied = parameter.dim() == 2 or name in self.experts
+        if self._how is None or not multiplied or (self._network.packed and name not in self._network.packed):
             return whole
         modules = self._network.module.modules()
         table = any(isinstance(m, nn.Embedding) and m.weight is parameter for m in modules)
-        shape = (parameter.shape[0], parameter.shape[1])
+        shape = tuple(self._matrices(name, parameter).shape)
         return quantised_bytes(shape, parameter.dtype, self._how) + whole * table
+
+    def _matrices(self, name: str, weight: Tensor) -> Tensor:
+        """A weight as ``[out, in]`` or ``[E, out, in]``."""
+        return weight.transpose(-1, -2) if self.experts.get(name) else weight
 
     def quantise(self, names: set[str], used: set[str]) -> None:
         """Stores parameters in quantised form, ``names``, and as they are only those that are ``used`` so."""
@@ -260,10 +271,8 @@ class WeightFiles:
                 pending[name] = whole
             if name in self._quantised:
                 assert self._how is not None
-                outputs, inputs = whole.shape
-                pending |= pending_parts(
-                    name, (outputs, inputs), whole.dtype, self._packing(name, whole, self._how), self._how
-                )
+                shape = tuple(self._matrices(name, parameter).shape)
+                pending |= pending_parts(name, shape, whole.dtype, self._packing(name, whole, self._how), self._how)
         path = self._folder / WEIGHTS_FILE
         total = sum(tensor.bytes for tensor in pending.values())
         with tqdm(
@@ -280,7 +289,9 @@ class WeightFiles:
     def _packing(self, name: str, whole: Pending, how: Quantisation) -> Callable[[], PackedParts]:
         """How a weight becomes its quantised form: as the checkpoint has it, or else by rounding."""
         packed = self._network.packed.get(name)
-        return (lambda: quantise(whole.make().to(whole.dtype), how)) if packed is None else (lambda: packed)
+        if packed is not None:
+            return lambda: packed
+        return lambda: quantise(self._matrices(name, whole.make().to(whole.dtype)), how)
 
     def _pending(self, name: str, parameter: Tensor) -> Pending:
         network = self._network

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -35,6 +36,9 @@ Layout = Literal["bucket", "profile"]
 """``bucket``: an engine for each role and bucket. ``profile``: an engine for each role, a profile for each bucket."""
 Weights = Literal["shared", "embedded"]
 """``shared``: weights are inputs of every engine, one copy on the device. ``embedded``: each engine holds its own."""
+
+_BLOCK_BYTES = 16 << 20
+"""Read at a time: a thread that hashes while another computes waits for its turn after each block."""
 
 Plan: TypeAlias = bytes
 """A serialised TensorRT engine."""
@@ -323,7 +327,21 @@ def engine_info(fields: dict[str, Any]) -> EngineInfo:
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    with path.open("rb", buffering=0) as file:
+        size = path.stat().st_size
+        block = memoryview(bytearray(min(size, _BLOCK_BYTES) or 1))
+        drop = _is_larger_than_memory(size)
+        start = 0
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            if drop:
+                os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_DONTNEED)
+            start += count
     return digest.hexdigest()
+
+
+def _is_larger_than_memory(size: int) -> bool:
+    """Whether a file cannot stay in the system's cache: what was read of it would only push out all the rest."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    return size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

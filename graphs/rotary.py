@@ -157,8 +157,9 @@ def _probe(layer: nn.Module, table: str | None, size: int | None, shared: tuple[
     if size is not None:
         still = torch.ones(1, 1, size), torch.zeros(1, 1, size)
         turn = torch.zeros(1, 1, size), torch.ones(1, 1, size)
-    plain, value = _keys(layer, still, shared[0])
-    turned, _ = _keys(layer, turn, shared[1])
+    real = _with_random_weights(layer)
+    plain, value = _keys(real, still, shared[0])
+    turned, _ = _keys(real, turn, shared[1])
     kv_heads, key_size, value_size = plain.shape[1], plain.shape[3], value.shape[3]
     differing = (plain - turned).abs().amax(dim=(0, 1, 2)).gt(1e-6).nonzero().flatten().tolist()
     if not differing or size is None:
@@ -176,18 +177,23 @@ def _probe(layer: nn.Module, table: str | None, size: int | None, shared: tuple[
     )
 
 
-def _keys(layer: nn.Module, rotation: tuple[Tensor, Tensor] | None, shared: SharedKeys) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[1, K, 1, D]`` that one attention layer makes of a random hidden state and a given rotation.
-
-    ``shared``: what layers have made before it, and some take over (Gemma 3n and 4).
-    """
+def _with_random_weights(layer: nn.Module) -> nn.Module:
+    """A copy of a layer in float32; a scale is drawn around 1."""
     real = copy.deepcopy(layer).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in real.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.dim() == 1))
+            parameter.normal_(float(parameter.dim() == 1), 0.1, generator=generator)
+    return real
+
+
+def _keys(real: nn.Module, rotation: tuple[Tensor, Tensor] | None, shared: SharedKeys) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[1, K, 1, D]`` that one attention layer makes of a random hidden state and a given rotation.
+
+    ``shared``: what layers have made before it, and some take over (Gemma 3n and 4).
+    """
     width = next(p.shape[1] for p in real.parameters() if p.dim() == 2)  # a projection's input
-    hidden = torch.randn(1, 1, width, generator=generator)
+    hidden = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(1))
     index = int(real.layer_idx)  # type: ignore[arg-type]
     empty = torch.zeros(1, 1, 1, 0)
     zero = torch.zeros(1, 1, dtype=torch.int64)
@@ -201,10 +207,10 @@ def _keys(layer: nn.Module, rotation: tuple[Tensor, Tensor] | None, shared: Shar
                 real(hidden_states=hidden, position_embeddings=rotation, attention_mask=None, **wanted)
         except TypeError as error:
             raise MesaError(
-                f"{type(layer).__name__} cannot be run alone to see how it turns its keys: {error}"
+                f"{type(real).__name__} cannot be run alone to see how it turns its keys: {error}"
             ) from error
     if index not in inputs.new_keys:
-        raise MesaError(f"{type(layer).__name__} does not call transformers' attention interface; it cannot be traced")
+        raise MesaError(f"{type(real).__name__} does not call transformers' attention interface; it cannot be traced")
     return inputs.new_keys[index], inputs.new_values[index]
 
 

@@ -24,7 +24,7 @@ QUANTISED, SCALES, ZERO_POINTS = ".quantised", ".scales", ".zero_points"
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised weight of a linear layer ``[out, in]``, as it is stored."""
+    """A quantised weight of a linear layer ``[out, in]``, as it is stored; of experts, ``[E, out, in]``, E of each."""
 
     numbers: Tensor
     """Of 8 bits: ``[in, out]``, int8 if symmetric, else uint8. Of 4 bits: uint8, flat, two in a byte, the first low."""
@@ -34,8 +34,12 @@ class Packed:
     """As the scales, packed as the numbers; ``None`` if symmetric."""
 
 
-def dequantise(packed: Packed, shape: tuple[int, int], how: Quantisation) -> Tensor:
-    """The weight ``[out, in]`` that a quantised one stands for, in the dtype of its scales."""
+def dequantise(packed: Packed, shape: tuple[int, ...], how: Quantisation) -> Tensor:
+    """The weight ``[out, in]`` or ``[E, out, in]`` that a quantised one stands for, in the dtype of its scales."""
+    if len(shape) == 3:
+        zeros = [None] * shape[0] if packed.zero_points is None else [*packed.zero_points]
+        experts = map(Packed, packed.numbers, packed.scales, zeros)
+        return torch.stack([dequantise(expert, shape[1:], how) for expert in experts])
     if how.scheme == "fp8":
         return (packed.numbers.float() * packed.scales.float()).t().to(packed.scales.dtype)
     outputs, inputs = shape
@@ -53,6 +57,19 @@ def _unpack(stored: Tensor, count: int, how: Quantisation) -> Tensor:
         return stored.reshape(-1).float()
     numbers = torch.stack((stored & 15, stored >> 4), -1).reshape(-1)[:count].float()
     return torch.where(numbers > 7, numbers - 16, numbers) if how.symmetric else numbers
+
+
+def expert_weights(model: nn.Module) -> dict[str, bool]:
+    """The weights of experts, by name, and whether they lie ``[E, in, out]`` instead of ``[E, out, in]``.
+
+    Those that :mod:`mesart.graphs.experts` multiplies with, which transformers marks so.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        if parameter.dim() == 3 and hasattr(module, "is_transposed"):
+            found[name] = bool(module.is_transposed)
+    return found
 
 
 def match_weights(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str] | None:
@@ -116,7 +133,7 @@ def fill_weights(model: nn.Module, bundle: Path, manifest: Manifest) -> None:
             def dequantised(name: str, weight: Tensor) -> Tensor:
                 zeros = read(name + ZERO_POINTS) if name + ZERO_POINTS in where else None
                 packed = Packed(read(name + QUANTISED), read(name + SCALES), zeros)
-                return dequantise(packed, (weight.shape[0], weight.shape[1]), how)
+                return dequantise(packed, tuple(weight.shape), how)
 
             if how.scheme == "fp8":
                 round_inputs(model, quantised)
@@ -138,19 +155,21 @@ def read_quantised_names(bundle: Path) -> list[str]:
 
 
 def replace_products(model: nn.Module, names: list[str], make: Callable[[str, Tensor], Tensor]) -> None:
-    """Gives linear layers other weights, in place; tables of embeddings that are tied to them keep theirs.
+    """Gives linear layers and experts other weights, in place; tables of embeddings that are tied to them keep theirs.
 
     Args:
         model: the model.
         names: of parameters.
-        make: the new weight, from the name and the old weight.
+        make: the new weight, from the name and the old weight: ``[out, in]`` or ``[E, out, in]``.
     """
+    experts = expert_weights(model)
     parameters = dict(model.named_parameters())
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name in names:
         weight = parameters[name]
         if id(weight) not in tables:
-            weight.copy_(make(name, weight))
+            matrices = weight.transpose(-1, -2) if experts.get(name) else weight
+            matrices.copy_(make(name, matrices))
             continue
         untied = nn.Parameter(make(name, weight).to(weight.dtype), requires_grad=weight.requires_grad)
         for module in model.modules():
@@ -164,6 +183,7 @@ __all__ = [
     "ZERO_POINTS",
     "Packed",
     "dequantise",
+    "expert_weights",
     "fill_weights",
     "match_weights",
     "read_quantised_names",

@@ -87,6 +87,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 8, "partial_rotary_factor": 0.5},  # interleaved and partial
     "smollm3": {"no_rope_layers": [1, 0]},  # a layer without rotary embedding
     "mixtral": {"num_local_experts": 4},  # a mixture of experts
+    "wide_mixtral": {"model_type": "mixtral", "num_local_experts": 4, "head_dim": 128, "num_hidden_layers": 1},
     "deepseek_v3": LATENT,
     "deepseek_v2": LATENT,  # with turns that are complex numbers
     "gpt_oss": {  # sinks, experts, and a window shorter than the trained length beside a full layer

@@ -183,6 +183,14 @@ class TestBundles:
             assert file.get_tensor(f"{down}.scales").shape == ()
         assert "fp8" in str(Manifest.read(bundle).quantisation)
 
+    @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+    def test_experts_keep_the_dtype(self, fp8_bundle, family):
+        bundle = fp8_bundle(family, "float32")
+        with safe_open(bundle / "weights.safetensors", framework="pt") as file:
+            names = {name.removeprefix("model.layers.0.") for name in file.keys()}  # noqa: SIM118  (no mapping)
+        assert {"self_attn.q_proj.weight.quantised", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"} <= names
+        assert not any("experts" in name and name.endswith((".quantised", ".scales")) for name in names)
+
 
 class TestRefusals:
     def test_gpus_without_fp8(self, fp8_bundle):

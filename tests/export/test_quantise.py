@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from mesart.evaluation.validate import validate
 from mesart.export import build_engines, export_model
-from mesart.export.quantise import GROUP_SIZES, choose_quantisation, quantise
+from mesart.export.quantise import GROUP_SIZES, choose_quantisation, pending, quantise
 from mesart.graphs import MesaError
 from mesart.graphs.manifest import Manifest, Quantisation
 from mesart.graphs.torch_graph import load_bundle_model
@@ -83,6 +83,25 @@ class TestNumbers:
         expected = torch.from_numpy(whole.reshape(weight.shape[1], -1).T.copy()).to(weight.dtype)
         assert torch.equal(expected, dequantise(packed, tuple(weight.shape), how))
 
+    @given(weights(), SCHEMES)
+    def test_experts_are_quantised_one_by_one(self, weight, how):
+        stack = torch.stack([weight, -3 * weight, 0 * weight])
+        packed = quantise(stack, how)
+        each = [quantise(expert, how) for expert in stack]
+        for i, expert in enumerate(each):
+            assert torch.equal(packed.numbers[i], expert.numbers)
+            assert torch.equal(packed.scales[i], expert.scales)
+            assert (packed.zero_points is None) == (expert.zero_points is None)
+            if packed.zero_points is not None and expert.zero_points is not None:
+                assert torch.equal(packed.zero_points[i], expert.zero_points)
+        whole = torch.stack([dequantise(expert, tuple(weight.shape), how) for expert in each])
+        assert torch.equal(dequantise(packed, tuple(stack.shape), how), whole)
+        parts = pending("w", tuple(stack.shape), stack.dtype, lambda: packed, how)
+        assert len(parts) == (2 if how.symmetric else 3)
+        for part in parts.values():
+            made = part.make()
+            assert (made.dtype, tuple(made.shape)) == (part.dtype, part.shape)
+
     def test_zero_stays_zero(self):
         weight = torch.randn(8, 32)
         weight[:, ::3] = 0
@@ -105,10 +124,14 @@ class TestRefusals:
             choose_quantisation(scheme, group_size, symmetric=symmetric)
         assert says in str(error.value)
 
-    def test_groups_that_do_not_divide(self, checkpoint, mesa_config, tmp_path):
+    @pytest.mark.parametrize(
+        ("family", "weight"),
+        [("tied_llama", "down_proj.weight"), ("mixtral", "experts.down_proj"), ("gpt_oss", "experts.down_proj")],
+    )
+    def test_groups_that_do_not_divide(self, checkpoint, mesa_config, tmp_path, family, weight):
         """Says which layer, and which group would do; leaves nothing."""
-        with pytest.raises(MesaError, match=r"groups of 32 do not divide the 48 inputs of .*down_proj.weight; 16 "):
-            export_model(checkpoint("tied_llama"), tmp_path / "b", mesa_config, max_tokens=64, quantise="int4")
+        with pytest.raises(MesaError, match=rf"groups of 32 do not divide the 48 inputs of .*{weight}; 16 "):
+            export_model(checkpoint(family), tmp_path / "b", mesa_config, max_tokens=64, quantise="int4")
         assert not list(tmp_path.iterdir())
 
     def test_zero_points_on_tensorrt(self, bundle_copy):
@@ -145,6 +168,10 @@ BUNDLES = {
     "int4": ("tied_llama", "float32", "int4", 16, True),  # the table of embeddings is the head too
     "int4 asymmetric": ("qwen2", "float32", "int4", 16, False),  # biases
     "int8": ("llama", "float32", "int8", None, True),
+    "int4 experts": ("mixtral", "float32", "int4", 16, True),
+    "int8 experts asymmetric": ("deepseek_v3", "float32", "int8", None, False),  # some weights have as many in as out
+    "int4 transposed experts asymmetric": ("gpt_oss", "float32", "int4", 16, False),  # weights [E, in, out], biases
+    "int8 transposed experts": ("gpt_oss", "float32", "int8", None, True),
 }
 
 
@@ -162,11 +189,29 @@ class TestBundles:
         assert result.passed, result.table()
         assert {check.graphs for check in result.checks} == {"symbolic", "specialised"}
 
-    def test_the_checkpoint_differs_by_the_quantisation(self, quantised, checkpoint):
-        bundle = quantised("tied_llama", "float32", "int4", 16)
-        result = validate(bundle, checkpoint("tied_llama"), backend="onnxruntime", steps=2, progress=False)
+    @pytest.mark.parametrize("name", ["int4", "int4 experts", "int8 transposed experts"])
+    def test_the_checkpoint_differs_by_the_quantisation(self, quantised, checkpoint, name):
+        family, dtype, scheme, group_size, symmetric = BUNDLES[name]
+        bundle = quantised(family, dtype, scheme, group_size, symmetric=symmetric)
+        result = validate(bundle, checkpoint(family), backend="onnxruntime", steps=2, progress=False)
         assert result.passed, result.table()
         assert all(check.relative_error > 1e-3 for check in result.checks)
+
+    @pytest.mark.parametrize("name", ["int4 experts", "int8 transposed experts"])
+    def test_all_weights_of_experts_are_quantised(self, quantised, name):
+        """Nothing of them is left in the dtype, in the files or in the graphs."""
+        family, dtype, scheme, group_size, symmetric = BUNDLES[name]
+        bundle = quantised(family, dtype, scheme, group_size, symmetric=symmetric)
+        with safe_open(bundle / "weights.safetensors", framework="pt") as file:
+            stored = {key.partition(".mlp.experts.")[2] for key in file.keys()} - {""}  # noqa: SIM118  (no mapping)
+            biases = {"gate_up_proj_bias", "down_proj_bias"} if family == "gpt_oss" else set()
+            wanted = {f"{w}.{part}" for w in ("gate_up_proj", "down_proj") for part in ("quantised", "scales")}
+            assert stored == wanted | biases
+            numbers = file.get_slice("model.layers.0.mlp.experts.down_proj.quantised")
+            assert numbers.get_shape() == ([4, 48, 32] if scheme == "int8" else [4, 48 * 32 // 2])
+        for path in bundle.glob("*.onnx"):
+            shapes = [value.shape.numpy() for value in ir.load(path).graph.initializers.values() if value.shape]
+            assert not any(len(shape) == 3 and min(shape[1:]) > 1 for shape in shapes), path.name
 
     def test_onnxruntime_multiplies_whole_numbers(self, each, tmp_path):
         """No product is left with a weight that was dequantised."""
@@ -239,10 +284,13 @@ def ir_count(file: Path, operator: str) -> int:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
-@pytest.mark.parametrize(("scheme", "group_size"), [("int4", 16), ("int8", None)])
-def test_tensorrt_builds(quantised, scheme, group_size):
+@pytest.mark.parametrize(
+    ("family", "scheme", "group_size"),
+    [("wide_llama", "int4", 16), ("wide_llama", "int8", None), ("wide_mixtral", "int4", 16)],
+)
+def test_tensorrt_builds(quantised, family, scheme, group_size):
     """Quantised weights are constants of each engine, smaller than those of the dtype."""
-    bundle = quantised("wide_llama", "bfloat16", scheme, group_size)
+    bundle = quantised(family, "bfloat16", scheme, group_size)
     built = build_engines(bundle, "tensorrt-rtx", "sm89", max_tokens=64, progress=False)
     assert all(not any("quantised" in weight.name for weight in engine.weights) for engine in built.engines)
     assert {profile.role for engine in built.engines for profile in engine.profiles} >= {"tail", "step"}

@@ -1,15 +1,17 @@
-"""What is traced does not follow from the numbers of the weights: an export traces before it has them."""
+"""What is traced does not follow from the numbers of the weights; the place of all layers is that of each layer."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 
 from mesart.export.forms import with_attention
-from mesart.export.trace import trace_roles
+from mesart.export.places import place_of_layers
+from mesart.export.trace import trace_place, trace_roles
 from mesart.graphs.role import RoleModule
 
 
@@ -21,7 +23,8 @@ def described(graph: ir.Model) -> list[Any]:
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
 def test_weights_are_neither_folded_nor_merged(make_model, family):
-    """Small weights that happen to be equal, or 0: biases of experts and routers, norms to which 1 is added."""
+    """An export traces before it has them. Small weights that happen to be equal, or 0: biases of experts and routers,
+    norms to which 1 is added."""
     graphs = []
     for number in (None, 0.0, 1.0):
         model = make_model(family)
@@ -35,3 +38,41 @@ def test_weights_are_neither_folded_nor_merged(make_model, family):
         names = {name.removesuffix(".weight") for name, _ in model.named_parameters()}
         assert names <= {name.removesuffix(".weight") for name in traced.graph.initializers}
     assert graphs[0] == graphs[1] == graphs[2]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma3_text", {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+        ("smollm3", {}),  # its second layer turns no keys
+        ("glm", {}),
+    ],
+)
+def test_place_of_layers(make_model, family, changes):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module = RoleModule(make_model(family, **changes), 64, "traced")
+    turning = {layer: spec for layer, spec in enumerate(module.layers) if spec.layout is not None}
+    with torch.no_grad():
+        places = {
+            spec: trace_place(module.place(spec), spec.kv_heads, spec.key_size, torch.float32)
+            for spec in turning.values()
+        }
+    graph = place_of_layers({layer: places[spec] for layer, spec in turning.items()})
+    tables = [value for value in graph.graph.initializers.values() if value.shape is not None and len(value.shape) == 2]
+    assert len(tables) == 2 * len(places)
+    assert [value.name for value in graph.graph.inputs] == [*(f"key.{i}" for i in turning), "from_ids", "to_ids"]
+    assert [value.name for value in graph.graph.outputs] == [f"moved.{i}" for i in turning]
+
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(64, (3, 7), generator=generator) for _ in range(2)]
+    keys = {
+        layer: torch.randn(3, spec.kv_heads, 7, spec.key_size, generator=generator) for layer, spec in turning.items()
+    }
+    feeds = {f"key.{layer}": key.numpy() for layer, key in keys.items()}
+    feeds |= {"from_ids": ids[0].numpy(), "to_ids": ids[1].numpy()}
+    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    for moved, (layer, spec) in zip(session.run(None, feeds), turning.items(), strict=True):
+        with torch.no_grad():
+            expected = module.place(spec)(keys[layer], *ids)
+        assert np.abs(moved - expected.numpy()).max() < 1e-5
+        assert np.abs(moved - keys[layer].numpy()).max() > 0.1

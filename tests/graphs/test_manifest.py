@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mesart.graphs import Bucket, MesaConfig, MesaError
+from mesart.graphs import manifest as manifest_module
 from mesart.graphs.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -65,6 +66,17 @@ def test_a_graph_that_is_not_there(folder):
 
 def test_sha256_is_that_of_the_content(folder):
     assert sha256(folder / "model.onnx") == hashlib.sha256(b"graph").hexdigest()
+
+
+@pytest.mark.parametrize("larger_than_memory", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 3000, 10_000])
+def test_sha256_of_blocks(tmp_path, monkeypatch, size, larger_than_memory):
+    monkeypatch.setattr(manifest_module, "_BLOCK_BYTES", 3000)
+    monkeypatch.setattr(manifest_module, "_is_larger_than_memory", lambda _: larger_than_memory)
+    content = bytes(i * i % 251 for i in range(size))
+    (tmp_path / "file").write_bytes(content)
+    assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    assert (tmp_path / "file").read_bytes() == content
 
 
 def test_no_bundle(tmp_path):

@@ -1,0 +1,68 @@
+"""The place of all layers as one graph, made of the graphs that place single layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from mesart.export.trace import IR_VERSION, OPSET, merge_equal, tidy_names
+
+
+def place_of_layers(places: Mapping[int, ir.Model]) -> ir.Model:
+    """The place of all layers at once, for engines that keep the cache on a device.
+
+    Args:
+        places: what :func:`trace_place` gave for each layer that turns its keys, by its number; equal layers share one.
+
+    Returns:
+        A graph with inputs ``key.N`` ``[B, K, S, D]`` of each layer N, ``from_ids`` and ``to_ids``, int64 ``[B, S]``;
+        outputs ``moved.N``.
+    """
+    keys: list[ir.Value] = []
+    ids: list[ir.Value] = []
+    moved: list[ir.Value] = []
+    nodes: list[ir.Node] = []
+    tables: dict[tuple[int, str], ir.Value] = {}
+    for layer, place in places.items():
+        graph = place.clone().graph
+        key, *own_ids = graph.inputs
+        own_tables, output, parts = dict(graph.initializers), graph.outputs[0], list(graph)
+        for ends in (graph.inputs, graph.outputs, graph.initializers):
+            ends.clear()
+        graph.remove(parts)
+        key.name, output.name = f"key.{layer}", f"moved.{layer}"
+        keys.append(key)
+        for node, index in list(key.uses()):
+            start, end = (node.attributes.get_int(name, -1) for name in ("start", "end"))
+            if node.op_type == "Shape" and (start, end) in ((0, 1), (2, 3)):  # B and S, which all keys share
+                node.replace_input_with(index, keys[0])
+        moved.append(output)
+        nodes += parts
+        ids = ids or own_ids
+        shared = [*zip(own_ids, ids, strict=True)]
+        for name, table in own_tables.items():
+            table.name = f"places.{layer}.{name}"
+            shared.append((table, tables.setdefault((id(place), name), table)))
+        for own, common in shared:
+            if own is not common:
+                ir.convenience.replace_all_uses_with(own, common)
+    model = ir.Model(
+        ir.Graph(
+            [*keys, *ids],
+            moved,
+            nodes=nodes,
+            initializers=list(tables.values()),
+            opset_imports={"": OPSET},
+            name="mesart",
+        ),
+        ir_version=IR_VERSION,
+        producer_name="mesart",
+        producer_version="",
+    )
+    merge_equal(model)
+    tidy_names(model)
+    return model
+
+
+__all__ = ["place_of_layers"]
