@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import MANIFEST_FILE, Manifest
@@ -330,6 +331,11 @@ def _open_bundle(bundle: Path, names: Sequence[str], backend: str, config: MesaC
     if config is not None:
         raise MesaError(f"{bundle} is a bundle, its configuration is fixed; export again, or evaluate the checkpoint")
     manifest = Manifest.read(bundle)
+    if isinstance(manifest.config, BaselineConfig):
+        name = manifest.config.method
+        raise MesaError(
+            f"{bundle} holds {name}, not Mesa; `mesart eval suite MODEL --methods {name}` measures its quality"
+        )
     tokenizer = Tokenizer(bundle)
     openers: dict[str, Callable[[], System]] = {
         "mesa": lambda: MesaBundle(MesaModel.load(bundle, backend)),

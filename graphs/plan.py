@@ -78,8 +78,15 @@ def buckets_up_to(config: MesaConfig, max_tokens: int) -> tuple[Bucket, ...]:
 
 
 def bucket_for(config: MesaConfig, tokens: int) -> Bucket:
-    """The smallest bucket that serves a prompt of ``tokens`` tokens."""
-    return next(bucket for bucket in all_buckets(config) if bucket.max_tokens >= tokens)
+    """The smallest bucket that serves a prompt of ``tokens`` tokens.
+
+    Raises:
+        MesaError: there is none, under a method whose one bucket ends.
+    """
+    for bucket in all_buckets(config):
+        if bucket.max_tokens >= tokens:
+            return bucket
+    raise MesaError(f"no bucket holds {tokens} tokens; export again with --max-tokens {tokens}")
 
 
 @dataclass(frozen=True)

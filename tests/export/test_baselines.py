@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from mesart.evaluation.methods import METHODS, Method, make_method
 from mesart.evaluation.methods.dynamic_ntk import DynamicNTK
 from mesart.evaluation.methods.system import MethodSystem
+from mesart.evaluation.systems import open_systems
+from mesart.evaluation.tuning import tune
 from mesart.evaluation.validate import validate
 from mesart.export import build_engines, export_model, export_triton_repository
 from mesart.export.forms import with_attention
@@ -246,6 +248,12 @@ class TestDroppedKeys:
             assert model.lengths == [100]
             assert np.array_equal(model.extend(tokens(150, seed=1)), expected)
 
+    def test_one_bucket_for_all(self, baseline_bundle, name):
+        with MesaModel.load(baseline_bundle(name), "torch", verify=False) as model:
+            assert {model.bucket(tokens) for tokens in (1, 100, 300)} == {0}
+            with pytest.raises(MesaError, match="--max-tokens 301"):
+                model.bucket(301)
+
     def test_no_engines(self, baseline_bundle, name):
         with pytest.raises(MesaError, match="run it with onnxruntime or openvino"):
             build_engines(baseline_bundle(name), gpus="sm89")
@@ -258,6 +266,12 @@ def test_origin_and_mesa_have_the_same_buckets(baseline_bundle, checkpoint, tmp_
     export_model(checkpoint("tied_llama"), tmp_path / "mesa", MesaConfig(TRAINED), max_tokens=LONGEST)
     with MesaModel.load(tmp_path / "mesa", "torch", verify=False) as model:
         assert [bucket.max_tokens for bucket in model.manifest.buckets] == lengths
+
+
+def test_what_measures_mesa_measures_no_other(baseline_bundle):
+    for function in (open_systems, tune):
+        with pytest.raises(MesaError, match="holds origin"):
+            function(baseline_bundle("origin"))
 
 
 def test_no_triton_repository(baseline_bundle, tmp_path):
