@@ -21,6 +21,7 @@ from mesart.export.forms import with_attention
 from mesart.export.places import place_of_layers
 from mesart.export.quantise import EXPERT, check_groups, choose_quantisation, quantise_products
 from mesart.export.quantised_checkpoint import read_scheme
+from mesart.export.rotary_operator import with_rotary_operator
 from mesart.export.specialise import specialise
 from mesart.export.trace import no_collection, trace_place, trace_roles
 from mesart.export.weights import WeightFiles, WeightMode, open_network
@@ -32,6 +33,7 @@ from mesart.graphs.manifest import (
     ENGINE_FILE,
     ENGINE_PLACE_FILE,
     MANIFEST_FILE,
+    ONNXRUNTIME_FILE,
     SYMBOLIC_FILE,
     FileInfo,
     GraphInfo,
@@ -228,6 +230,10 @@ def _trace(network: Any, config: MesaConfig, buckets: tuple[Bucket, ...]) -> _Gr
         each = {index: places[spec] for index, spec in enumerate(module.layers) if spec in places}
         graphs.add(ENGINE_PLACE_FILE, "engine_place", None, place_of_layers(each))
     graphs.add(SYMBOLIC_FILE, "any", None, with_attention(traced, "split"))
+    if next(network.parameters()).dtype != torch.bfloat16:  # which onnxruntime does not compute on CPUs
+        heads = with_attention(traced, "heads")
+        with_rotary_operator(heads)
+        graphs.add(ONNXRUNTIME_FILE, "onnxruntime", None, heads)
     if config.reach is None:  # engines write a cache that grows
         graphs.add(ENGINE_FILE, "engine", None, with_attention(traced, "in_place"))
     fused = with_attention(traced, "fused")

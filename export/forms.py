@@ -4,9 +4,12 @@ The results are equal. Axes: B batch, S new tokens, P past tokens or slots of th
 key-value heads, G = H / K, D head size.
 
 ``split``: scores of past and new keys apart, one softmax over both. Nothing of the past is copied: for engines that run
-plain matrix products well. ``fused``: keys joined, then the standard ``Attention`` operator: for engines with a kernel
-for it. ``in_place``: new keys are written into the cache by ``TensorScatter``, then ``Attention`` over the cache, with
-a mask that the graph makes of ``write_at``: for engines that keep the cache on a device (opset 24).
+plain matrix products well. Queries that share a key are the rows of one product. ``heads``: the same, but a product for
+each query head, which makes vectors of the rows of a step: onnxruntime multiplies a vector with the cache as it lies,
+and copies it into another order for more rows than one. ``fused``: keys joined, then the standard ``Attention``
+operator: for engines with a kernel for it. ``in_place``: new keys are written into the cache by ``TensorScatter``, then
+``Attention`` over the cache, with a mask that the graph makes of ``write_at``: for engines that keep the cache on a
+device (opset 24).
 
 Written out in every form are capped scores, which TensorRT's ``Attention`` refuses, and what the operator cannot say:
 sinks and ALiBi's bias of each head.
@@ -23,7 +26,7 @@ from mesart.export.trace import ATTENTION_DOMAIN, merge_equal, tidy_names
 from mesart.graphs.attention import MASKED
 from mesart.graphs.reach import Reach
 
-Form = Literal["split", "fused", "in_place"]
+Form = Literal["split", "heads", "fused", "in_place"]
 
 _IN_PLACE_OPSET = 24
 """``TensorScatter``."""
@@ -34,10 +37,10 @@ _END = 2**63 - 1
 def with_attention(traced: ir.Model, form: Form) -> ir.Model:
     """A copy of a traced graph with its attention written out.
 
-    ``split`` and ``fused`` keep the inputs and outputs of :func:`~mesart.export.trace.trace_roles`. ``in_place`` has
-    ``write_at`` (int64 ``[B]``, the slot of the first new token) and ``columns`` (int64 ``[A]``, 0 .. A - 1) instead of
-    the masks, caches ``[B, K, P, D]`` with P >= A, and gives the written caches as ``present``. Its
-    ``past_position_ids``, if it has them, are those of all slots, also of the new tokens.
+    Inputs and outputs are those of :func:`~mesart.export.trace.trace_roles`, but for ``in_place``: it has ``write_at``
+    (int64 ``[B]``, the slot of the first new token) and ``columns`` (int64 ``[A]``, 0 .. A - 1) instead of the masks,
+    caches ``[B, K, P, D]`` with P >= A, and gives the written caches as ``present``. Its ``past_position_ids``, if it
+    has them, are those of all slots, also of the new tokens.
     """
     model = traced.clone()
     if form == "in_place":
@@ -56,9 +59,10 @@ def with_attention(traced: ir.Model, form: Form) -> ir.Model:
 
 
 def _replace(model: ir.Model, node: ir.Node, form: Form) -> None:
-    attention = _Attention(model, node)
+    attention = _Attention(model, node, rows=form != "heads")
     write: dict[Form, Callable[[], ir.Value]] = {
         "split": attention.split,
+        "heads": attention.split,
         "fused": attention.fused,
         "in_place": attention.in_place,
     }
@@ -70,10 +74,14 @@ def _replace(model: ir.Model, node: ir.Node, form: Form) -> None:
 
 
 class _Attention:
-    """The operators of one layer's attention."""
+    """The operators of one layer's attention.
 
-    def __init__(self, model: ir.Model, node: ir.Node) -> None:
-        self.model, self.tape = model, ir.tape.Tape()
+    Queries that share a key, a group, are ``rows`` of one product, ``[B, K, G * S, D]``, so that no key is repeated; or
+    stand on an axis of their own, ``[B, K, G, S, D]``, along which keys and masks have the extent 1.
+    """
+
+    def __init__(self, model: ir.Model, node: ir.Node, *, rows: bool) -> None:
+        self.model, self.tape, self.rows = model, ir.tape.Tape(), rows
         query, key, value, past_key, past_value, past_mask, new_mask = node.inputs[:7]
         assert query is not None and key is not None and value is not None  # noqa: PT018
         assert past_key is not None and past_value is not None  # noqa: PT018
@@ -122,24 +130,38 @@ class _Attention:
     def cast(self, value: ir.Value, old: ir.DataType, new: ir.DataType) -> ir.Value:
         return value if old == new else self.op("Cast", value, to=new.value)
 
-    def folded(self, query: ir.Value) -> ir.Value:
-        """Grouped queries share a key: the group as rows, ``[B, K, G * S, D]``, so that no key is repeated."""
+    @property
+    def group_axis(self) -> bool:
+        """Whether the queries of a group stand on an axis of their own."""
+        return self.group > 1 and not self.rows
+
+    def grouped(self, query: ir.Value) -> ir.Value:
+        """``[B, H, S, D]`` to ``[B, K, G * S, D]`` or ``[B, K, G, S, D]``."""
         if self.group == 1:
             return query
-        return self.op("Reshape", query, self.ints(0, self.kv_heads, -1, self.head_size))
+        apart = [self.group] if self.group_axis else []
+        return self.op("Reshape", query, self.ints(0, self.kv_heads, *apart, -1, self.head_size))
 
-    def unfolded(self, output: ir.Value) -> ir.Value:
-        """``[B, K, G * S, D]`` back to ``[B, H, S, D]``."""
+    def ungrouped(self, output: ir.Value) -> ir.Value:
+        """Back to ``[B, H, S, D]``."""
         if self.group == 1:
             return output
         return self.op("Reshape", output, self.ints(0, self.heads, -1, self.value_size))
 
-    def grouped_mask(self, mask: ir.Value) -> ir.Value:
-        """The mask is the same for each query of a group: ``[B, 1, S, X]`` to ``[B, 1, G * S, X]``."""
-        return mask if self.group == 1 else self.op("Tile", mask, self.ints(1, 1, self.group, 1))
+    def for_group(self, shared: ir.Value) -> ir.Value:
+        """What all queries of a group share, ``[B, K or 1, X, Y]``, with an axis for them where they have one."""
+        return self.op("Unsqueeze", shared, self.ints(2)) if self.group_axis else shared
+
+    def for_rows(self, mask: ir.Value) -> ir.Value:
+        """The same for what differs from new token to new token, ``[B, 1, S, X]``."""
+        if self.group == 1 or self.group_axis:
+            return self.for_group(mask)
+        return self.op("Tile", mask, self.ints(1, 1, self.group, 1))
 
     def each_row(self, heads: ir.Value) -> ir.Value:
-        """A number of each head, ``[H]``, for the rows of the folded query: ``[1, K, G * S, 1]``."""
+        """A number of each head, ``[H]``, for the rows of grouped queries."""
+        if self.group_axis:
+            return self.op("Reshape", heads, self.ints(1, self.kv_heads, self.group, 1, 1))
         new = self.size(self.key, 2) if self.group > 1 else self.ints(1)
         repeats = self.op("Concat", self.ints(1, 1, 1), new, axis=0)
         apart = self.op("Tile", self.op("Reshape", heads, self.ints(1, self.kv_heads, self.group, 1)), repeats)
@@ -165,13 +187,13 @@ class _Attention:
         return self.op("Unsqueeze", self.positions, self.ints(1, 3))
 
     def biased(self, scores: ir.Value, key_positions: ir.Value) -> ir.Value:
-        """ALiBi's bias of keys at ``[B, 1, 1 or G * S, X]``."""
+        """ALiBi's bias of keys at ``[B, 1, 1 or G * S, X]``, or ``[B, 1, 1, 1 or S, X]``."""
         keys = self.op("Cast", key_positions, to=ir.DataType.FLOAT.value)
         slopes = self.each_row(self.op("Constant", value_floats=self.slopes))
         return self.op("Add", scores, self.op("Mul", slopes, keys))
 
     def split(self) -> ir.Value:
-        query, parts = self.folded(self.query), []
+        query, parts = self.grouped(self.query), []
         for keys, mask, positions in (
             (self.past_key, self.past_mask, self.past_positions),
             (self.key, self.new_mask, self.positions),
@@ -184,14 +206,14 @@ class _Attention:
                 near = self.within(positions, self.reach.window, self.reach.floor)
                 mask = self.op("Where", near, mask, _float(self, MASKED))
             scores = self.scores(query, keys)
-            if mask is self.new_mask and self.group > 1:
+            if mask is self.new_mask and self.group > 1 and self.rows:
                 scores = self.add_new_mask(scores)
             else:
                 rows_differ = self.window or self.reach is not None or mask is self.new_mask
-                scores = self.op("Add", scores, self.grouped_mask(mask) if rows_differ else mask)
+                scores = self.op("Add", scores, self.for_rows(mask) if rows_differ else self.for_group(mask))
             if self.slopes:
                 assert positions is not None
-                scores = self.biased(scores, self.op("Unsqueeze", positions, self.ints(1, 2)))
+                scores = self.biased(scores, self.for_group(self.op("Unsqueeze", positions, self.ints(1, 2))))
             parts.append(scores)
         values = [self.past_value, self.value]
         if self.far_key is not None:
@@ -199,18 +221,18 @@ class _Attention:
             first = self.size(self.far_key, 2)
             values.append(self.op("Slice", self.past_value, self.ints(0), first, self.ints(2)))
         weights = self.weights(*parts)
-        edges, axis = [self.ints(0)], self.ints(3)
+        edges, axis = [self.ints(0)], self.ints(-1)
         for source in values[:-1]:
             size = self.size(source, 2)
             edges.append(size if len(edges) == 1 else self.op("Add", edges[-1], size))
         outputs = [
-            self.op("MatMul", self.op("Slice", weights, start, stop, axis), source)
+            self.op("MatMul", self.op("Slice", weights, start, stop, axis), self.for_group(source))
             for start, stop, source in zip(edges, [*edges[1:], self.ints(_END)], values, strict=True)
         ]
         output = outputs[0]
         for more in outputs[1:]:
             output = self.op("Add", output, more)
-        return self.unfolded(output)
+        return self.ungrouped(output)
 
     def far_scores(self) -> ir.Value:
         """Scores of the first tokens as they are seen from beyond the window."""
@@ -225,14 +247,14 @@ class _Attention:
             seen = self.op("And", seen, self.within(positions, self.window))
         mask = self.op("Slice", self.past_mask, start, first, self.ints(3))
         mask = self.op("Where", seen, mask, _float(self, MASKED))
-        scores = self.op("Add", self.scores(self.folded(self.far_query), self.far_key), self.grouped_mask(mask))
+        scores = self.op("Add", self.scores(self.grouped(self.far_query), self.far_key), self.for_rows(mask))
         if not self.slopes:
             return scores
         # As far away as they seem: in the scores of the others the query's own position is left out.
         apparent = self.op("Sub", self.queries(), _scalar(self, self.reach.far))
         if not self.reach.at_zero:
             apparent = self.op("Add", apparent, self.op("Unsqueeze", positions, self.ints(1, 2)))
-        return self.biased(scores, self.grouped_mask(apparent))
+        return self.biased(scores, self.for_rows(apparent))
 
     def add_new_mask(self, scores: ir.Value) -> ir.Value:
         """The mask of new keys added to scores ``[B, K, G * S, S]``, without a copy of it for each query of a group."""
@@ -242,8 +264,9 @@ class _Attention:
         return self.op("Reshape", masked, self.ints(0, self.kv_heads, -1, 0))
 
     def scores(self, query: ir.Value, key: ir.Value) -> ir.Value:
-        """float32 ``[B, K, G * S, X]``."""
-        scores = self.op("MatMul", query, self.op("Transpose", key, perm=[0, 1, 3, 2]))
+        """Of grouped queries and keys ``[B, K, X, D]``, float32 ``[B, K, G * S, X]`` or ``[B, K, G, S, X]``."""
+        perm = [0, 1, 2, 4, 3] if self.group_axis else [0, 1, 3, 2]
+        scores = self.op("MatMul", query, self.op("Transpose", self.for_group(key), perm=perm))
         if self.softcap:
             cap = self.cast(self.op("Constant", value_float=self.softcap), ir.DataType.FLOAT, self.dtype)
             scores = self.op("Mul", self.op("Tanh", self.op("Div", scores, cap)), cap)
@@ -254,13 +277,13 @@ class _Attention:
         parts = list(scores)
         if self.sinks is not None:
             assert self.sinks.dtype is not None
-            rows = self.op("Concat", self.op("Shape", scores[0], end=3), self.ints(1), axis=0)
+            rows = self.op("Concat", self.op("Shape", scores[0], end=-1), self.ints(1), axis=0)
             sinks = self.each_row(self.cast(self.sinks, self.sinks.dtype, ir.DataType.FLOAT))
             parts.append(self.op("Expand", sinks, rows))
         joined = self.op("Concat", *parts, axis=-1) if len(parts) > 1 else parts[0]
         weights = self.op("Softmax", joined, axis=-1)
         if self.sinks is not None:
-            weights = self.op("Slice", weights, self.ints(0), self.ints(-1), self.ints(3))
+            weights = self.op("Slice", weights, self.ints(0), self.ints(-1), self.ints(-1))
         return self.cast(weights, ir.DataType.FLOAT, self.dtype)
 
     def fused(self) -> ir.Value:
@@ -278,10 +301,10 @@ class _Attention:
             assert self.positions is not None and self.past_positions is not None  # noqa: PT018
             positions = self.op("Concat", self.past_positions, self.positions, axis=1)
             mask = self.masked_beyond_window(mask, positions)
-        mask = self.grouped_mask(self.cast(mask, ir.DataType.FLOAT, self.dtype))
+        mask = self.for_rows(self.cast(mask, ir.DataType.FLOAT, self.dtype))
         keys = self.op("Concat", self.past_key, self.key, axis=2)
         values = self.op("Concat", self.past_value, self.value, axis=2)
-        return self.unfolded(self.op("Attention", self.folded(self.query), keys, values, mask, scale=1.0))
+        return self.ungrouped(self.op("Attention", self.grouped(self.query), keys, values, mask, scale=1.0))
 
     def in_place(self) -> ir.Value:
         columns, write_at = _input(self.model, "columns"), _input(self.model, "write_at")
@@ -303,11 +326,11 @@ class _Attention:
         if self.standard and self.head_size == self.value_size:  # TensorRT takes no others
             return self.op("Attention", self.query, *attended, mask, scale=1.0)
         unseen = self.op("Where", mask, _float(self, 0.0), _float(self, MASKED))
-        scores = self.op("Add", self.scores(self.folded(self.query), attended[0]), self.grouped_mask(unseen))
+        scores = self.op("Add", self.scores(self.grouped(self.query), attended[0]), self.for_rows(unseen))
         if self.slopes:
             assert positions is not None
             scores = self.biased(scores, self.op("Unsqueeze", positions, self.ints(1, 2)))
-        return self.unfolded(self.op("MatMul", self.weights(scores), attended[1]))
+        return self.ungrouped(self.op("MatMul", self.weights(scores), attended[1]))
 
     def written(self, kind: str) -> ir.Value:
         """The cache with the new keys or values in it, which is what the graph gives as ``present``."""

@@ -20,15 +20,17 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 SYMBOLIC_FILE = "model.onnx"
+ONNXRUNTIME_FILE = "model-onnxruntime.onnx"
 ENGINE_FILE = "engine.onnx"
 ENGINE_PLACE_FILE = "engine-place.onnx"
 ENGINES_FOLDER = "engines"
 
-Role = Literal["any", "head", "chunk", "tail", "step", "place", "engine", "engine_place"]
+Role = Literal["any", "onnxruntime", "head", "chunk", "tail", "step", "place", "engine", "engine_place"]
 """What a graph computes.
 
-``any``: the symbolic graph that serves head, chunk, tail and step. ``engine``: the same with the cache updated in
-place, from which TensorRT engines are built; ``engine_place``: the place of all layers at once, for them.
+``any``: the symbolic graph that serves head, chunk, tail and step; ``onnxruntime``: the same, for onnxruntime on CPUs.
+``engine``: the same with the cache updated in place, from which TensorRT engines are built; ``engine_place``: the place
+of all layers at once, for them.
 """
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
@@ -221,6 +223,9 @@ class Manifest:
     def weight_bytes(self) -> int:
         """Of all weight files."""
         return sum(self.files[name].bytes for name in self.weight_files)
+
+    def has(self, role: Role) -> bool:
+        return any(graph.role == role for graph in self.graphs)
 
     def graph(self, role: Role, bucket: int | None = None) -> GraphInfo:
         for graph in self.graphs:

@@ -22,6 +22,8 @@ Array = NDArray[Any]
 STORAGE: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """The numpy type that holds a bundle's dtype."""
 
+SymbolicRole = Literal["any", "onnxruntime"]
+
 Activations = Literal["int8"]
 """To what activations are rounded in front of quantised weights, where that is asked for (docs/decoding.md)."""
 
@@ -40,6 +42,8 @@ class Backend(Protocol):
 
     name: str
     device: str
+    graph_role: SymbolicRole
+    """Of the symbolic graph that it runs."""
 
     def open(self, path: Path) -> Graph:
         """Compiles the graph in a file."""
@@ -57,6 +61,7 @@ class OnnxRuntimeBackend:
         self._onnxruntime = onnxruntime
         cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         self.device = "cuda" if cuda else "cpu"
+        self.graph_role: SymbolicRole = "any" if cuda else "onnxruntime"
         if dtype == "bfloat16" and not cuda:
             raise MesaError(
                 "onnxruntime computes no bfloat16 on the CPU; use backend 'openvino', or export with --dtype float32"
@@ -97,6 +102,7 @@ class OpenVinoBackend:
 
     name = "openvino"
     device = "cpu"
+    graph_role: SymbolicRole = "any"
 
     def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
         import openvino  # noqa: PLC0415
@@ -153,6 +159,7 @@ class TorchBackend:
 
     name = "torch"
     device = "cpu"
+    graph_role: SymbolicRole = "any"
 
     def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
         del dtype, threads  # the bundle's; torch's own setting

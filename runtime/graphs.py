@@ -55,7 +55,9 @@ class SymbolicGraphs:
     last_logits_only = False
 
     def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
-        self._graph = backend.open(bundle / manifest.graph("any").file)
+        # A bundle of an earlier version has one for all backends.
+        role = backend.graph_role if manifest.has(backend.graph_role) else "any"
+        self._graph = backend.open(bundle / manifest.graph(role).file)
         self._place = _Places(bundle, backend)
 
     def run(self, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]:

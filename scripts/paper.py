@@ -20,14 +20,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from mesart.evaluation.cost import run_cost
+from mesart.evaluation.bench import needed_pairs, run_bench
+from mesart.evaluation.cost import CostResult, CostRow, run_cost
 from mesart.evaluation.methods import METHODS
-from mesart.evaluation.suite import JOURNAL_FILE, PERPLEXITY, Settings, SuiteResult, run_suite
+from mesart.evaluation.suite import JOURNAL_FILE, PERPLEXITY, Settings, SuiteResult, chosen_method, run_suite
 from mesart.evaluation.suite_plots import plot_cost, plot_sensitivity, plot_threshold
 from mesart.evaluation.suite_report import write_report
 from mesart.evaluation.threshold import run_threshold
 from mesart.evaluation.tuning import sensitivity
+from mesart.export import export_model
 from mesart.graphs import MesaError
+from mesart.graphs.baseline import BASELINES
+from mesart.graphs.manifest import MANIFEST_FILE, Manifest
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 CACHE: Final = ROOT / ".cache"
@@ -167,23 +171,55 @@ def sweep(options: argparse.Namespace) -> None:
 
 def cost(options: argparse.Namespace) -> None:
     """The paper's Figure 5: time and memory against length, on a model with random weights."""
+    result = run_cost(_cost_model(options), options.journal / JOURNAL_FILE, lengths=COST_LENGTHS)
+    _write_cost(result, options.output / "cost", "Cost", "PyTorch", "memory beyond that of the loaded model")
+    _stop_if_interrupted(complete=result.complete)
+
+
+def engines(options: argparse.Namespace) -> None:
+    """The same of the methods that can be exported, as bundles on one engine."""
+    source, rows, threads = _cost_model(options), [], os.cpu_count() or 1
+    for method in ("mesa", *BASELINES):
+        bundle, found = (options.journal / "bundles" / method, options.journal / f"bench-{method}.json")
+        if not (bundle / MANIFEST_FILE).is_file():
+            window, longest = COST_MODEL["max_position_embeddings"], COST_LENGTHS[-1]
+            # Room for the tokens that are decoded behind the longest prompt.
+            export_model(source, bundle, chosen_method(method, window, longest).static(), max_tokens=longest + window)
+        if not found.is_file():
+            bench = run_bench(
+                bundle, lengths=COST_LENGTHS, backends=["openvino"], repeat=3, threads=threads, transformers=False
+            )
+            _write(found, bench.to_json())
+        config = Manifest.read(bundle).config
+        for row in json.loads(found.read_text(encoding="utf-8"))["rows"]:
+            tokens = row["tokens"]
+            kept = tokens if config.reach is None else min(tokens, config.reach.slots)
+            times = ((row["first_token"],), row["per_token"], row["memory"])
+            rows.append(CostRow(method, tokens, *times, pairs=needed_pairs(config, tokens), kept=kept))
+    rows.sort(key=lambda row: row.length)
+    result = CostResult(os.fspath(source), COST_MODEL["max_position_embeddings"], threads, tuple(rows), complete=True)
+    _write_cost(result, options.output / "engines", "Engines", "bundles on OpenVINO", "memory of the whole process")
+
+
+def _cost_model(options: argparse.Namespace) -> Path:
     from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: PLC0415
 
-    source = options.models / "cost"
+    source: Path = options.models / "cost"
     if not (source / "config.json").is_file():
         auto: Any = AutoModelForCausalLM
         auto.from_config(LlamaConfig(**COST_MODEL)).save_pretrained(source)
-    result = run_cost(source, options.journal / JOURNAL_FILE, lengths=COST_LENGTHS)
-    folder = options.output / "cost"
+    return source
+
+
+def _write_cost(result: CostResult, folder: Path, title: str, system: str, memory: str) -> None:
     text = (
-        f"# Cost\n\n![cost](cost.png)\n\nA Llama with random weights ({json.dumps(COST_MODEL)}), float32, PyTorch on "
-        f"{result.threads} threads; prompts of random tokens; medians of three runs; memory beyond that of the loaded "
-        f"model.\n\n{result.table()}\n"
+        f"# {title}\n\n![cost](cost.png)\n\nA Llama with random weights ({json.dumps(COST_MODEL)}), float32, "
+        f"{system} on {result.threads} threads; prompts of random tokens; medians of three runs; {memory}.\n\n"
+        f"{result.table()}\n"
     )
     _write(folder / "README.md", text)
     _write(folder / "cost.json", result.to_json())
     plot_cost(result, folder / "cost.png")
-    _stop_if_interrupted(complete=result.complete)
 
 
 def _write(path: Path, text: str) -> None:
@@ -202,6 +238,7 @@ PARTS: Final[dict[str, Callable[[argparse.Namespace], None]]] = {
     "threshold": threshold,
     "sensitivity": sweep,
     "cost": cost,
+    "engines": engines,
 }
 
 

@@ -95,6 +95,7 @@ def test_the_manifest_names_inputs_and_outputs(folder):
 def test_every_axis_has_a_size_or_a_name(folder):
     axes = {
         "any": {"B", "S", "P", "M"},
+        "onnxruntime": {"B", "S", "P", "M"},
         "engine": {"B", "S", "P", "M", "A"},
         "place": {"B", "S"},
         "engine_place": {"B", "S"},
@@ -115,7 +116,7 @@ def test_every_role_and_bucket_has_a_graph_of_fixed_shapes(folder):
     for bucket in manifest.buckets:
         expected["tail", bucket.chunks] = (config.train_length, bucket.max_tokens)
         expected["step", bucket.chunks] = (1, bucket.max_tokens)
-    symbolic = ("any", "place", "engine", "engine_place")
+    symbolic = ("any", "onnxruntime", "place", "engine", "engine_place")
     specialised = {(g.role, g.bucket): g for g in manifest.graphs if g.role not in symbolic}
     assert set(specialised) == set(expected)
     for key, (new, past) in expected.items():

@@ -84,7 +84,7 @@ def case(request, make_model) -> Case:
     return Case(make_model(request.param, **CHANGES[request.param]))
 
 
-@pytest.mark.parametrize("form", ["split", "fused", "in_place"])
+@pytest.mark.parametrize("form", ["split", "heads", "fused", "in_place"])
 def test_equals_pytorch(case, form):
     got = case.run(form)
     assert np.abs(got["logits"] - case.expected.logits.numpy()).max() < 1e-5
@@ -100,7 +100,7 @@ def test_positions_are_an_input_where_they_matter(case, make_model):
     assert "past_position_ids" not in {value.name for value in plain.graph.inputs}
 
 
-@pytest.mark.parametrize("form", ["split", "fused", "in_place"])
+@pytest.mark.parametrize("form", ["split", "heads", "fused", "in_place"])
 def test_positions_change_the_result(case, form):
     right = case.run(form)["logits"]
     case.past_positions = case.past_positions.flip(1)

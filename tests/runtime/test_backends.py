@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from mesart.graphs import MesaError, TorchReference
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.manifest import MANIFEST_FILE, Manifest, Role
 from mesart.runtime import MesaModel, backend_names, present_backends
 from mesart.runtime.engines import PACKAGES
 
@@ -235,8 +236,23 @@ def test_a_graph_that_the_engine_cannot_load(bundle_copy, engine):
     backend, specialised = engine
     if backend == "torch":
         pytest.skip("runs the model's code, not the file")
-    name = Manifest.read(bundle_copy).graph("head" if specialised else "any").file
+    symbolic: Role = "onnxruntime" if backend == "onnxruntime" else "any"
+    name = Manifest.read(bundle_copy).graph("head" if specialised else symbolic).file
     (bundle_copy / name).write_bytes(b"\x08" * (bundle_copy / name).stat().st_size)
     with pytest.raises(MesaError, match=name) as error:
         MesaModel.load(bundle_copy, backend, specialised=specialised, verify=False).prefill(tokens(100))
     assert "\n" not in str(error.value)
+
+
+def test_a_bundle_of_an_earlier_version_without_a_graph_for_onnxruntime(bundle_copy):
+    pytest.importorskip("onnxruntime")
+    before = MesaModel.load(bundle_copy, "onnxruntime").prefill(tokens(100))
+    manifest = Manifest.read(bundle_copy)
+    file = manifest.graph("onnxruntime").file
+    graphs = [graph for graph in manifest.graphs if graph.role != "onnxruntime"]
+    files = {name: info for name, info in manifest.files.items() if name != file}
+    earlier = dataclasses.replace(manifest, graphs=graphs, files=files)
+    (bundle_copy / MANIFEST_FILE).write_text(earlier.to_json(), encoding="utf-8")
+    (bundle_copy / file).unlink()
+    after = MesaModel.load(bundle_copy, "onnxruntime").prefill(tokens(100))
+    assert np.abs(after - before).max() < 1e-5
