@@ -17,6 +17,10 @@ from mesart.runtime.graphs import RoleGraphs
 from mesart.runtime.host_cache import MASKED, HostCache
 
 
+_ROWS = 256
+"""Tokens of a slice that products with weights need to be fast."""
+
+
 class WindowCache(HostCache):
     """A host cache whose size does not grow with the text; see :class:`~mesart.graphs.reach.Reach`.
 
@@ -66,7 +70,10 @@ class WindowCache(HostCache):
         return min(super()._room(tokens, growing=growing), self._reach.slots)
 
     def _slice_length(self) -> int:
-        return min(super()._slice_length(), self._reach.window)  # what it writes may drop nothing that it has to see
+        # What it writes may drop nothing that it has to see; and of its scores, a window and a slice for each token, those
+        # of a window are needed.
+        window = self._reach.window
+        return min(super()._slice_length(), window, max(window // 4, _ROWS))
 
     def _write(self, row: int, start: int, keys: list[Array], values: list[Array], positions: Positions) -> None:
         for part, slot in self._slots(start, start + len(positions)):
