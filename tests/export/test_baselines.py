@@ -259,6 +259,16 @@ class TestDroppedKeys:
             build_engines(baseline_bundle(name), gpus="sm89")
 
 
+def test_engines_of_a_method_whose_cache_grows(checkpoint, tmp_path):
+    """Dynamic-NTK: no head and no chunks; its keys turn, so there is a place."""
+    pytest.importorskip("tensorrt_rtx")
+    config = make_method("dynamic-ntk", TRAINED, LONGEST).static()
+    folder = export_model(checkpoint("wide_llama"), tmp_path / "bundle", config, max_tokens=LONGEST, dtype="bfloat16")
+    made = build_engines(folder, gpus="sm89", progress=False, max_tokens=TRAINED)
+    roles = {profile.role for info in made.engines for profile in info.profiles}
+    assert roles == {"tail", "step", "place"}
+
+
 def test_origin_and_mesa_have_the_same_buckets(baseline_bundle, checkpoint, tmp_path):
     with MesaModel.load(baseline_bundle("origin"), "torch", verify=False) as model:
         lengths = [bucket.max_tokens for bucket in model.manifest.buckets]
