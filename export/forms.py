@@ -193,46 +193,47 @@ class _Attention:
         return self.op("Add", scores, self.op("Mul", slopes, keys))
 
     def split(self) -> ir.Value:
-        query, parts = self.grouped(self.query), []
-        for keys, mask, positions in (
-            (self.past_key, self.past_mask, self.past_positions),
-            (self.key, self.new_mask, self.positions),
-        ):
-            if self.window:
-                assert positions is not None
-                mask = self.masked_beyond_window(mask, positions)
-            if self.reach is not None:
-                assert positions is not None
-                near = self.within(positions, self.reach.window, self.reach.floor)
-                mask = self.op("Where", near, mask, _float(self, MASKED))
-            scores = self.scores(query, keys)
-            if mask is self.new_mask and self.group > 1 and self.rows:
-                scores = self.add_new_mask(scores)
-            else:
-                rows_differ = self.window or self.reach is not None or mask is self.new_mask
-                scores = self.op("Add", scores, self.for_rows(mask) if rows_differ else self.for_group(mask))
-            if self.slopes:
-                assert positions is not None
-                scores = self.biased(scores, self.for_group(self.op("Unsqueeze", positions, self.ints(1, 2))))
-            parts.append(scores)
-        values = [self.past_value, self.value]
+        query = self.grouped(self.query)
+        scores = self.op("Concat", *(self.scores(query, keys) for keys in (self.past_key, self.key)), axis=-1)
+        mask = self.joint_mask()
+        if self.reach is not None:
+            near = self.within(self.joint_positions(), self.reach.window, self.reach.floor)
+            mask = self.op("Where", near, mask, _float(self, MASKED))
+        scores = self.masked(scores, mask)
+        if self.slopes:
+            positions = self.op("Unsqueeze", self.joint_positions(), self.ints(1, 2))
+            scores = self.biased(scores, self.for_group(positions))
+        parts, values = [scores], [self.past_value, self.value]
         if self.far_key is not None:
             parts.append(self.far_scores())
             first = self.size(self.far_key, 2)
             values.append(self.op("Slice", self.past_value, self.ints(0), first, self.ints(2)))
-        weights = self.weights(*parts)
-        edges, axis = [self.ints(0)], self.ints(-1)
-        for source in values[:-1]:
-            size = self.size(source, 2)
-            edges.append(size if len(edges) == 1 else self.op("Add", edges[-1], size))
-        outputs = [
-            self.op("MatMul", self.op("Slice", weights, start, stop, axis), self.for_group(source))
-            for start, stop, source in zip(edges, [*edges[1:], self.ints(_END)], values, strict=True)
-        ]
-        output = outputs[0]
-        for more in outputs[1:]:
+        sizes = self.op("Concat", *(self.size(source, 2) for source in values), axis=0)
+        weights = self.tape.op_multi_out("Split", [self.weights(*parts), sizes], {"axis": -1}, num_outputs=len(values))
+        output, *others = (
+            self.op("MatMul", part, self.for_group(source)) for part, source in zip(weights, values, strict=True)
+        )
+        for more in others:
             output = self.op("Add", output, more)
         return self.ungrouped(output)
+
+    def joint_mask(self) -> ir.Value:
+        """Of past and new keys, ``[B, 1, S, P + S]``; what stands beyond the layer's window is masked too."""
+        extents = [self.size(self.new_mask, axis) for axis in (0, 1, 2)]
+        shape = self.op("Concat", *extents, self.size(self.past_mask, 3), axis=0)
+        past_mask = self.op("Expand", self.past_mask, shape)
+        assert self.new_mask.shape is not None
+        assert self.past_mask.shape is not None
+        past_mask.type = self.past_mask.type
+        past_mask.shape = ir.Shape([*self.new_mask.shape[:3], self.past_mask.shape[3]])  # to be seen when it is empty
+        mask = self.op("Concat", past_mask, self.new_mask, axis=-1)
+        return self.masked_beyond_window(mask, self.joint_positions()) if self.window else mask
+
+    def joint_positions(self) -> ir.Value:
+        """Where past and new keys stand, ``[B, P + S]``."""
+        assert self.positions is not None
+        assert self.past_positions is not None
+        return self.op("Concat", self.past_positions, self.positions, axis=1)
 
     def far_scores(self) -> ir.Value:
         """Scores of the first tokens as they are seen from beyond the window."""
@@ -256,12 +257,15 @@ class _Attention:
             apparent = self.op("Add", apparent, self.op("Unsqueeze", positions, self.ints(1, 2)))
         return self.biased(scores, self.for_rows(apparent))
 
-    def add_new_mask(self, scores: ir.Value) -> ir.Value:
-        """The mask of new keys added to scores ``[B, K, G * S, S]``, without a copy of it for each query of a group."""
-        # The zeros keep the extents of B and of the keys; the -1 is S, and G * S on the way back.
-        apart = self.op("Reshape", scores, self.ints(0, self.kv_heads, self.group, 0, -1))
-        masked = self.op("Add", apart, self.op("Unsqueeze", self.new_mask, self.ints(1)))
-        return self.op("Reshape", masked, self.ints(0, self.kv_heads, -1, 0))
+    def masked(self, scores: ir.Value, mask: ir.Value) -> ir.Value:
+        """Scores of grouped queries with a mask ``[B, 1, S, X]`` added, of which no query of a group has a copy."""
+        if self.group == 1 or self.group_axis:
+            return self.op("Add", scores, self.for_group(mask))
+        # The zeros keep the extent of B; the -1 is S, and G * S on the way back.
+        extents = [self.ints(0, self.kv_heads), self.ints(self.group, -1), self.size(mask, 3)]
+        apart = self.op("Reshape", scores, self.op("Concat", extents[0], extents[1], extents[2], axis=0))
+        masked = self.op("Add", apart, self.op("Unsqueeze", mask, self.ints(1)))
+        return self.op("Reshape", masked, self.op("Concat", extents[0], self.ints(-1), extents[2], axis=0))
 
     def scores(self, query: ir.Value, key: ir.Value) -> ir.Value:
         """Of grouped queries and keys ``[B, K, X, D]``, float32 ``[B, K, G * S, X]`` or ``[B, K, G, S, X]``."""
@@ -289,19 +293,7 @@ class _Attention:
     def fused(self) -> ir.Value:
         if not self.standard:
             return self.split()
-        extents = [self.size(self.new_mask, axis) for axis in (0, 1, 2)]
-        shape = self.op("Concat", *extents, self.size(self.past_mask, 3), axis=0)
-        past_mask = self.op("Expand", self.past_mask, shape)
-        assert self.new_mask.shape is not None
-        assert self.past_mask.shape is not None
-        past_mask.type = self.past_mask.type
-        past_mask.shape = ir.Shape([*self.new_mask.shape[:3], self.past_mask.shape[3]])  # to be seen when it is empty
-        mask = self.op("Concat", past_mask, self.new_mask, axis=-1)
-        if self.window:
-            assert self.positions is not None and self.past_positions is not None  # noqa: PT018
-            positions = self.op("Concat", self.past_positions, self.positions, axis=1)
-            mask = self.masked_beyond_window(mask, positions)
-        mask = self.for_rows(self.cast(mask, ir.DataType.FLOAT, self.dtype))
+        mask = self.for_rows(self.cast(self.joint_mask(), ir.DataType.FLOAT, self.dtype))
         keys = self.op("Concat", self.past_key, self.key, axis=2)
         values = self.op("Concat", self.past_value, self.value, axis=2)
         return self.ungrouped(self.op("Attention", self.grouped(self.query), keys, values, mask, scale=1.0))

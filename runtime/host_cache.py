@@ -146,7 +146,8 @@ class HostCache:
 
     def step(self, tokens: Sequence[NextToken | None]) -> NDArray[np.float32]:
         together = self._graphs.step_batch or len(tokens)
-        return np.concatenate([self._step(tokens, i, i + together) for i in range(0, len(tokens), together)])
+        parts = [self._step(tokens, i, i + together) for i in range(0, len(tokens), together)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _step(self, tokens: Sequence[NextToken | None], start: int, stop: int) -> NDArray[np.float32]:
         part = slice(start, stop)
@@ -218,10 +219,12 @@ class HostCache:
     ) -> tuple[Array, list[Array], list[Array]]:
         """Runs a role on ``[B, S]`` new tokens, filled up at the end to what the graph takes."""
         batch, new = ids.shape
-        padding = ((0, 0), (0, self._graphs.padded(role, new) - new))
-        ids, positions = np.pad(ids, padding), np.pad(positions, padding)
-        scales = np.pad(np.ones((batch, new), np.float32) if scales is None else scales, padding, constant_values=1)
-        size = ids.shape[1]
+        scales = np.ones((batch, new), np.float32) if scales is None else scales
+        size = self._graphs.padded(role, new)
+        if size > new:
+            padding = ((0, 0), (0, size - new))
+            ids, positions = np.pad(ids, padding), np.pad(positions, padding)
+            scales = np.pad(scales, padding, constant_values=1)
         causal = np.triu(np.full((size, size), MASKED), 1)
         feeds: dict[str, Array] = {
             "input_ids": ids,

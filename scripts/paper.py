@@ -157,7 +157,7 @@ def sweep(options: argparse.Namespace) -> None:
     """What F, C, N, E and log-n do."""
     folder = options.output / "sensitivity"
     result = sensitivity(
-        model_folder(options, "rotary"),
+        os.path.relpath(model_folder(options, "rotary")),  # the results name it
         lengths=[1024, 4096],
         prompts=options.prompts,
         places=options.places,
