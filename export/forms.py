@@ -199,7 +199,7 @@ class _Attention:
         if self.reach is not None:
             near = self.within(self.joint_positions(), self.reach.window, self.reach.floor)
             mask = self.op("Where", near, mask, _float(self, MASKED))
-        scores = self.masked(scores, mask)
+        scores = self.op("Add", scores, self.for_rows(mask))
         if self.slopes:
             positions = self.op("Unsqueeze", self.joint_positions(), self.ints(1, 2))
             scores = self.biased(scores, self.for_group(positions))
@@ -208,10 +208,14 @@ class _Attention:
             parts.append(self.far_scores())
             first = self.size(self.far_key, 2)
             values.append(self.op("Slice", self.past_value, self.ints(0), first, self.ints(2)))
-        sizes = self.op("Concat", *(self.size(source, 2) for source in values), axis=0)
-        weights = self.tape.op_multi_out("Split", [self.weights(*parts), sizes], {"axis": -1}, num_outputs=len(values))
+        weights = self.weights(*parts)
+        edges, axis = [self.ints(0)], self.ints(-1)
+        for source in values[:-1]:
+            size = self.size(source, 2)
+            edges.append(size if len(edges) == 1 else self.op("Add", edges[-1], size))
         output, *others = (
-            self.op("MatMul", part, self.for_group(source)) for part, source in zip(weights, values, strict=True)
+            self.op("MatMul", self.op("Slice", weights, start, stop, axis), self.for_group(source))
+            for start, stop, source in zip(edges, [*edges[1:], self.ints(_END)], values, strict=True)
         )
         for more in others:
             output = self.op("Add", output, more)
@@ -256,16 +260,6 @@ class _Attention:
         if not self.reach.at_zero:
             apparent = self.op("Add", apparent, self.op("Unsqueeze", positions, self.ints(1, 2)))
         return self.biased(scores, self.for_rows(apparent))
-
-    def masked(self, scores: ir.Value, mask: ir.Value) -> ir.Value:
-        """Scores of grouped queries with a mask ``[B, 1, S, X]`` added, of which no query of a group has a copy."""
-        if self.group == 1 or self.group_axis:
-            return self.op("Add", scores, self.for_group(mask))
-        # The zeros keep the extent of B; the -1 is S, and G * S on the way back.
-        extents = [self.ints(0, self.kv_heads), self.ints(self.group, -1), self.size(mask, 3)]
-        apart = self.op("Reshape", scores, self.op("Concat", extents[0], extents[1], extents[2], axis=0))
-        masked = self.op("Add", apart, self.op("Unsqueeze", mask, self.ints(1)))
-        return self.op("Reshape", masked, self.op("Concat", extents[0], self.ints(-1), extents[2], axis=0))
 
     def scores(self, query: ir.Value, key: ir.Value) -> ir.Value:
         """Of grouped queries and keys ``[B, K, X, D]``, float32 ``[B, K, G * S, X]`` or ``[B, K, G, S, X]``."""
