@@ -16,7 +16,6 @@ from mesart.runtime.cache import Positions
 from mesart.runtime.graphs import RoleGraphs
 from mesart.runtime.host_cache import MASKED, HostCache
 
-
 _ROWS = 256
 """Tokens of a slice that products with weights need to be fast."""
 
@@ -70,8 +69,8 @@ class WindowCache(HostCache):
         return min(super()._room(tokens, growing=growing), self._reach.slots)
 
     def _slice_length(self) -> int:
-        # What it writes may drop nothing that it has to see; and of its scores, a window and a slice for each token, those
-        # of a window are needed.
+        # What it writes may drop nothing that it has to see. Each of its tokens has scores with a window and with the
+        # slice, of which those of a window are needed: short slices waste less.
         window = self._reach.window
         return min(super()._slice_length(), window, max(window // 4, _ROWS))
 
