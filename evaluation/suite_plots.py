@@ -118,14 +118,14 @@ def plot_depths(result: SuiteResult, model: str, task: str, path: Place, depths:
         save(figure, path)
 
 
-def plot_cost(result: CostResult, path: Place) -> None:
-    """Time to the first token, time of a step, and memory against length (the paper's Figure 5)."""
+def plot_cost(result: CostResult, path: Place, memory: str = "memory beyond the weights") -> None:
+    """Time to the first token, time of a step, and ``memory``, which says of what, against length (Figure 5)."""
     rows = [row for row in result.rows if row.failed is None]
     require(rows)
     what: Sequence[tuple[str, Any]] = (
         ("first token, seconds", lambda row: statistics.median(row.first_token)),
         ("a further token, milliseconds", lambda row: row.per_token * 1e3),
-        ("memory beyond the weights, MB", lambda row: row.memory / 1e6),
+        (f"{memory}, MB", lambda row: row.memory / 1e6),
     )
     with style():
         figure = Figure(figsize=(1.0 + _WIDTH * len(what), 4.6), layout="constrained")

@@ -14,8 +14,6 @@ from torch import nn
 
 from mesart.export.trace import merge_equal, tidy_names
 
-_END = 2**63 - 1
-
 
 def with_rotary_operator(model: ir.Model) -> None:
     """Puts ``RotaryEmbedding`` wherever the graph computes the same, in place.
@@ -71,16 +69,19 @@ def _crosses(value: ir.Value, whole: ir.Value) -> bool:
     negated = _made_by(joined.inputs[0], "Neg")
     if negated is None or whole.shape is None or not isinstance(whole.shape[-1], int) or whole.shape[-1] % 2:
         return False
-    half = whole.shape[-1] // 2
-    return _slice(negated.inputs[0], whole, half, 2 * half) and _slice(joined.inputs[1], whole, 0, half)
+    size = whole.shape[-1]
+    return _slice(negated.inputs[0], whole) == (size // 2, size) and _slice(joined.inputs[1], whole) == (0, size // 2)
 
 
-def _slice(value: ir.Value | None, whole: ir.Value, start: int, stop: int) -> bool:
+def _slice(value: ir.Value | None, whole: ir.Value) -> tuple[int, int] | None:
+    """From where to where a value is a part of the last axis of another."""
     node = _made_by(value, "Slice")
     if node is None or node.inputs[0] is not whole or len(node.inputs) < 4:
-        return False
-    first, last, axis, step = ([*map(_number, node.inputs[1:]), 1])[:4]
-    return first == start and last in (stop, _END) and _last_axis(axis, whole) and step == 1
+        return None
+    start, stop, axis, step = [*map(_number, node.inputs[1:]), 1][:4]
+    if start is None or stop is None or step != 1 or not _last_axis(axis, whole):
+        return None
+    return start, min(stop, int(whole.shape[-1]))  # type: ignore[index, arg-type]
 
 
 def _rows(value: ir.Value, tables: Collection[ir.Value]) -> ir.Value | None:

@@ -17,21 +17,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from mesart.evaluation.bench import needed_pairs, run_bench
+from mesart.evaluation.bench import Row, needed_pairs, run_bench
 from mesart.evaluation.cost import CostResult, CostRow, run_cost
+from mesart.evaluation.journal import Journal
 from mesart.evaluation.methods import METHODS
-from mesart.evaluation.suite import JOURNAL_FILE, PERPLEXITY, Settings, SuiteResult, chosen_method, run_suite
+from mesart.evaluation.report import versions
+from mesart.evaluation.suite import (
+    JOURNAL_FILE,
+    PERPLEXITY,
+    Settings,
+    SuiteResult,
+    chosen_method,
+    fingerprint,
+    run_suite,
+)
 from mesart.evaluation.suite_plots import plot_cost, plot_sensitivity, plot_threshold
 from mesart.evaluation.suite_report import write_report
 from mesart.evaluation.threshold import run_threshold
 from mesart.evaluation.tuning import sensitivity
 from mesart.export import export_model
-from mesart.graphs import MesaError
+from mesart.graphs import MesaConfig, MesaError
 from mesart.graphs.baseline import BASELINES
-from mesart.graphs.manifest import MANIFEST_FILE, Manifest
+from mesart.graphs.manifest import Manifest
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 CACHE: Final = ROOT / ".cache"
@@ -172,33 +184,42 @@ def sweep(options: argparse.Namespace) -> None:
 def cost(options: argparse.Namespace) -> None:
     """The paper's Figure 5: time and memory against length, on a model with random weights."""
     result = run_cost(_cost_model(options), options.journal / JOURNAL_FILE, lengths=COST_LENGTHS)
-    _write_cost(result, options.output / "cost", "Cost", "PyTorch", "memory beyond that of the loaded model")
+    _write_cost(result, options.output / "cost", "Cost", "PyTorch", "memory beyond the weights")
     _stop_if_interrupted(complete=result.complete)
 
 
 def engines(options: argparse.Namespace) -> None:
     """The same of the methods that can be exported, as bundles on one engine."""
-    source, rows, threads = _cost_model(options), [], os.cpu_count() or 1
+    source, journal, threads = _cost_model(options), Journal(options.journal / JOURNAL_FILE), os.cpu_count() or 1
+    runs: dict[str, Any] = {"repeat": 3, "threads": threads, "lengths": COST_LENGTHS}
+    conditions = {"model": fingerprint(os.fspath(source)), "versions": versions(), "runs": runs}
+    window, rows = COST_MODEL["max_position_embeddings"], []
     for method in ("mesa", *BASELINES):
-        bundle, found = (options.journal / "bundles" / method, options.journal / f"bench-{method}.json")
-        if not (bundle / MANIFEST_FILE).is_file():
-            window, longest = COST_MODEL["max_position_embeddings"], COST_LENGTHS[-1]
-            # Room for the tokens that are decoded behind the longest prompt.
-            export_model(source, bundle, chosen_method(method, window, longest).static(), max_tokens=longest + window)
-        if not found.is_file():
-            bench = run_bench(
-                bundle, lengths=COST_LENGTHS, backends=["openvino"], repeat=3, threads=threads, transformers=False
-            )
-            _write(found, bench.to_json())
-        config = Manifest.read(bundle).config
-        for row in json.loads(found.read_text(encoding="utf-8"))["rows"]:
-            tokens = row["tokens"]
-            kept = tokens if config.reach is None else min(tokens, config.reach.slots)
-            times = ((row["first_token"],), row["per_token"], row["memory"])
-            rows.append(CostRow(method, tokens, *times, pairs=needed_pairs(config, tokens), kept=kept))
+        key = ("engines", source.name, method)
+        known = journal.find(key, conditions)
+        if known is None:
+            with TemporaryDirectory() as folder:
+                bundle = _exported(source, method, Path(folder))
+                bench = run_bench(bundle, **runs, backends=["openvino"], transformers=False)
+                known = [asdict(_cost_row(method, row, Manifest.read(bundle).config)) for row in bench.rows]
+            journal.add(key, conditions, known)
+        rows += [CostRow(**{**row, "first_token": tuple(row["first_token"])}) for row in known]
     rows.sort(key=lambda row: row.length)
-    result = CostResult(os.fspath(source), COST_MODEL["max_position_embeddings"], threads, tuple(rows), complete=True)
+    result = CostResult(os.fspath(source), window, threads, tuple(rows), complete=True)
     _write_cost(result, options.output / "engines", "Engines", "bundles on OpenVINO", "memory of the whole process")
+
+
+def _exported(source: Path, method: str, folder: Path) -> Path:
+    """A bundle with room for the tokens that are decoded behind the longest prompt."""
+    window, longest = COST_MODEL["max_position_embeddings"], COST_LENGTHS[-1]
+    config = chosen_method(method, window, longest).static()
+    return export_model(source, folder / "bundle", config, max_tokens=longest + window)
+
+
+def _cost_row(method: str, row: Row, config: MesaConfig) -> CostRow:
+    kept = row.tokens if config.reach is None else min(row.tokens, config.reach.slots)
+    pairs = needed_pairs(config, row.tokens)
+    return CostRow(method, row.tokens, (row.first_token,), row.per_token, row.memory, pairs, kept)
 
 
 def _cost_model(options: argparse.Namespace) -> Path:
@@ -219,7 +240,7 @@ def _write_cost(result: CostResult, folder: Path, title: str, system: str, memor
     )
     _write(folder / "README.md", text)
     _write(folder / "cost.json", result.to_json())
-    plot_cost(result, folder / "cost.png")
+    plot_cost(result, folder / "cost.png", memory)
 
 
 def _write(path: Path, text: str) -> None:
