@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from mesart.runtime.load import load_cache
 from mesart.runtime.sampling import Sampler, SamplingConfig
 from mesart.runtime.stream import TextStream
 from mesart.runtime.text import Tokenizer, configured_eos_ids
+from mesart.runtime.text_files import TextFiles
 
 Logits: TypeAlias = NDArray[np.float32]
 Prompt: TypeAlias = "str | Sequence[int]"
@@ -110,14 +110,16 @@ class MesaModel:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer; an error if the checkpoint had none."""
-        return Tokenizer(self.bundle)
+        return Tokenizer.of(self._texts.contents, self.bundle)
+
+    @cached_property
+    def _texts(self) -> TextFiles:
+        return TextFiles.of_folder(self.bundle)
 
     @cached_property
     def default_sampling(self) -> SamplingConfig:
         """What ``generation_config.json`` asks for; greedy if there is none."""
-        path = self.bundle / "generation_config.json"
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return SamplingConfig.from_generation_config(fields)
+        return SamplingConfig.from_generation_config(self._texts.json("generation_config.json"))
 
     @property
     def max_tokens(self) -> int:
@@ -225,9 +227,9 @@ class MesaModel:
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Any of them ends the text."""
-        if (self.bundle / "tokenizer.json").is_file():
+        if "tokenizer.json" in self._texts:
             return self.tokenizer.eos_token_ids
-        return configured_eos_ids(self.bundle)
+        return configured_eos_ids(self._texts)
 
     def stream(
         self,

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from typing import Any, Final
 
 import jinja2
@@ -29,6 +28,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 
 from mesart.graphs.errors import MesaError
+from mesart.runtime.text_files import TextFiles
 
 # Tokens that are missing from tokenizer.json get their ids in this order, as transformers gives them.
 _NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -53,9 +53,19 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
-        self._folder = Path(folder)
-        self._settings = _read_settings(self._folder)
-        self._tokenizer = _read_tokenizer(self._folder / "tokenizer.json")
+        self._load(TextFiles.of_folder(folder))
+
+    @classmethod
+    def of(cls, files: Mapping[str, bytes], where: str | PathLike[str] = ".") -> Tokenizer:
+        """A tokenizer of files that are in memory already, by name; ``where`` they come from, for messages."""
+        made = cls.__new__(cls)
+        made._load(TextFiles(where, files))
+        return made
+
+    def _load(self, files: TextFiles) -> None:
+        self._folder = files.where
+        self._settings = _read_settings(files)
+        self._tokenizer = _read_tokenizer(files)
         padding = self._tokenizer.padding
         if padding is not None:
             self._settings.setdefault("pad_token", padding["pad_token"])
@@ -66,13 +76,13 @@ class Tokenizer:
         named = _named_special_tokens(self._settings)
         _add_missing_tokens(self._tokenizer, self._settings, named)
 
-        self.chat_template: str | None = self._template_source()  # now: the folder may be a temporary one
+        self.chat_template: str | None = self._template_source(files)
         self.special_tokens: dict[str, str] = {name: token.content for name, token in named.items()}
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(index for index, token in added.items() if token.special)
         self.byte_ids: dict[int, int] = _byte_ids(self._tokenizer)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.eos_token_ids: tuple[int, ...] = configured_eos_ids(self._folder) or self._named_ids("eos_token")
+        self.eos_token_ids: tuple[int, ...] = configured_eos_ids(files) or self._named_ids("eos_token")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, never cut and never padded.
@@ -146,10 +156,9 @@ class Tokenizer:
         except jinja2.TemplateSyntaxError as error:
             raise MesaError(f"the chat template of {self._folder} is damaged: line {error.lineno}: {error}") from error
 
-    def _template_source(self) -> str | None:
-        file = self._folder / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
+    def _template_source(self, files: TextFiles) -> str | None:
+        if "chat_template.jinja" in files:
+            return files.text("chat_template.jinja")
         source = self._settings.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
@@ -161,48 +170,37 @@ class Tokenizer:
         return () if index is None else (index,)
 
 
-def configured_eos_ids(folder: str | PathLike[str]) -> tuple[int, ...]:
+def configured_eos_ids(files: TextFiles) -> tuple[int, ...]:
     """End-of-text ids of ``generation_config.json``, else of ``config.json``; empty where neither has any.
 
     Raises:
         MesaError: a file is damaged.
     """
-    config = _read_json(Path(folder) / "config.json")
-    for values in (_read_json(Path(folder) / "generation_config.json"), config, config.get("text_config") or {}):
+    config = files.json("config.json")
+    for values in (files.json("generation_config.json"), config, config.get("text_config") or {}):
         found = values.get("eos_token_id")
         if found is not None:
             return tuple(dict.fromkeys(found if isinstance(found, list) else [found]))
     return ()
 
 
-def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
+def _read_tokenizer(files: TextFiles) -> tokenizers.Tokenizer:
+    path = files.where / "tokenizer.json"
+    if path.name not in files:
         raise MesaError(
             f"{path} is missing: save the model's tokenizer there (transformers' AutoTokenizer, save_pretrained), "
             "or give token ids instead of text"
         )
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(files.contents[path.name])
     except Exception as error:  # the library raises nothing narrower
         raise MesaError(f"{path} is damaged: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MesaError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise MesaError(f"{path} is damaged: a JSON object is expected")
-    return values
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    settings = _read_json(folder / "tokenizer_config.json")
+def _read_settings(files: TextFiles) -> dict[str, Any]:
+    settings = files.json("tokenizer_config.json")
     if "added_tokens_decoder" not in settings:  # written before 2023: the special tokens have a file of their own
-        settings.update(_read_json(folder / "special_tokens_map.json"))
+        settings.update(files.json("special_tokens_map.json"))
     if not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens", None) or []
     if isinstance(settings["extra_special_tokens"], dict):  # named ones, of a model that also hears or sees
