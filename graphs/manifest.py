@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
 import json
 import os
+import secrets
+import stat
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar
 
+from mesart.graphs.agreement import check_agreement
 from mesart.graphs.baseline import BaselineConfig
+from mesart.graphs.bundle_files import BundleFiles, FileInfo, Hash, reason, sha256
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.plan import Bucket
+from mesart.graphs.records import Mismatch, Must, parse_json, read_record, shown
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 SYMBOLIC_FILE = "model.onnx"
@@ -39,31 +45,58 @@ Layout = Literal["bucket", "profile"]
 Weights = Literal["shared", "embedded"]
 """``shared``: weights are inputs of every engine, one copy on the device. ``embedded``: each engine holds its own."""
 
-_BLOCK_BYTES = 16 << 20
-"""Read at a time: a thread that hashes while another computes waits for its turn after each block."""
-
 Plan: TypeAlias = bytes
 """A serialised TensorRT engine."""
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+_MOST_BYTES = 256 << 20
+"""Of a manifest; those of large models with many engines have some MB."""
+
+_PACKED = 1100
+"""Bytes that gzip makes of one, at most (1032)."""
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file of that name lies in its bundle's folder, on any system."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0") and len(name.encode()) <= 255
+
+
+def _is_engine(name: str) -> bool:
+    folder, *parts = name.split("/")
+    return folder == ENGINES_FOLDER and len(parts) == 2 and all(map(is_plain, parts)) and name.endswith(".plan.gz")
+
+
+T = TypeVar("T")
+Text: TypeAlias = Annotated[str, Must("a text that is not empty", bool)]
+Size: TypeAlias = Annotated[int, Must("a whole number of at least 1", range(1, 2**63).__contains__)]
+Count: TypeAlias = Annotated[int, Must("a whole number of at least 0", range(2**63).__contains__)]
+Some: TypeAlias = Annotated[list[T], Must("a list that is not empty", bool)]
+FileName: TypeAlias = Annotated[str, Must("the plain name of a file in the bundle, without folders", is_plain)]
+EngineName: TypeAlias = Annotated[str, Must(f"the name of an engine, {ENGINES_FOLDER}/FOLDER/NAME.plan.gz", _is_engine)]
+ListedName: TypeAlias = Annotated[
+    FileName, Must(f"a file other than {MANIFEST_FILE}, which has its own hash", lambda name: name != MANIFEST_FILE)
+]
+Digest: TypeAlias = str
+"""``sha256:`` and the manifest's own hash, which covers all files of a bundle."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
     """An input or output of a graph; a symbolic axis is a string."""
 
-    name: str
-    dtype: str
-    shape: list[int | str]
+    name: Text
+    dtype: Text
+    shape: list[Annotated[int, Must("an extent", range(-1, 2**63).__contains__)] | Text]
 
 
 @dataclass(frozen=True)
 class GraphInfo:
     """One ONNX file."""
 
-    file: str
+    file: FileName
     role: Role
-    bucket: int | None
+    bucket: Count | None
     """Number of chunks that a tail or step graph is specialised for."""
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]
@@ -77,27 +110,21 @@ class GraphInfo:
 class LayerInfo:
     """Keys and values of one layer, as they lie in the cache."""
 
-    kv_heads: int
-    key_size: int
-    value_size: int
-    place: str | None
+    kv_heads: Size
+    key_size: Size
+    value_size: Size
+    place: FileName | None
     """The graph that moves its keys; ``None`` for a layer that does not rotate them."""
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
 class WeightInfo:
     """An input of an engine that is a weight: bytes of one of the bundle's weight files."""
 
-    name: str
-    offset: int
-    bytes: int
-    file: str = WEIGHTS_FILE
+    name: Text
+    offset: Count
+    bytes: Size
+    file: FileName = WEIGHTS_FILE
 
 
 @dataclass(frozen=True)
@@ -106,13 +133,13 @@ class ProfileInfo:
 
     role: Role
     """head, chunk, tail, step or place."""
-    bucket: int | None
+    bucket: Count | None
     """Number of chunks, of a tail or step."""
-    new: int
+    new: Size
     """S, new tokens of a run; fewer are filled up at the end."""
-    slots: int
+    slots: Count
     """P, slots of the cache buffers; for head and chunk of scratch buffers, head_length + chunk_length; 0 for place."""
-    columns: int
+    columns: Count
     """A, the first slots of them, which attention looks at."""
 
 
@@ -120,36 +147,46 @@ class ProfileInfo:
 class EngineInfo:
     """One TensorRT plan, compressed by gzip (a plan is mostly code that repeats itself)."""
 
-    file: str
-    bytes: int
-    sha256: str
+    file: EngineName
+    bytes: Size
+    sha256: Hash
     """Of the file."""
-    unpacked: int
+    unpacked: Size
     """Bytes of the plan itself."""
-    key: str
+    key: Text
     """SHA-256 of all that the plan follows from; another key means that it has to be built again."""
     inputs: list[TensorInfo]
     """Without the weights; the shapes of the first profile. Only what the network kept: a head has no ``logits_at``."""
     outputs: list[TensorInfo]
     weights: list[WeightInfo]
-    profiles: list[ProfileInfo]
+    profiles: Some[ProfileInfo]
     """In the engine's order."""
-    seconds: float
+    seconds: Annotated[float, Must("a number of at least 0", lambda value: value >= 0)]
     """That building took."""
 
     def read(self, bundle: Path) -> Plan:
         """The plan, if its file is the one that was built: a plan is code, so no other may be loaded.
 
         Raises:
-            MesaError: it is missing or altered.
+            MesaError: it is missing or altered, or unpacks to something else than the manifest says.
         """
-        path = bundle / self.file
-        if not path.is_file():
-            raise MesaError(f"{bundle}: {self.file} is missing; run `mesart build` again")
-        packed = path.read_bytes()
-        if hashlib.sha256(packed).hexdigest() != self.sha256:
-            raise MesaError(f"{bundle}: {self.file} was altered (its SHA-256 differs); run `mesart build` again")
-        return gzip.decompress(packed)
+        files = BundleFiles(bundle, {self.file: FileInfo(self.bytes, self.sha256)}, "run `mesart build` again")
+        files.verify(keep=[self.file])
+        packed = files.read(self.file)
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        try:
+            plan = unpacker.decompress(packed, self.unpacked)
+            whole = len(plan) == self.unpacked and not unpacker.decompress(unpacker.unconsumed_tail, 1)
+        except zlib.error as error:
+            raise MesaError(f"{bundle}: {self.file} is no gzip file ({error}); run `mesart build` again") from error
+        except MemoryError as error:
+            raise MesaError(f"{bundle}: {self.file} unpacks to {self.unpacked} bytes, more than is free") from error
+        if not whole or not unpacker.eof or unpacker.unused_data:
+            raise MesaError(
+                f"{bundle}: {self.file} does not unpack to the {self.unpacked} bytes that the manifest says; "
+                "run `mesart build` again"
+            )
+        return plan
 
 
 @dataclass(frozen=True)
@@ -157,13 +194,13 @@ class EngineSet:
     """What one ``mesart build`` made: engines for every role and bucket."""
 
     flavour: Flavour
-    version: str
+    version: Text
     """Of TensorRT; engines run with this one only."""
-    compute_capabilities: list[str]
+    compute_capabilities: Some[Text]
     """Of the GPUs that they run on, such as ``sm89``."""
     layout: Layout
     weights: Weights
-    engines: list[EngineInfo]
+    engines: Some[EngineInfo]
 
     def find(self, role: Role, bucket: int | None = None) -> tuple[EngineInfo, int]:
         """The engine for a role and bucket, and the index of its profile."""
@@ -180,10 +217,9 @@ class EngineSet:
 class Quantisation:
     """How the weights of linear layers are stored: whole numbers, a scale for each block of them."""
 
-    scheme: str
-    """``int8``, ``int4`` or ``fp8``."""
-    bits: int
-    group_size: int | None
+    scheme: Literal["int8", "int4", "fp8"]
+    bits: Annotated[int, Must("4 or 8", (4, 8).__contains__)]
+    group_size: Size | None
     """Inputs of a layer that share a scale; ``None``: all inputs of an output do."""
     symmetric: bool
     """Without zero points."""
@@ -195,25 +231,35 @@ class Quantisation:
         return f"{self.scheme}, a scale{'' if self.symmetric else ' and a zero point'} for {blocks}"
 
 
+class ModelInfo(TypedDict):
+    """The model that a bundle was made of."""
+
+    architecture: Text
+    """The name of its class."""
+    model_type: str
+    vocab_size: Size
+    parameters: Size
+    """The number of its weights."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a bundle holds."""
 
-    model: dict[str, Any]
-    """``architecture``, ``model_type``, ``vocab_size``, ``parameters``."""
-    dtype: str
-    config: MesaConfig
-    max_tokens: int
-    buckets: list[Bucket]
-    layers: list[LayerInfo]
+    model: ModelInfo
+    dtype: Literal["float32", "float16", "bfloat16"]
+    config: MesaConfig | BaselineConfig
+    max_tokens: Size
+    buckets: Some[Bucket]
+    layers: Some[LayerInfo]
     graphs: list[GraphInfo]
-    tools: dict[str, str]
+    tools: dict[Text, str]
     """Versions that made the bundle."""
-    files: dict[str, FileInfo] = field(default_factory=dict)
+    files: dict[ListedName, FileInfo] = field(default_factory=dict)
     """What the export wrote."""
     engines: list[EngineSet] = field(default_factory=list)
     """What ``mesart build`` added."""
-    weight_files: list[str] = field(default_factory=lambda: [WEIGHTS_FILE])
+    weight_files: Some[FileName] = field(default_factory=lambda: [WEIGHTS_FILE])
     """safetensors; those of the checkpoint, if they are linked, and one of the bundle's own."""
     quantisation: Quantisation | None = None
     """Of the weights of linear layers; the others have ``dtype``."""
@@ -238,115 +284,140 @@ class Manifest:
         """Whether graphs take ``past_position_ids``: where the past keys stand, for windows and ALiBi."""
         return any(tensor.name == "past_position_ids" for graph in self.graphs for tensor in graph.inputs)
 
+    @property
+    def digest(self) -> Digest:
+        """Names this bundle and no other: whoever knows it can tell that all of its files are those that were meant."""
+        return f"sha256:{manifest_digest(dataclasses.asdict(self))}"
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        fields = dataclasses.asdict(self)
+        return json.dumps({**fields, "sha256": manifest_digest(fields)}, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def read(cls, bundle: Path) -> Manifest:
-        """The manifest of a bundle folder.
+        """The manifest of a bundle folder, checked completely: its types and ranges, its parts against one another.
 
         Raises:
-            MesaError: no bundle, a broken manifest, or one of a newer schema.
+            MesaError: no bundle, a manifest that is broken or was altered, or one of another schema.
         """
         path = bundle / MANIFEST_FILE
-        if not path.is_file():
-            raise MesaError(f"{bundle} is no bundle: it holds no {MANIFEST_FILE}; make one with `mesart export`")
         try:
-            fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            fields = parse_json(_content(path))
+            if not isinstance(fields, dict):
+                raise Mismatch(f"is {shown(fields)}, expected an object")
+            if "schema_version" not in fields:
+                raise Mismatch("lacks the field 'schema_version'")
             version = fields["schema_version"]
-            if version != SCHEMA_VERSION:
+            if type(version) is not int or version != SCHEMA_VERSION:
+                newer = type(version) is int and version > SCHEMA_VERSION
                 raise MesaError(
-                    f"{path} has schema {version}, this version of mesart reads {SCHEMA_VERSION}; "
-                    + ("upgrade mesart" if version > SCHEMA_VERSION else "export the model again")
+                    f"{path} has schema {shown(version)}, this version of mesart reads {SCHEMA_VERSION}; "
+                    + ("upgrade mesart" if newer else "export the model again")
                 )
-            return cls(
-                model=fields["model"],
-                dtype=fields["dtype"],
-                config=(BaselineConfig if "method" in fields["config"] else MesaConfig).from_dict(fields["config"]),
-                max_tokens=fields["max_tokens"],
-                buckets=[Bucket(**bucket) for bucket in fields["buckets"]],
-                layers=[LayerInfo(**layer) for layer in fields["layers"]],
-                graphs=[_graph(graph) for graph in fields["graphs"]],
-                tools=fields["tools"],
-                files={name: FileInfo(**info) for name, info in fields["files"].items()},
-                engines=[_engine_set(engines) for engines in fields.get("engines", [])],
-                weight_files=fields.get("weight_files", [WEIGHTS_FILE]),
-                quantisation=Quantisation(**quantised) if (quantised := fields.get("quantisation")) else None,
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise MesaError(
-                f"{path} cannot be read ({type(error).__name__}: {error}); export the model again"
-            ) from error
+            digest = fields.pop("sha256", None)
+            manifest = read_record(cls, fields)
+            check_agreement(manifest)
+        except (Mismatch, ValueError) as error:
+            raise MesaError(f"{path} cannot be read ({error}); export the model again") from error
+        if digest != manifest_digest(fields):
+            raise MesaError(f"{path} was altered (its SHA-256 differs); export the model again")
+        return manifest
+
+    def open_files(self, bundle: Path) -> BundleFiles:
+        """The files of the bundle, none of them checked so far."""
+        return BundleFiles(bundle, self.files)
 
     def verify(self, bundle: Path, *, contents: bool = True) -> None:
         """Checks that every file is there and whole; ``contents``: also that its SHA-256 is the recorded one.
 
         Raises:
-            MesaError: names the first file that is missing, truncated or altered.
+            MesaError: names the first file that is missing, truncated, altered or no regular file.
         """
-        for name, info in self.files.items():
-            path = bundle / name
-            if not path.is_file():
-                raise MesaError(f"{bundle}: {name} is missing; export the model again")
-            size = path.stat().st_size
-            if size != info.bytes:
-                raise MesaError(f"{bundle}: {name} has {size} bytes instead of {info.bytes}; export the model again")
-            if contents and sha256(path) != info.sha256:
-                raise MesaError(f"{bundle}: {name} was altered (its SHA-256 differs); export the model again")
+        self.open_files(bundle).verify(contents=contents)
 
     def write(self, bundle: Path) -> None:
         """Replaces the manifest of a bundle; whoever reads it meanwhile finds the old one or the new one, whole."""
         path = bundle / MANIFEST_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(path)
+        partial = path.with_name(f".{MANIFEST_FILE}.{secrets.token_hex(8)}.partial")
+        # A new file, of a name that nobody knows: a link that waits there cannot lead the writing elsewhere.
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w", encoding="utf-8") as file:
+            try:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
 
 
-def _graph(fields: dict[str, Any]) -> GraphInfo:
-    return GraphInfo(
-        fields["file"],
-        fields["role"],
-        fields["bucket"],
-        [TensorInfo(**tensor) for tensor in fields["inputs"]],
-        [TensorInfo(**tensor) for tensor in fields["outputs"]],
-    )
+def manifest_digest(fields: Mapping[str, Any]) -> str:
+    """The SHA-256, hexadecimal, that a manifest of these fields records of itself."""
+    others = {name: value for name, value in fields.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _engine_set(fields: dict[str, Any]) -> EngineSet:
-    return EngineSet(**{**fields, "engines": [engine_info(engine) for engine in fields["engines"]]})
+def _content(path: Path) -> bytes:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise MesaError(
+                f"{path.parent} is no bundle: it holds no {MANIFEST_FILE}; make one with `mesart export`"
+            ) from error
+        raise MesaError(f"{path} cannot be read: {reason(error)}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise MesaError(f"{path.parent} is no bundle: its {MANIFEST_FILE} is no regular file")
+    if status.st_size > _MOST_BYTES:
+        raise MesaError(f"{path} has {status.st_size} bytes, more than the {_MOST_BYTES} that a manifest may have")
+    try:
+        with path.open("rb") as file:
+            return file.read(_MOST_BYTES)
+    except OSError as error:
+        raise MesaError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def engine_info(fields: dict[str, Any]) -> EngineInfo:
-    """An engine's record as it stands in JSON."""
-    return EngineInfo(
-        **{
-            **fields,
-            "inputs": [TensorInfo(**tensor) for tensor in fields["inputs"]],
-            "outputs": [TensorInfo(**tensor) for tensor in fields["outputs"]],
-            "weights": [WeightInfo(**weight) for weight in fields["weights"]],
-            "profiles": [ProfileInfo(**profile) for profile in fields["profiles"]],
-        }
-    )
+    """An engine's record as it stands in JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return read_record(EngineInfo, fields)
+    except Mismatch as error:
+        raise ValueError(str(error)) from error
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        size = path.stat().st_size
-        block = memoryview(bytearray(min(size, _BLOCK_BYTES) or 1))
-        drop = _is_larger_than_memory(size)
-        start = 0
-        while count := file.readinto(block):
-            digest.update(block[:count])
-            if drop:
-                os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_DONTNEED)
-            start += count
-    return digest.hexdigest()
-
-
-def _is_larger_than_memory(size: int) -> bool:
-    """Whether a file cannot stay in the system's cache: what was read of it would only push out all the rest."""
-    if not hasattr(os, "posix_fadvise"):
-        return False
-    return size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+__all__ = [
+    "DTYPES",
+    "ENGINES_FOLDER",
+    "ENGINE_FILE",
+    "ENGINE_PLACE_FILE",
+    "MANIFEST_FILE",
+    "ONNXRUNTIME_FILE",
+    "SCHEMA_VERSION",
+    "SYMBOLIC_FILE",
+    "WEIGHTS_FILE",
+    "BundleFiles",
+    "EngineInfo",
+    "EngineSet",
+    "FileInfo",
+    "Flavour",
+    "GraphInfo",
+    "LayerInfo",
+    "Layout",
+    "Manifest",
+    "ModelInfo",
+    "Plan",
+    "ProfileInfo",
+    "Quantisation",
+    "Role",
+    "TensorInfo",
+    "WeightInfo",
+    "Weights",
+    "engine_info",
+    "is_plain",
+    "manifest_digest",
+    "sha256",
+]

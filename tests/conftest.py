@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -244,6 +245,25 @@ def bundle(checkpoint, shared_folder, mesa_config) -> Callable[..., Path]:
 def bundle_copy(bundle, tmp_path: Path) -> Path:
     """A copy of the llama bundle, to be damaged."""
     return Path(shutil.copytree(bundle(), tmp_path / "bundle"))
+
+
+def _reseal(folder: Path, *altered: str, **fields: Any) -> None:
+    from mesart.graphs.manifest import MANIFEST_FILE, manifest_digest, sha256
+
+    path = folder / MANIFEST_FILE
+    manifest = {**json.loads(path.read_text(encoding="utf-8")), **fields}
+    for name in altered:
+        manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    path.write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}), encoding="utf-8")
+
+
+@pytest.fixture
+def reseal() -> Callable[..., None]:
+    """``reseal(folder, *altered, **fields)``: gives a bundle's manifest other fields, and a hash that is right again.
+
+    ``altered``: files whose sizes and hashes are recorded anew.
+    """
+    return _reseal
 
 
 @pytest.fixture
