@@ -38,8 +38,10 @@ from mesart.runtime.backends import choose_backend
 from mesart.runtime.executor import Executor
 from mesart.runtime.graphs import SymbolicGraphs
 from mesart.runtime.host_cache import HostCache
+from mesart.runtime.load import read_texts
 from mesart.runtime.model import MesaModel
 from mesart.runtime.text import Tokenizer
+from mesart.runtime.text_files import TEXT_FILES
 
 PARAMETERS: Final = ("log_n", "linear_window", "head_length", "chunk_length", "rho", "stair_width")
 """What may be varied, in the order of the search: what decides most comes first."""
@@ -593,15 +595,16 @@ def _open(
     folder = Path(source)
     if (folder / MANIFEST_FILE).is_file():
         manifest = Manifest.read(folder)
-        manifest.verify(folder)
+        files = manifest.open_files(folder)
+        files.verify(keep=TEXT_FILES)
         engine, choice = choose_backend(backend, manifest.dtype)
-        graphs = SymbolicGraphs(folder, manifest, engine)
+        graphs = SymbolicGraphs(files, manifest, engine)
 
         def run_bundle(config: MesaConfig, length: int) -> System:
             # The manifest says how to cut; the symbolic graph takes the cuts as they come.
             changed = replace(manifest, config=config, buckets=list(buckets_up_to(config, length)))
             executor = Executor(changed, HostCache(changed, graphs))
-            return MesaBundle(MesaModel(folder, changed, executor, engine.name, engine.device, choice))
+            return MesaBundle(MesaModel(files, changed, executor, engine.name, engine.device, choice))
 
         if isinstance(manifest.config, BaselineConfig):
             raise MesaError(f"{folder} holds {manifest.config.method}; only Mesa has parameters that are tuned here")
@@ -612,7 +615,8 @@ def _open(
                 "export again"
             )
         described = f"{engine.name} on {engine.device}, {manifest.dtype}"
-        return run_bundle, config, Tokenizer(folder), described, "bundle", sha256(folder / MANIFEST_FILE)
+        tokenizer = Tokenizer.of(read_texts(files).contents, folder)
+        return run_bundle, config, tokenizer, described, "bundle", sha256(folder / MANIFEST_FILE)
     if backend not in ("auto", "torch"):
         raise MesaError(f"{source} is a checkpoint, which PyTorch runs; to use backend {backend!r}, export it first")
     checkpoint = CheckpointModel.load(source)

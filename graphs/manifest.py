@@ -217,7 +217,7 @@ class EngineSet:
 class Quantisation:
     """How the weights of linear layers are stored: whole numbers, a scale for each block of them."""
 
-    scheme: Literal["int8", "int4", "fp8"]
+    scheme: Annotated[str, Must("one of int8, int4, fp8", ("int8", "int4", "fp8").__contains__)]
     bits: Annotated[int, Must("4 or 8", (4, 8).__contains__)]
     group_size: Size | None
     """Inputs of a layer that share a scale; ``None``: all inputs of an output do."""
@@ -247,7 +247,7 @@ class Manifest:
     """What a bundle holds."""
 
     model: ModelInfo
-    dtype: Literal["float32", "float16", "bfloat16"]
+    dtype: Annotated[str, Must(f"one of {', '.join(DTYPES)}", DTYPES.__contains__)]
     config: MesaConfig | BaselineConfig
     max_tokens: Size
     buckets: Some[Bucket]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import Manifest
+from mesart.graphs.records import parse_json, shown
 from mesart.graphs.role import RoleModule
 from mesart.graphs.torch_weights import fill_weights
 
@@ -21,34 +24,95 @@ Feeds = Mapping[str, NDArray[Any]]
 Run = Callable[[Feeds], dict[str, NDArray[Any]]]
 
 
-def load_bundle_model(bundle: Path, manifest: Manifest) -> nn.Module:
-    """The transformers model of a bundle, with the bundle's weights in the bundle's dtype."""
-    return load_plain_model(bundle, getattr(torch, manifest.dtype))
+def load_bundle_model(bundle: Path, manifest: Manifest, *, trust_remote_code: bool = False) -> nn.Module:
+    """The transformers model of a bundle in the bundle's dtype; see :func:`load_plain_model`."""
+    return load_plain_model(bundle, getattr(torch, manifest.dtype), manifest, trust_remote_code=trust_remote_code)
 
 
-def load_plain_model(bundle: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
-    """The transformers model of a bundle in any dtype; ``options`` go to ``from_config``, as the attention to use."""
-    config = AutoConfig.from_pretrained(bundle)
-    auto: Any = AutoModelForCausalLM
-    with no_init_weights():  # random numbers for weights that are filled right away
-        model: Any = auto.from_config(config, dtype=dtype, **options).eval()
-    model.tie_weights()
-    fill_weights(model, bundle, Manifest.read(bundle))
+def load_plain_model(
+    bundle: Path,
+    dtype: torch.dtype,
+    manifest: Manifest | None = None,
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """The transformers model of a bundle in any dtype.
+
+    Args:
+        bundle: the bundle, verified.
+        dtype: of the weights.
+        manifest: the bundle's, if it was read already.
+        trust_remote_code: run the Python code that the bundle brings, if it does.
+        options: of ``from_config``, as the attention to use.
+
+    Raises:
+        MesaError: the config or the weights are damaged, or not of this model, or code is needed and not trusted.
+    """
+    manifest = manifest or Manifest.read(bundle)
+    if trust_remote_code:
+        require_listed_code(bundle, manifest)
+    with _clear_errors(bundle):
+        # Never left out: transformers would ask on standard input, where an answer may wait.
+        config = AutoConfig.from_pretrained(bundle, trust_remote_code=trust_remote_code)
+        auto: Any = AutoModelForCausalLM
+        with no_init_weights():  # random numbers for weights that are filled right away
+            model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options).eval()
+        model.tie_weights()
+        fill_weights(model, bundle, manifest)
     plain: nn.Module = model
     return plain
 
 
-def open_torch(path: Path, opened: dict[str, RoleModule]) -> Run:
+def require_listed_code(bundle: Path, manifest: Manifest) -> None:
+    """Raises a :class:`MesaError` if Python code could run that is none of the bundle's files.
+
+    The config names the code; what that imports in turn is found beside it, or in another repository.
+    """
+    config = parse_json((bundle / "config.json").read_bytes())
+    classes = config.get("auto_map", {}) if isinstance(config, dict) else {}
+    for name in classes.values() if isinstance(classes, dict) else ():
+        if "--" in str(name):
+            raise MesaError(f"{bundle}: config.json names code of another repository, {shown(name)}; export again")
+    for path in bundle.rglob("*.py"):
+        name = path.relative_to(bundle).as_posix()
+        if name not in manifest.files:
+            raise MesaError(f"{bundle}: {name} is none of the bundle's files, and could run; remove it")
+
+
+@contextmanager
+def _clear_errors(bundle: Path) -> Iterator[None]:
+    """A config that transformers cannot make a model of is one line: it is data, and may hold anything."""
+    try:
+        yield
+    except MesaError:
+        raise
+    except Exception as error:  # transformers and its models raise whatever comes of a strange config
+        if "trust_remote_code" in str(error):
+            raise MesaError(
+                f"{bundle} brings Python code of its own; read it, and pass --trust-remote-code to run it, or take "
+                "another backend, which needs none"
+            ) from error
+        raise MesaError(
+            f"{bundle}: its config.json and weights make no model in PyTorch ({type(error).__name__}: "
+            f"{first_line(error)}); export the model again"
+        ) from error
+
+
+def open_torch(path: Path, opened: dict[str, tuple[RoleModule, Manifest]], *, trust_remote_code: bool = False) -> Run:
     """The function of a bundle's ONNX file, computed by PyTorch.
 
     Args:
         path: a graph's file in its bundle.
         opened: modules by bundle, so that all graphs of one bundle share their weights.
+        trust_remote_code: run the Python code that the bundle brings, if it does.
     """
-    bundle, manifest = path.parent, Manifest.read(path.parent)
+    bundle = path.parent
     if str(bundle) not in opened:
-        opened[str(bundle)] = RoleModule(load_bundle_model(bundle, manifest), manifest.config)
-    module = opened[str(bundle)]
+        manifest = Manifest.read(bundle)
+        plain = load_bundle_model(bundle, manifest, trust_remote_code=trust_remote_code)
+        opened[str(bundle)] = _role_module(bundle, plain, manifest), manifest
+    module, manifest = opened[str(bundle)]
     role = next(graph.role for graph in manifest.graphs if graph.file == path.name)
     if role == "place":
         index = next(i for i, layer in enumerate(manifest.layers) if layer.place == path.name)
@@ -80,6 +144,18 @@ def open_torch(path: Path, opened: dict[str, RoleModule]) -> Run:
         return results
 
     return run
+
+
+def _role_module(bundle: Path, model: nn.Module, manifest: Manifest) -> RoleModule:
+    with _clear_errors(bundle):
+        module = RoleModule(model, manifest.config)
+    found = [(spec.kv_heads, spec.key_size, spec.value_size) for spec in module.layers]
+    if found != [(layer.kv_heads, layer.key_size, layer.value_size) for layer in manifest.layers]:
+        raise MesaError(f"{bundle}: its config.json has other layers than its manifest; export the model again")
+    vocabulary = module.config.get_text_config().vocab_size
+    if vocabulary != manifest.model["vocab_size"]:
+        raise MesaError(f"{bundle}: its config.json has another vocabulary than its manifest; export the model again")
+    return module
 
 
 def _to_torch(array: NDArray[Any], dtype: str) -> Tensor:

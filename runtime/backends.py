@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.manifest import GraphInfo
 from mesart.runtime.engines import PACKAGES
+from mesart.runtime.signature import check_signature, onnxruntime_signature, openvino_signature
 
 Array = NDArray[Any]
 
@@ -45,8 +47,8 @@ class Backend(Protocol):
     graph_role: SymbolicRole
     """Of the symbolic graph that it runs."""
 
-    def open(self, path: Path) -> Graph:
-        """Compiles the graph in a file."""
+    def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
+        """Compiles the graph in a file, which has the inputs and outputs that ``info`` says."""
         ...
 
 
@@ -79,11 +81,12 @@ class OnnxRuntimeBackend:
         """Unpacks quantised weights while a graph is loaded: for 8 bits, which its kernels unpack at each run else."""
         self._options.add_session_config_entry("session.disable_quant_qdq", "1")
 
-    def open(self, path: Path) -> Graph:
+    def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
         try:
             session = self._onnxruntime.InferenceSession(os.fspath(path), self._options, providers=self._providers)
         except Exception as error:  # onnxruntime raises kinds of its own, all for a graph that it cannot load
             raise MesaError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
+        check_signature(path, info, *onnxruntime_signature(session))
         names = [output.name for output in session.get_outputs()]
         known = {value.name for value in session.get_inputs()}
 
@@ -119,12 +122,13 @@ class OpenVinoBackend:
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": ROUNDED_GROUP if activations else 0,
         }
 
-    def open(self, path: Path) -> Graph:
+    def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
         openvino = self._openvino
         try:
             compiled = self._core.compile_model(self._core.read_model(os.fspath(path)), "CPU", self._options)
         except RuntimeError as error:
             raise MesaError(f"OpenVINO cannot load {path}: {first_line(error)}") from error
+        check_signature(path, info, *openvino_signature(compiled))
         request = compiled.create_infer_request()
         # A tensor that needs no conversion carries the names of both its ends.
         ports = [(port.get_names(), port) for port in compiled.inputs]
@@ -165,12 +169,15 @@ class TorchBackend:
         del dtype, threads  # the bundle's; torch's own setting
         if activations:
             raise MesaError("backend 'torch' is the reference and rounds no activations; leave activations out")
+        self.trust_remote_code = False
+        """Whether Python code of the bundle may run."""
         self._opened: dict[str, Any] = {}
 
-    def open(self, path: Path) -> Graph:
+    def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
         from mesart.graphs.torch_graph import open_torch  # noqa: PLC0415  (torch only where it is asked for)
 
-        return open_torch(path, self._opened)
+        del info  # it computes any of them
+        return open_torch(path, self._opened, trust_remote_code=self.trust_remote_code)
 
 
 _BACKENDS: dict[str, tuple[str, Callable[..., Backend]]] = {

@@ -11,10 +11,12 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.bundle_files import BundleFiles
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import (
     EngineInfo,
     EngineSet,
+    FileInfo,
     Flavour,
     Layout,
     Manifest,
@@ -22,7 +24,6 @@ from mesart.graphs.manifest import (
     Role,
     TensorInfo,
     WeightInfo,
-    sha256,
 )
 from mesart.graphs.plan import Bucket
 from mesart.runtime.cuda import Cuda, aligned
@@ -46,7 +47,7 @@ class Engines:
     """Engines for every role and bucket, opened when first needed; one copy of the weights if they are shared.
 
     Args:
-        bundle: the bundle's folder.
+        files: the bundle's, verified.
         manifest: what it holds.
         flavour: which TensorRT.
         verify: check the SHA-256 of all plans now. That of a plan is always checked before it is opened: it is code.
@@ -56,9 +57,9 @@ class Engines:
             altered, or more weights than free memory.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, flavour: Flavour, *, verify: bool = True) -> None:
+    def __init__(self, files: BundleFiles, manifest: Manifest, flavour: Flavour, *, verify: bool = True) -> None:
         _require_half(manifest)
-        self._bundle, self._flavour = bundle, flavour
+        self._files, self._bundle, self._flavour = files, files.folder, flavour
         self._trt = _import(flavour)
         self.cuda = Cuda()
         self._runtime: Any = None
@@ -71,9 +72,9 @@ class Engines:
         self.moves = 0
         """How often the activation memory has moved: what was captured before holds no longer."""
         try:
-            self.set = choose(bundle, manifest, flavour, str(self._trt.__version__), self.cuda.capability)
-            for engine in self.set.engines:
-                self._check_file(engine, contents=verify)
+            self.set = choose(self._bundle, manifest, flavour, str(self._trt.__version__), self.cuda.capability)
+            plans = {engine.file: FileInfo(engine.bytes, engine.sha256) for engine in self.set.engines}
+            BundleFiles(self._bundle, plans, f"run `{self._command()}`").verify(contents=verify)
             self._logger = _logger(self._trt)
             self._runtime = self._trt.Runtime(self._logger)
             self._require_memory()
@@ -132,16 +133,6 @@ class Engines:
         self._weights.clear()
         self._activations = self._activation_bytes = self.weight_bytes = 0
 
-    def _check_file(self, info: EngineInfo, *, contents: bool) -> None:
-        path, again = self._bundle / info.file, f"; run `{self._command()}`"
-        if not path.is_file():
-            raise MesaError(f"{self._bundle}: {info.file} is missing{again}")
-        size = path.stat().st_size
-        if size != info.bytes:
-            raise MesaError(f"{self._bundle}: {info.file} has {size} bytes instead of {info.bytes}{again}")
-        if contents and sha256(path) != info.sha256:
-            raise MesaError(f"{self._bundle}: {info.file} was altered (its SHA-256 differs){again}")
-
     def _command(self) -> str:
         return build_command(self._bundle, self._flavour, self.cuda.capability)
 
@@ -172,11 +163,12 @@ class Engines:
             self._weights[weight] = address
             address += aligned(weight[2])
         buffers = [self.cuda.pinned(_PIECE) for _ in range(2)]
-        for index, (address, piece) in enumerate(self._pieces()):
-            buffer = buffers[index % 2]
-            buffer.bytes[: piece.size] = piece  # while the piece before is on its way
-            self.cuda.synchronize()
-            self.cuda.upload(address, buffer, piece.size)
+        with self._files.unchanged(*dict.fromkeys(file for file, _, _ in weights)):
+            for index, (address, piece) in enumerate(self._pieces()):
+                buffer = buffers[index % 2]
+                buffer.bytes[: piece.size] = piece  # while the piece before is on its way
+                self.cuda.synchronize()
+                self.cuda.upload(address, buffer, piece.size)
         self.cuda.synchronize()
         for buffer in buffers:
             self.cuda.free_pinned(buffer)

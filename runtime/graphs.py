@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Protocol
 
+from mesart.graphs.bundle_files import BundleFiles
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest, Role
 from mesart.runtime.backends import Array, Backend, Graph
@@ -54,14 +54,15 @@ class SymbolicGraphs:
     step_batch: int | None = None
     last_logits_only = False
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
-        # A bundle of an earlier version has one for all backends.
+    def __init__(self, files: BundleFiles, manifest: Manifest, backend: Backend) -> None:
         role = backend.graph_role if manifest.has(backend.graph_role) else "any"
-        self._graph = backend.open(bundle / manifest.graph(role).file)
-        self._place = _Places(bundle, backend)
+        self._graphs = _GraphFiles(files, manifest, backend)
+        self._graph = self._graphs.open(manifest.graph(role).file)
+        self._place = _Places(self._graphs)
 
     def run(self, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        del role, bucket
+        del bucket
+        self._graphs.require_weights(role)
         return self._graph(feeds)
 
     def place(self, file: str) -> Graph:
@@ -92,14 +93,16 @@ class SpecialisedGraphs:
     step_batch: int | None = 1
     last_logits_only = True
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, keep: int = 3) -> None:
-        self._bundle, self._manifest, self._backend, self._keep = bundle, manifest, backend, keep
+    def __init__(self, files: BundleFiles, manifest: Manifest, backend: Backend, keep: int = 3) -> None:
+        self._manifest, self._keep = manifest, keep
+        self._graphs = _GraphFiles(files, manifest, backend)
         self._open: dict[str, Graph] = {}
-        self._place = _Places(bundle, backend)
+        self._place = _Places(self._graphs)
 
     def run(self, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]:
         info = self._manifest.graph(role, bucket if role in ("tail", "step") else None)
-        graph = self._open.pop(info.file, None) or self._backend.open(self._bundle / info.file)
+        self._graphs.require_weights(role)
+        graph = self._open.pop(info.file, None) or self._graphs.open(info.file)
         self._open[info.file] = graph
         while len(self._open) > self._keep:
             del self._open[next(iter(self._open))]
@@ -132,14 +135,39 @@ class SpecialisedGraphs:
         return int(info.size("input_ids", 1))
 
 
+class _GraphFiles:
+    """Opens the graphs of a bundle, now or later, as they were verified."""
+
+    def __init__(self, files: BundleFiles, manifest: Manifest, backend: Backend) -> None:
+        self._files, self._manifest, self._backend = files, manifest, backend
+        self._infos = {info.file: info for info in manifest.graphs}
+
+    def open(self, file: str) -> Graph:
+        with self._files.unchanged(file, *self._manifest.weight_files, *self._code()):
+            return self._backend.open(self._files.folder / file, self._infos.get(file))
+
+    def require_weights(self, role: Role) -> None:
+        """Weights are mapped from their files, so whoever writes into them changes the model; asked once a prompt."""
+        if role != "step":
+            self._files.require_not_overwritten(self._manifest.weight_files)
+
+    def _code(self) -> list[str]:
+        """What PyTorch reads beside graphs and weights."""
+        return (
+            [name for name in self._files.infos if name.endswith((".json", ".py"))]
+            if self._backend.name == "torch"
+            else []
+        )
+
+
 class _Places:
     """The graphs that move keys, opened when first needed."""
 
-    def __init__(self, bundle: Path, backend: Backend) -> None:
-        self._bundle, self._backend = bundle, backend
+    def __init__(self, graphs: _GraphFiles) -> None:
+        self._graphs = graphs
         self._open: dict[str, Graph] = {}
 
     def __call__(self, file: str) -> Graph:
         if file not in self._open:
-            self._open[file] = self._backend.open(self._bundle / file)
+            self._open[file] = self._graphs.open(file)
         return self._open[file]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+from mesart.graphs.bundle_files import BundleFiles
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Flavour, Manifest
-from mesart.runtime.backends import Activations, OnnxRuntimeBackend, choose_backend
+from mesart.runtime.backends import Activations, OnnxRuntimeBackend, TorchBackend, choose_backend
 from mesart.runtime.cache import LiveCache
 from mesart.runtime.device_cache import DeviceCache
 from mesart.runtime.engines import PACKAGES, Engines, usable_flavour
 from mesart.runtime.graphs import SpecialisedGraphs, SymbolicGraphs
 from mesart.runtime.host_cache import HostCache
+from mesart.runtime.text_files import TEXT_FILES, TextFiles
 from mesart.runtime.window_cache import WindowCache
 
 
@@ -30,14 +33,34 @@ class Loaded:
     """Why this backend, a phrase for people."""
 
 
+def require_digest(bundle: Path, manifest: Manifest, digest: str, *, verify: bool) -> None:
+    """Raises a :class:`MesaError` if a bundle is not the one of that digest, or if nothing would check that it is."""
+    if not re.fullmatch("sha256:[0-9a-f]{64}", digest):
+        raise MesaError(
+            f"the digest is {digest!r}; give what `mesart inspect --digest` prints, sha256: and 64 hexadecimal digits"
+        )
+    if not verify:
+        raise MesaError(
+            "a digest names the contents of all files, which verify=False does not read; leave one of them out"
+        )
+    if manifest.digest != digest:
+        raise MesaError(f"{bundle} is not the bundle that was asked for: its digest is {manifest.digest}, not {digest}")
+
+
+def read_texts(files: BundleFiles) -> TextFiles:
+    """The texts of a bundle, as they were verified."""
+    return TextFiles(files.folder, {name: files.read(name) for name in TEXT_FILES if name in files})
+
+
 def load_cache(
-    bundle: Path,
+    files: BundleFiles,
     manifest: Manifest,
     backend: str,
     *,
     threads: int | None,
     specialised: bool,
     verify: bool,
+    trust_remote_code: bool = False,
     activations: Activations | None = None,
 ) -> Loaded:
     """A live cache on the backend of that name; see :meth:`~mesart.runtime.MesaModel.load` for the arguments.
@@ -57,13 +80,13 @@ def load_cache(
                 raise MesaError(
                     f"backend {flavour!r} runs engines, whose shapes are fixed in any case: leave specialised out"
                 )
-            return _load_engines(bundle, manifest, flavour, "asked for", verify=verify)
+            return _load_engines(files, manifest, flavour, "asked for", verify=verify)
     reason = ""
     if backend == "auto" and not specialised and not activations:
-        usable, reason = usable_flavour(bundle, manifest)
+        usable, reason = usable_flavour(files.folder, manifest)
         if usable is not None:
             return _load_engines(
-                bundle, manifest, usable, "the fastest: the bundle has engines for this GPU", verify=verify
+                files, manifest, usable, "the fastest: the bundle has engines for this GPU", verify=verify
             )
     if manifest.quantisation is not None and manifest.quantisation.scheme == "fp8":
         backend = _require_fp8(backend, manifest.dtype, activations)
@@ -71,7 +94,9 @@ def load_cache(
     eight_bits = manifest.quantisation is not None and manifest.quantisation.bits == 8
     if isinstance(engine, OnnxRuntimeBackend) and eight_bits and not activations:
         engine.unpack_weights()
-    graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(bundle, manifest, engine)
+    if isinstance(engine, TorchBackend):
+        engine.trust_remote_code = trust_remote_code
+    graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(files, manifest, engine)
     cache = (WindowCache if manifest.config.reach is not None else HostCache)(manifest, graphs)
     choice += f"; the bundle's engines do not run here: {reason}" if reason else ""
     return Loaded(cache, manifest, engine.name, engine.device, choice)
@@ -99,8 +124,8 @@ def _require_fp8(backend: str, dtype: str, activations: str | None) -> str:
     return backend if backend != "auto" else "torch" if dtype == "bfloat16" else "onnxruntime"
 
 
-def _load_engines(bundle: Path, manifest: Manifest, flavour: Flavour, choice: str, *, verify: bool) -> Loaded:
-    engines = Engines(bundle, manifest, flavour, verify=verify)
+def _load_engines(files: BundleFiles, manifest: Manifest, flavour: Flavour, choice: str, *, verify: bool) -> Loaded:
+    engines = Engines(files, manifest, flavour, verify=verify)
     try:
         cache = DeviceCache(manifest, engines)
     except BaseException:
@@ -109,4 +134,4 @@ def _load_engines(bundle: Path, manifest: Manifest, flavour: Flavour, choice: st
     return Loaded(cache, replace(manifest, buckets=engines.buckets(manifest)), flavour, "cuda", choice)
 
 
-__all__ = ["Loaded", "load_cache"]
+__all__ = ["Loaded", "load_cache", "read_texts", "require_digest"]

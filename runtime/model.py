@@ -13,17 +13,18 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mesart.graphs.bundle_files import BundleFiles
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import bucket_for
 from mesart.runtime.backends import Activations, Array
 from mesart.runtime.device_cache import DeviceCache, DeviceMemory
 from mesart.runtime.executor import Executor
-from mesart.runtime.load import load_cache
+from mesart.runtime.load import load_cache, read_texts, require_digest
 from mesart.runtime.sampling import Sampler, SamplingConfig
 from mesart.runtime.stream import TextStream
 from mesart.runtime.text import Tokenizer, configured_eos_ids
-from mesart.runtime.text_files import TextFiles
+from mesart.runtime.text_files import TEXT_FILES
 
 Logits: TypeAlias = NDArray[np.float32]
 Prompt: TypeAlias = "str | Sequence[int]"
@@ -39,8 +40,11 @@ class MesaModel:
         manifest: what the bundle holds.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, executor: Executor, backend: str, device: str, choice: str):
-        self.bundle, self.manifest = bundle, manifest
+    def __init__(
+        self, files: BundleFiles, manifest: Manifest, executor: Executor, backend: str, device: str, choice: str
+    ) -> None:
+        self.bundle, self.manifest = files.folder, manifest
+        self._texts = read_texts(files)  # now: the folder may be another bundle's by the time that they are needed
         self.backend, self.device, self.choice = backend, device, choice
         self._executor: Executor | None = executor
         self._unfed: list[list[int]] = []  # each row's last generated token: shown, but not yet in the cache
@@ -54,9 +58,13 @@ class MesaModel:
         threads: int | None = None,
         specialised: bool = False,
         verify: bool = True,
+        digest: str | None = None,
+        trust_remote_code: bool = False,
         activations: Activations | None = None,
     ) -> MesaModel:
         """Opens a bundle.
+
+        What was checked is what is used: files that are opened later (graphs of other buckets) have to be unchanged.
 
         Args:
             bundle: a folder made by ``mesart export``.
@@ -66,26 +74,34 @@ class MesaModel:
             specialised: run the graphs of fixed shapes, one for each role and bucket, instead of the symbolic one.
             verify: check the SHA-256 of every file; otherwise only that it is there and has its size (an engine is
                 checked in any case, before it is opened).
+            digest: the only bundle that may be opened, ``sha256:...`` as ``mesart inspect --digest`` prints it. The
+                hashes in a bundle say that it is whole, not who made it: engines are native code, so give the digest of
+                a bundle that comes from elsewhere, if whoever made it has told you.
+            trust_remote_code: let backend ``torch`` run the Python code that the bundle brings, if it does.
             activations: ``int8`` lets onnxruntime and OpenVINO round activations to 8 bits in front of quantised
                 weights: faster, and not the model that was exported (docs/decoding.md has both in numbers).
 
         Raises:
-            MesaError: no bundle, a missing or altered file, a backend that is unknown or not installed, engines that do
-                not run on this machine, or rounding where there is nothing to round.
+            MesaError: no bundle, another one than ``digest`` says, a missing or altered file, a backend that is unknown
+                or not installed, engines that do not run on this machine, or rounding where there is nothing to round.
         """
         folder = Path(bundle)
         manifest = Manifest.read(folder)
-        manifest.verify(folder, contents=verify)
+        if digest is not None:
+            require_digest(folder, manifest, digest, verify=verify)
+        files = manifest.open_files(folder)
+        files.verify(contents=verify, keep=TEXT_FILES)
         it = load_cache(
-            folder,
+            files,
             manifest,
             backend,
             threads=threads,
             specialised=specialised,
             verify=verify,
+            trust_remote_code=trust_remote_code,
             activations=activations,
         )
-        return cls(folder, it.manifest, Executor(it.manifest, it.cache), it.backend, it.device, it.choice)
+        return cls(files, it.manifest, Executor(it.manifest, it.cache), it.backend, it.device, it.choice)
 
     def __enter__(self) -> MesaModel:
         return self
@@ -111,10 +127,6 @@ class MesaModel:
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer; an error if the checkpoint had none."""
         return Tokenizer.of(self._texts.contents, self.bundle)
-
-    @cached_property
-    def _texts(self) -> TextFiles:
-        return TextFiles.of_folder(self.bundle)
 
     @cached_property
     def default_sampling(self) -> SamplingConfig:
