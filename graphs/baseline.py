@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.config import AUTO, MesaConfig
+from mesart.graphs.config import AUTO, MOST_POSITIONS, MesaConfig, check_number, check_whole
 from mesart.graphs.errors import MesaError
 from mesart.graphs.frequencies import Frequencies, dynamic_ntk, yarn
 from mesart.graphs.reach import Reach
@@ -31,7 +31,7 @@ class BaselineConfig(MesaConfig):
     same in bundles of all methods.
 
     Raises:
-        MesaError: no such method.
+        MesaError: no such method, or a parameter that is no number in its range.
     """
 
     method: str = "origin"
@@ -49,7 +49,15 @@ class BaselineConfig(MesaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method not in BASELINES:
-            raise MesaError(f"{self.method!r} is no method with static graphs; there are mesa, {', '.join(BASELINES)}")
+            raise MesaError(
+                f"{self.method!r:.40} is no method with static graphs; there are mesa, {', '.join(BASELINES)}"
+            )
+        for name in ("factor", "fast", "slow"):
+            check_number(name, getattr(self, name), 1e-3, 1e6)
+        check_whole("window", self.window, least=int(self.method in ("lm-infinite", "streaming-llm")))
+        check_whole("first_tokens", self.first_tokens, least=0)
+        if self.max_tokens is not AUTO:
+            check_whole("max_tokens", self.max_tokens, least=1, most=MOST_POSITIONS)
 
     def up_to(self, tokens: int) -> BaselineConfig:
         """This configuration with a position table for texts of ``tokens`` tokens."""

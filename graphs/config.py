@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import enum
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +11,32 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.errors import MesaError
+from mesart.graphs.json_file import described, read_object
 from mesart.graphs.reach import Reach
+from mesart.graphs.user_data import user_data
 
-AUTO: Final = -1
+
+class _LeftOut(enum.IntEnum):
+    """A number that is told from one that the user gives by ``is``; copies and pickles of it stay the same object."""
+
+    AUTO = -1
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+AUTO: Final = _LeftOut.AUTO
 """A field left out: chosen from ``train_length`` by the rule of :class:`MesaConfig`."""
+
+MOST_POSITIONS: Final = 1 << 21
+"""Rows of a position table, at most: one of 2 million takes 2 GB where 128 dimensions turn."""
+
+MOST_TOKENS: Final = 1 << 30
+"""The longest text that may be asked for."""
+
+CONFIG_BYTES: Final = 16 << 20
+"""A config.json beyond that is none; the largest that are known have 100 kB."""
 
 
 class HasConfig(Protocol):
@@ -64,10 +85,23 @@ class MesaConfig:
     rho: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.train_length == AUTO:
+        for name in ("train_length", "head_length", "chunk_length", "tail_min", "linear_window"):
+            if getattr(self, name) is not AUTO:
+                check_whole(name, getattr(self, name), least=1)
+        if self.stair_width is not None:
+            check_whole("stair_width", self.stair_width, least=1)
+        if not isinstance(self.log_n, bool):
+            raise MesaError(f"log_n is {self.log_n!r}; it must be true or false")
+        check_number("rho", self.rho, 0, 1)
+        if self.train_length is AUTO:
             return
         if self.train_length < 16:
             raise MesaError(f"train_length is {self.train_length}; a window of at least 16 tokens is needed")
+        if self.train_length > MOST_POSITIONS:
+            raise MesaError(
+                f"train_length is {self.train_length}, more than the {MOST_POSITIONS} positions that a bundle can hold; "
+                "give the length that the model was trained on (--train-length)"
+            )
         rule = {
             "head_length": max(1, min(128, self.train_length * 5 // 32)),
             "chunk_length": max(1, min(4096, self.train_length // 2)),
@@ -75,10 +109,8 @@ class MesaConfig:
             "linear_window": max(1, min(512, self.train_length // 8)),
         }
         for name, value in rule.items():
-            if getattr(self, name) == AUTO:
+            if getattr(self, name) is AUTO:
                 object.__setattr__(self, name, value)
-            elif getattr(self, name) < 1:
-                raise MesaError(f"{name} is {getattr(self, name)}; it must be at least 1")
         self._check()
 
     def _check(self) -> None:
@@ -88,8 +120,6 @@ class MesaConfig:
                 f"head_length + chunk_length = {self.head_length} + {self.chunk_length} = {window} is more than the "
                 f"trained {self.train_length} positions; lower one of them by {window - self.train_length}"
             )
-        if self.stair_width is not None and self.stair_width < 1:
-            raise MesaError(f"stair_width is {self.stair_width}; it must be at least 1")
         if not self.linear_window < self.stair_range:
             raise MesaError(
                 f"linear_window = {self.linear_window} leaves no room for stairs in rho * train_length = "
@@ -132,11 +162,19 @@ class MesaConfig:
         return max(1, math.ceil((tokens - self.linear_window) / (self.stair_range - self.linear_window)))
 
     def bucket_lengths(self) -> Iterator[tuple[int, int]]:
-        """Buckets beyond the trained length, without end: chunks, and the longest prompt that they serve."""
+        """Buckets beyond the trained length: chunks, and the longest prompt that they serve.
+
+        Raises:
+            MesaError: at the end, beyond :data:`MOST_TOKENS`, or there is no ``train_length`` yet.
+        """
+        if self.train_length is AUTO:
+            raise MesaError("the configuration has no train_length; give one, or use MesaConfig.from_model")
         power = 1
         while True:
             for chunks in (power, power * 3 // 2) if power > 1 else (1,):
                 tokens = self.head_length + chunks * self.chunk_length + self.tail_min
+                if tokens > 2 * MOST_TOKENS:  # the bucket of a text is less than twice as long
+                    raise MesaError(f"no bucket is for more than {MOST_TOKENS} tokens; give fewer (--max-tokens)")
                 if tokens > self.train_length:
                     yield chunks, tokens
             power *= 2
@@ -144,7 +182,7 @@ class MesaConfig:
     def described(self) -> str:
         """The method and its numbers, for people."""
         values = {name: value for name, value in self.to_dict().items() if name != "train_length"}
-        return ", ".join(f"{name} {'auto' if value in (None, AUTO) else value}" for name, value in values.items())
+        return ", ".join(f"{name} {'auto' if value is None or value is AUTO else value}" for name, value in values.items())
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -159,9 +197,9 @@ class MesaConfig:
 
     def for_model(self: Self, checkpoint: ModelSource) -> Self:
         """This configuration with what it leaves out chosen from a model, see :meth:`from_model`."""
-        if self.train_length != AUTO:
+        if self.train_length is not AUTO:
             return self
-        return self.from_model(checkpoint, **{k: v for k, v in self.to_dict().items() if v != AUTO})
+        return self.from_model(checkpoint, **{k: v for k, v in self.to_dict().items() if v is not AUTO})
 
     @classmethod
     def from_model(cls: type[Self], checkpoint: ModelSource, **fields: Any) -> Self:
@@ -175,32 +213,70 @@ class MesaConfig:
         return cls(**{name: value for name, value in fields.items() if value is not None})
 
 
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The fields of a model's config.json.
+
+    Raises:
+        MesaError: it is no JSON object of reasonable size and depth, or holds a number that is not finite.
+    """
+    return read_object(path, CONFIG_BYTES, finite=True)
+
+
 def _config_fields(checkpoint: ModelSource) -> dict[str, Any]:
     if not isinstance(checkpoint, (str, PathLike)):
         fields: dict[str, Any] = checkpoint.config.to_dict()
         return fields
     path = Path(checkpoint) / "config.json"
     if path.is_file():
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise MesaError(f"{path} is not valid JSON ({error}); is the checkpoint complete?") from error
-        return fields
+        return read_config_file(path)
     if Path(checkpoint).exists():
         raise MesaError(f"{checkpoint} holds no config.json; give a transformers checkpoint folder")
-    from transformers import AutoConfig  # noqa: PLC0415  (only a hub id needs it; this module stays light)
+    from transformers.utils.hub import cached_file  # noqa: PLC0415  (only a hub id needs it; this module stays light)
 
-    try:
-        fields = AutoConfig.from_pretrained(str(checkpoint)).to_dict()
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise MesaError(f"{checkpoint} is neither a checkpoint folder nor a hub id that loads: {reason}") from error
-    return fields
+    # The file alone: making transformers' object of it could run Python code that the repository brings.
+    with user_data(f"{checkpoint} is neither a checkpoint folder nor a hub id that loads"):
+        found = cached_file(str(checkpoint), "config.json")
+    return read_config_file(Path(str(found)))
 
 
 def _train_length(fields: dict[str, Any]) -> int:
-    fields = fields.get("text_config") or fields
+    text = fields.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise MesaError(f"the model's config: text_config is {described(text)}; it must be an object")
+    fields = text or fields
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if isinstance(fields.get(name), int):
-            return int(fields[name])
+        value = fields.get(name)
+        if value is None:
+            continue
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not whole or not 16 <= value <= MOST_POSITIONS:
+            raise MesaError(
+                f"the model's config: {name} is {described(value)}; it must be a whole number from 16 to "
+                f"{MOST_POSITIONS}. If the model is sound, pass train_length (--train-length)"
+            )
+        return int(value)
     raise MesaError("the model's config names no trained length (max_position_embeddings); pass train_length")
+
+
+def check_whole(name: str, value: Any, least: int, most: int = MOST_TOKENS) -> None:
+    """Refuses a field that is no whole number, or outside of a range.
+
+    Raises:
+        MesaError: it is that.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise MesaError(f"{name} is {value!r:.40}; it must be a whole number")
+    if value < least:
+        raise MesaError(f"{name} is {value!s:.40}; it must be at least {least}")
+    if value > most:
+        raise MesaError(f"{name} is {value!s:.40}; it must be at most {most}")
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Refuses a field that is no finite number, or outside of a range.
+
+    Raises:
+        MesaError: it is that.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:  # NaN neither
+        raise MesaError(f"{name} is {value!r:.40}; it must be a number from {least} to {most}")

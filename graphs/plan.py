@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.baseline import BaselineConfig
-from mesart.graphs.config import AUTO, MesaConfig
+from mesart.graphs.config import AUTO, MesaConfig, check_whole
 from mesart.graphs.errors import MesaError
 from mesart.graphs.stairs import ORDINARY, Stairs
 
@@ -59,10 +59,10 @@ def buckets_up_to(config: MesaConfig, max_tokens: int) -> tuple[Bucket, ...]:
     """The buckets that serve every prompt of up to ``max_tokens`` tokens.
 
     Raises:
-        MesaError: the configured stair width leaves the trained range before ``max_tokens``.
+        MesaError: the configured stair width leaves the trained range before ``max_tokens``, or that is no number of
+            tokens.
     """
-    if max_tokens < 1:
-        raise MesaError(f"max_tokens is {max_tokens}; it must be at least 1")
+    check_whole("max_tokens", max_tokens, least=1)
     buckets = []
     for bucket in all_buckets(config):
         buckets.append(bucket)
@@ -115,7 +115,7 @@ class Plan:
         """
         if tokens < 1:
             raise MesaError("the prompt is empty; give at least one token")
-        if config.train_length == AUTO:
+        if config.train_length is AUTO:
             raise MesaError("the configuration has no train_length; give one, or use MesaConfig.from_model")
         if isinstance(config, BaselineConfig):
             return cls(config, 0, tokens, None, (), Span(0, tokens), config.stairs(tokens))
