@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Final
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.hub import cached_file
 
+from mesart.export.checkpoint_weights import index_entries, open_weights
+from mesart.export.model_sizes import check_sizes
 from mesart.export.quantised_checkpoint import read_scheme
-from mesart.export.safetensors_file import read_header
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.config import read_config_file
+from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import DTYPES
+from mesart.graphs.user_data import user_data
 
-_HUB_FILES = ("*.safetensors", "*.json", "pytorch_model*.bin", "*.model", "*.txt", "*.jinja")
+_HUB_TEXTS: Final = (
+    *("config.json", "generation_config.json", "adapter_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
+_HUB_WEIGHTS: Final = (
+    ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+)
+"""The file, else the index, and names of shards; the first row that a repository has."""
+
+_HUB_FILES: Final = (*_HUB_TEXTS, *(name for row in _HUB_WEIGHTS for name in row))
+"""What may be wanted of a repository whose files cannot be listed, because it is only in the cache."""
+
+_RUNNING: Final = (
+    *("_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_flash_attn_2_enabled"),
+    *("_experts_implementation", "experts_implementation", "_experts_implementation_internal"),
+    *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript", "device_map"),
+)
+"""Fields of a config that say how somebody ran the model, not what it computes. transformers obeys some of them: it
+wants a package that is not there, or fetches a kernel from the hub."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 """A checkpoint that has one of these has a tokenizer."""
 
 
 def check_checkpoint(checkpoint: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
-    """The config of a checkpoint that looks usable: checked without reading its weights, which may be quantised.
+    """The config of a checkpoint that looks usable; its weights, which may be quantised, are not looked at.
 
     Args:
         checkpoint: a folder or hub id.
         trust_remote_code: run the Python code that the checkpoint brings, if it does.
 
     Raises:
-        MesaError: no checkpoint, no causal language model, code that is not trusted, no weights, a truncated file, or
-            weights that are quantised in a way that export cannot read.
+        MesaError: no checkpoint, no causal language model, code that is not trusted, an adapter, or weights that are
+            quantised in a way that export cannot read.
     """
     source = os.fspath(checkpoint)
     config = load_config(source, trust_remote_code=trust_remote_code)
     read_scheme(source, config)
-    if Path(source).is_dir():
-        weight_files(Path(source))
     return config
 
 
-def load_model(checkpoint: str | os.PathLike[str], dtype: str, config: Any = None) -> nn.Module:
+def load_model(
+    checkpoint: str | os.PathLike[str], dtype: str, config: Any = None, *, trust_remote_code: bool = False
+) -> nn.Module:
     """A causal language model with its weights in ``dtype``, in eval mode; ``config`` if it was checked already.
 
     Raises:
@@ -53,92 +82,170 @@ def load_model(checkpoint: str | os.PathLike[str], dtype: str, config: Any = Non
     if dtype not in DTYPES:
         raise MesaError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     source = os.fspath(checkpoint)
-    config = config or check_checkpoint(checkpoint)
+    if config is None:
+        config = check_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+        if Path(source).is_dir():
+            open_weights(Path(source), config)
     scheme = read_scheme(source, config)
     if scheme is not None:
         raise MesaError(f"{source} is quantised ({scheme.name}); export it, and use the bundle")
     loaded: Any
-    try:
+    with user_data(f"{source} cannot be loaded"):
         loaded = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise MesaError(f"{source} cannot be loaded: {first_line(error)}") from error
     model, report = loaded
-    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape for")):
-        names = sorted(map(str, report.get(kind) or ()))
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise MesaError(f"{source} {what} the weight {names[0]}{more}; is it complete, and of this config?")
+    missing = sorted(map(str, report.get("missing_keys") or ()))
+    if missing:
+        raise MesaError(f"{source} lacks the weight {_first(missing)}; is it complete, and of this config?")
+    mismatched = sorted(report.get("mismatched_keys") or (), key=str)
+    if mismatched:
+        name, *shapes = mismatched[0] if isinstance(mismatched[0], tuple) else (mismatched[0],)
+        as_what = " instead of ".join(str([*shape]) for shape in shapes)
+        raise MesaError(
+            f"{source} has the wrong shape for the weight {_first([name, *mismatched[1:]])}"
+            f"{f': {as_what}' if as_what else ''}; is it complete, and of this config?"
+        )
+    note_untied(model)
     network: nn.Module = model.eval()
     return network
 
 
+def _first(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+
+
+def note_untied(model: Any) -> None:
+    """Lets the config say that the language head has weights of its own, where transformers found that it has.
+
+    A checkpoint may hold both tables although its config ties them: then they are only tied if they are equal.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and getattr(head, "weight", None) is not getattr(table, "weight", None):
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
+
+
 def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
-    """The model's config; a causal language model's."""
+    """The model's config; a causal language model's.
+
+    Raises:
+        MesaError: see :func:`check_checkpoint`.
+    """
     path = Path(source)
-    if path.exists() and not (path / "config.json").is_file():
-        raise MesaError(f"{source} holds no config.json; give the folder of a transformers checkpoint")
-    if not path.exists() and source.count("/") != 1:
+    if path.exists():
+        refuse_adapter(path)
+        if not (path / "config.json").is_file():
+            raise MesaError(f"{source} holds no config.json; give the folder of a transformers checkpoint")
+    elif source.count("/") != 1:
         raise MesaError(f"{source} does not exist; give the folder of a transformers checkpoint or a hub id")
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        if "trust_remote_code" in str(error):
-            raise MesaError(
-                f"{source} brings Python code of its own; read it, and pass --trust-remote-code to run it"
-            ) from error
-        raise MesaError(f"{source} has no readable model config: {first_line(error)}") from error
-    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code
-    if (config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own) or config.is_encoder_decoder:
+    file = path / "config.json"
+    if not path.exists():
+        with user_data(f"{source} has no readable model config"):
+            file = Path(str(cached_file(source, "config.json")))
+    fields = read_config_file(file)
+    named = f"{source}/config.json"
+    check_sizes(named, fields)
+    if fields.get("auto_map") and not trust_remote_code and fields.get("model_type") not in CONFIG_MAPPING:
+        raise MesaError(f"{source} brings Python code of its own; read it, and pass --trust-remote-code to run it")
+    with user_data(f"{named} is no model config that transformers can read"):
+        with _without_running_settings(source, fields) as cleaned:
+            config: Any = AutoConfig.from_pretrained(cleaned, trust_remote_code=trust_remote_code)
+        config.name_or_path = source
+        config._attn_implementation = None
+        own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code
+        causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if (not causal and not own) or config.is_encoder_decoder:
         raise MesaError(f"{source} is no causal language model (model_type {config.model_type!r})")
     return config
 
 
+@contextmanager
+def _without_running_settings(source: str, fields: dict[str, Any]) -> Iterator[str]:
+    """The checkpoint, or a folder with its config.json where that holds settings that are to be ignored.
+
+    Code that a checkpoint brings is looked for beside its config.json, so that one stays as it is.
+    """
+    cleaned = _cleaned(fields)
+    if cleaned == fields or fields.get("auto_map"):
+        yield source
+        return
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(cleaned), encoding="utf-8")
+        yield folder
+
+
+def _cleaned(fields: dict[str, Any]) -> dict[str, Any]:
+    cleaned = {name: value for name, value in fields.items() if name not in _RUNNING}
+    for name in ("dtype", "torch_dtype"):
+        if name in cleaned:
+            dtype = str(cleaned[name]).removeprefix("torch.")
+            if isinstance(getattr(torch, dtype, None), torch.dtype):
+                cleaned[name] = dtype
+            else:  # "auto", a dtype each part, ...; an export is told its dtype
+                del cleaned[name]
+    for name, value in cleaned.items():
+        if isinstance(value, dict) and name.endswith("_config") and name != "quantization_config":
+            cleaned[name] = _cleaned(value)
+    if cleaned.get("quantization_config", "") is None:
+        del cleaned["quantization_config"]
+    return cleaned
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuses weights that an adapter beside them changes; transformers applies it if peft is installed.
+
+    Raises:
+        MesaError: there is one.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).exists():
+            raise MesaError(
+                f"{folder} holds an adapter ({name}), which export cannot apply; merge it into the model first (peft: "
+                "model.merge_and_unload().save_pretrained(folder)), or take its files away"
+            )
+
+
 def local_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint; a hub id is downloaded, or found in the hub's cache.
+    """The folder of a checkpoint; a hub id is downloaded, each weight once, or found in the hub's cache.
 
     Raises:
         MesaError: the hub does not have it, or cannot be reached.
     """
     if Path(source).is_dir():
         return Path(source)
+    name = os.fspath(source)
+    with user_data(f"{name} cannot be downloaded"):
+        revision, wanted = _wanted(name)
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    refuse_adapter(folder)
+    return folder
+
+
+def _wanted(name: str) -> tuple[str | None, list[str]]:
+    """The revision of a repository and the files that are needed of it."""
     try:
-        return Path(snapshot_download(os.fspath(source), allow_patterns=list(_HUB_FILES)))
-    except (OSError, ValueError) as error:
-        raise MesaError(f"{source} cannot be downloaded: {first_line(error)}") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, safetensors before pickles; checked without reading their tensors.
-
-    Raises:
-        MesaError: there are none, one is missing or truncated, or the index is broken.
-    """
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
-        if index.is_file():
-            files = [folder / name for name in _index(index)]
+        info = HfApi().model_info(name)
+        files = {file.rfilename for file in info.siblings or ()}
+    except Exception:  # noqa: BLE001  (no network or none wanted, in the client's many words: the cache is asked then)
+        return None, list(_HUB_FILES)
+    for single, index, _ in _HUB_WEIGHTS:
+        if single in files:
+            weights = [single]
             break
-        if single.is_file():
-            files = [single]
+        if index in files:
+            path = Path(hf_hub_download(name, index, revision=info.sha))
+            weights = [index, *sorted(set(index_entries(path, path.parent).values()))]
             break
     else:
-        raise MesaError(f"{folder} has no model.safetensors and no pytorch_model.bin")
-    for file in files:
-        if not file.is_file():
-            raise MesaError(f"{folder} has no {file.name}, which {index.name} names; is the download complete?")
-        if file.suffix == ".safetensors":
-            read_header(file)
-    return files
+        weights = []  # which is said when they are opened
+    return info.sha, [*_HUB_TEXTS, *map(glob.escape, weights)]
 
 
-def _index(path: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MesaError(f"{path} is not a valid index of weights: {error}") from error
+__all__ = ["TOKENIZER_FILES", "check_checkpoint", "load_config", "load_model", "local_folder", "note_untied"]

@@ -7,6 +7,7 @@ is looked up in the checkpoint's headers by name, shape and dtype.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,21 +15,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from mesart.export.checkpoint import load_model, weight_files
+from mesart.export.checkpoint import load_model
+from mesart.export.checkpoint_weights import CheckpointWeights, open_weights
 from mesart.export.folders import link_or_copy
+from mesart.export.model_sizes import check_sizes_against
 from mesart.export.quantise import PackedParts, quantise, quantised_bytes
 from mesart.export.quantise import pending as pending_parts
 from mesart.export.quantised_checkpoint import Repacked, open_packed, read_scheme
 from mesart.export.safetensors_file import Pending, Stored, read_header, write_file
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import WEIGHTS_FILE, FileInfo, Quantisation, sha256
 from mesart.graphs.torch_weights import expert_weights, match_weights
+from mesart.graphs.user_data import user_data
 
 WeightMode = Literal["link", "copy"]
 """``link``: a weight that the checkpoint holds in the asked dtype stays in its file, which the bundle links to (hard,
@@ -69,12 +72,14 @@ def open_network(
     if scheme is not None:
         config = copy.deepcopy(config)
         del config.quantization_config
-    files = weight_files(checkpoint)
-    tensors, read = _open_pickles(files) if files[0].suffix == ".bin" else _open_safetensors(files)
-    with no_init_weights():  # parameters that nobody writes to take no memory
-        auto: Any = AutoModelForCausalLM
-        module: Any = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).eval()
-    module.tie_weights()
+    weights = open_weights(checkpoint, config)
+    tensors, read = weights.tensors, weights.read
+    check_sizes_against(checkpoint, config, tensors)
+    module = _empty_model(checkpoint, config, dtype, trust_remote_code)
+    if _unties(module, weights):
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        module = _empty_model(checkpoint, config, dtype, trust_remote_code)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     how, packed = None, {}
     if scheme is not None:
@@ -83,23 +88,95 @@ def open_network(
         _check_biases(checkpoint, module, found, tensors, read)
         shapes = {name: (*weight.shape,) for name, weight in packed.items()} | shapes
     names = match_weights(module, shapes)
-    if names is None and scheme is not None:
-        raise MesaError(
-            f"{checkpoint} is quantised ({scheme.name}) and lacks weights that {type(module).__name__} has, "
-            "or has them under other names; give the checkpoint that it was made from"
-        )
     if names is None:
+        difference = _first_difference(module, shapes)
+        if scheme is not None:
+            raise MesaError(
+                f"{checkpoint} is quantised ({scheme.name}) and lacks weights that {type(module).__name__} has, "
+                f"or has them under other names ({difference}); give the checkpoint that it was made from"
+            )
         # transformers builds some weights from others (experts), or knows their old names; or some are missing.
-        if files[0].suffix == ".bin":
-            raise MesaError(f"{files[0]} holds other weights than {type(module).__name__} has; save it as safetensors")
+        if weights.pickled:
+            raise MesaError(
+                f"{weights.files[0]} holds other weights than {type(module).__name__} has: it {difference}; if "
+                "transformers loads it, save it as safetensors (save_pretrained)"
+            )
         say("the weights have other names or shapes than the model's: transformers converts them, in memory")
-        return Network(load_model(checkpoint, dtype, config), None)
+        return Network(load_model(checkpoint, dtype, config, trust_remote_code=trust_remote_code), None)
     stored = {name: tensors[found] for name, found in names.items() if found in tensors}
+    _check_dtypes(module, stored)
+    if scheme is None:
+        _say_unused(module, tensors, say)
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if name in stored:
                 buffer.copy_(read(stored[name]))
     return Network(module, stored, read, how, packed)
+
+
+def _empty_model(checkpoint: Path, config: Any, dtype: str, trust_remote_code: bool) -> Any:
+    """The model of a config; its parameters take no memory, because nobody writes to them."""
+    auto: Any = AutoModelForCausalLM
+    with user_data(f"{checkpoint / 'config.json'}: transformers cannot build this model"), no_init_weights():
+        module: Any = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code).eval()
+        module.tie_weights()
+    return module
+
+
+def _unties(module: Any, weights: CheckpointWeights) -> bool:
+    """Whether a checkpoint holds two tables that the config ties, and they differ: transformers keeps both then."""
+    tied: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    for pair in tied.items():
+        found = [next((n for n in _names(module, name) if n in weights.tensors), None) for name in pair]
+        if None not in found:
+            one, other = (weights.read(weights.tensors[name]) for name in found if name is not None)
+            if one.shape != other.shape or not torch.equal(one, other):
+                return True
+    return False
+
+
+def _names(module: nn.Module, name: str) -> tuple[str, str]:
+    """What a parameter may be called in a checkpoint: one of the model without its head has no prefix."""
+    return name, name.removeprefix(f"{getattr(module, 'base_model_prefix', '')}.")
+
+
+def _first_difference(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What a checkpoint lacks, or has in another shape, in words."""
+    alike: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        alike.setdefault(id(parameter), []).extend(_names(module, name))
+    for name, parameter in module.named_parameters():
+        found = next((shapes[alias] for alias in alike[id(parameter)] if alias in shapes), None)
+        if found is None:
+            return f"lacks {name}"
+        if tuple(found) != tuple(parameter.shape):
+            return f"has {name} as {[*found]} instead of {[*parameter.shape]}"
+    return "has other weights"
+
+
+def _check_dtypes(module: nn.Module, stored: Mapping[str, Stored]) -> None:
+    """Refuses weights that are no floating point numbers: packed ones, say, whose config says nothing of it."""
+    targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in stored.items():
+        target = targets[name]
+        if tensor.shape != tuple(target.shape):
+            raise MesaError(f"{tensor.file} has {name} as {[*tensor.shape]} instead of {[*target.shape]}")
+        if tensor.dtype is None or (target.is_floating_point() and not tensor.dtype.is_floating_point):
+            kind = "a dtype that export does not read" if tensor.dtype is None else str(tensor.dtype)
+            raise MesaError(
+                f"{tensor.file} has {name} in {kind}, expected floating point numbers; if it is quantised, its "
+                "config.json must say how (quantization_config)"
+            )
+
+
+def _say_unused(module: nn.Module, tensors: Mapping[str, Stored], say: Callable[[str], None]) -> None:
+    """Names what the checkpoint holds and the model has no place for; transformers leaves that out too."""
+    known = {alias for name in module.state_dict() for alias in _names(module, name)}
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    left = [name for name in tensors if name not in known and not any(re.search(rule, name) for rule in ignored)]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        say(f"{type(module).__name__} has no place for {left[0]}{more}: left out, as by transformers")
 
 
 def _match_packed(checkpoint: Path, module: nn.Module, packed: Mapping[str, Repacked]) -> dict[str, Repacked]:
@@ -140,35 +217,6 @@ def _check_biases(
         name = weight.removesuffix("weight") + "bias"
         if name in tensors and name not in known and bool(read(tensors[name]).any()):
             raise MesaError(f"{checkpoint} has {name}, which {type(module).__name__} has not; is it of this config?")
-
-
-def _open_safetensors(files: list[Path]) -> tuple[dict[str, Stored], Callable[[Stored], Tensor]]:
-    tensors = {name: stored for file in files for name, stored in read_header(file).items()}
-
-    def read(stored: Stored) -> Tensor:
-        with safe_open(stored.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(stored.name)
-        return tensor
-
-    return tensors, read
-
-
-def _open_pickles(files: list[Path]) -> tuple[dict[str, Stored], Callable[[Stored], Tensor]]:
-    """Tensors only, mapped from the file: a pickle could run any code otherwise."""
-    loaded: dict[str, Tensor] = {}
-    tensors: dict[str, Stored] = {}
-    for file in files:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            loaded |= {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-        except Exception as error:  # unpickling can fail in any way
-            raise MesaError(f"{file} is no file of tensors that is safe to load: {first_line(error)}") from error
-        tensors |= {
-            name: Stored(file, name, -1, tensor.nbytes, tensor.dtype, tuple(tensor.shape))
-            for name, tensor in loaded.items()
-            if name not in tensors
-        }
-    return tensors, lambda stored: loaded[stored.name]
 
 
 class WeightFiles:

@@ -182,7 +182,9 @@ class MesaConfig:
     def described(self) -> str:
         """The method and its numbers, for people."""
         values = {name: value for name, value in self.to_dict().items() if name != "train_length"}
-        return ", ".join(f"{name} {'auto' if value is None or value is AUTO else value}" for name, value in values.items())
+        return ", ".join(
+            f"{name} {'auto' if value is None or value is AUTO else value}" for name, value in values.items()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
