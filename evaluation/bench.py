@@ -129,6 +129,7 @@ def run_bench(
     threads: int | None = None,
     transformers: bool = True,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> BenchResult:
     """Times prompts of several lengths on each backend and on plain transformers.
 
@@ -140,6 +141,8 @@ def run_bench(
         repeat: runs of each; the median counts.
         threads: CPU threads of every system; all available if left out.
         transformers: also run transformers, with the faster of float32 and bfloat16 (sdpa attention).
+        progress: show a bar.
+        trust_remote_code: run the Python code that the bundle brings, if it does.
 
     Raises:
         MesaError: an unknown backend, or a length that the bundle does not serve.
@@ -155,6 +158,7 @@ def run_bench(
     count = threads or len(os.sched_getaffinity(0))
     machine = measure_machine(count)
     common = {"bundle": str(folder), "threads": count, "new_tokens": new_tokens, "repeat": repeat}
+    common["trust_remote_code"] = trust_remote_code
     rows: list[Row] = []
     with tqdm(total=len(wanted) * (len(systems) + transformers), desc="bench", unit="run", disable=not progress) as bar:
         if transformers:

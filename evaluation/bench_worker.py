@@ -118,11 +118,18 @@ def require_cuda_provider() -> None:
         raise MesaError("onnxruntime's CUDA provider does not load; its libraries may be missing (cuBLAS, cuDNN)")
 
 
+def trusted(job: dict[str, Any]) -> bool:
+    """Whether Python code of the bundle may run."""
+    return bool(job.get("trust_remote_code", False))
+
+
 def _mesart(job: dict[str, Any]) -> Answer:
     from mesart.runtime import MesaModel  # noqa: PLC0415  (only one of the two systems is loaded)
 
     # Hashing the weights would read the whole file; a benchmark's bundle was made just before.
-    model = MesaModel.load(job["bundle"], job["system"], threads=job["threads"], verify=False)
+    model = MesaModel.load(
+        job["bundle"], job["system"], threads=job["threads"], verify=False, trust_remote_code=trusted(job)
+    )
     if model.device != job.get("device", model.device):
         raise MesaError(f"{job['system']} runs on {model.device} here, not on {job['device']}")
 
@@ -145,7 +152,7 @@ def _transformers(job: dict[str, Any]) -> Answer:
     torch.set_num_threads(job["threads"])
     dtype, device = getattr(torch, job["dtype"]), job.get("device", "cpu")
     with torch.device(device):
-        model = load_plain_model(Path(job["bundle"]), dtype, attn_implementation="sdpa")
+        model = load_plain_model(Path(job["bundle"]), dtype, attn_implementation="sdpa", trust_remote_code=trusted(job))
     wait: Any = torch.cuda.synchronize if device == "cuda" else lambda: None
     if job.get("compiled"):
         return _compiled(model, job, wait)

@@ -154,6 +154,7 @@ class MesaLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
         batch_size: 1, which the harness's command line gives.
         max_batch_size: as ``batch_size``.
         device: ``cuda:0``, which the harness's command line gives; the backend says where a model runs.
+        trust_remote_code: run the Python code that the source brings, if it does.
 
     Raises:
         MesaError: the harness is not installed, an option that cannot be honoured, or a source without a tokenizer.
@@ -170,6 +171,7 @@ class MesaLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         _require_harness()
         super().__init__()
@@ -179,7 +181,7 @@ class MesaLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
             raise MesaError(f"max_length is {max_length}; it must be at least 1")
         if device not in (None, "cuda:0"):
             raise MesaError(f"device is {device!r}, but the backend says where a model runs: leave it out")
-        self.opened = open_systems(os.fspath(bundle), [system], backend, config)
+        self.opened = open_systems(os.fspath(bundle), [system], backend, config, trust_remote_code=trust_remote_code)
         (self.system,) = self.opened.systems.values()
         self.tokenizer = self.opened.tokenizer
         self._name, self._seed, self._limit = system, seed, max_length

@@ -138,6 +138,7 @@ def run_passkey(
     digits: int = 5,
     config: MesaConfig | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> PasskeyResult:
     """Hides keys in prompts that training never used, and asks each system for them; the same prompts for all.
 
@@ -158,13 +159,14 @@ def run_passkey(
         digits: of a key.
         config: Mesa's, for a checkpoint.
         progress: show a progress bar on stderr.
+        trust_remote_code: run the Python code that the source brings, if it does.
 
     Raises:
         MesaError: an option out of its range, or a length that the task or the bundle cannot have, before any run.
     """
     _check_options(fillers, prompts, depths, digits, text)
     filler_text = held_out_text(text) if "random" in fillers else None
-    with open_systems(source, systems, backend, config) as opened:
+    with open_systems(source, systems, backend, config, trust_remote_code=trust_remote_code) as opened:
         maker = PromptMaker(opened, filler_text, digits, seed)
         chosen = _lengths(opened, lengths, maker.shortest)
         names = list(opened.systems)

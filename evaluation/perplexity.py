@@ -129,6 +129,7 @@ def run_perplexity(
     text: str | os.PathLike[str] | None = None,
     config: MesaConfig | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> PerplexityResult:
     """Scores the same tokens of a held-out text with contexts of several lengths, all ending at the same places.
 
@@ -147,6 +148,7 @@ def run_perplexity(
         text: a file to use instead of library text that the demo model never saw.
         config: Mesa's, for a checkpoint.
         progress: show a progress bar on stderr.
+        trust_remote_code: run the Python code that the source brings, if it does.
 
     Raises:
         MesaError: an option out of its range, a text too short, or a length that the task or the bundle cannot have;
@@ -156,7 +158,7 @@ def run_perplexity(
         if number < 1:
             raise MesaError(f"the number of {what} is {number}; it must be at least 1")
     scored = held_out_text(text)
-    with open_systems(source, systems, backend, config) as opened:
+    with open_systems(source, systems, backend, config, trust_remote_code=trust_remote_code) as opened:
         chosen = _lengths(opened, lengths, tokens)
         stream = opened.encode(scored.content)
         ends = places_in(len(stream), chosen[-1] - len(opened.prefix_ids), places, seed)

@@ -21,8 +21,10 @@ from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import MANIFEST_FILE, Manifest
 from mesart.graphs.plan import Plan
+from mesart.runtime.load import read_texts
 from mesart.runtime.model import MesaModel
 from mesart.runtime.text import Tokenizer
+from mesart.runtime.text_files import TEXT_FILES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -220,8 +222,10 @@ class CheckpointModel:
     train_length: int
 
     @classmethod
-    def load(cls, source: Source, dtype: str = "float32", device: str = "cpu") -> CheckpointModel:
-        """Loads a checkpoint's folder or a hub id.
+    def load(
+        cls, source: Source, dtype: str = "float32", device: str = "cpu", *, trust_remote_code: bool = False
+    ) -> CheckpointModel:
+        """Loads a checkpoint's folder or a hub id; ``trust_remote_code``: runs Python code that it brings.
 
         Raises:
             MesaError: the checkpoint or its tokenizer cannot be used, or PyTorch is not here.
@@ -230,8 +234,8 @@ class CheckpointModel:
             from mesart.export.checkpoint import load_model  # noqa: PLC0415
         except ImportError as error:
             raise _needs_torch("a checkpoint", error) from error
-        model = load_model(source, dtype).to(device)
-        tokenizer = _checkpoint_tokenizer(source, model)
+        model = load_model(source, dtype, trust_remote_code=trust_remote_code).to(device)
+        tokenizer = _checkpoint_tokenizer(source, model, trust_remote_code)
         train_length = MesaConfig.from_model(source).train_length
         return cls(str(source), model, tokenizer, tuple(prefix_ids(tokenizer)), train_length)
 
@@ -304,6 +308,8 @@ def open_systems(
     names: Sequence[str] = SYSTEMS,
     backend: str = "auto",
     config: MesaConfig | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> OpenSystems:
     """Opens a bundle or a checkpoint under each of the named systems.
 
@@ -312,6 +318,7 @@ def open_systems(
         names: of :data:`SYSTEMS`.
         backend: what runs a bundle's graphs, see :meth:`~mesart.runtime.MesaModel.load`.
         config: Mesa's, for a checkpoint; chosen from the model's config if left out. A bundle has its own.
+        trust_remote_code: run the Python code that the source brings, if it does.
 
     Raises:
         MesaError: an unknown system, no tokenizer, a source that cannot be used, or an option that it does not have.
@@ -323,11 +330,13 @@ def open_systems(
             f"unknown system {unknown[0]!r}; there are {', '.join(SYSTEMS)}" if unknown else "name a system"
         )
     if (Path(source) / MANIFEST_FILE).is_file():
-        return _open_bundle(Path(source), names, backend, config)
-    return _open_checkpoint(source, names, backend, config)
+        return _open_bundle(Path(source), names, backend, config, trust_remote_code=trust_remote_code)
+    return _open_checkpoint(source, names, backend, config, trust_remote_code=trust_remote_code)
 
 
-def _open_bundle(bundle: Path, names: Sequence[str], backend: str, config: MesaConfig | None) -> OpenSystems:
+def _open_bundle(
+    bundle: Path, names: Sequence[str], backend: str, config: MesaConfig | None, *, trust_remote_code: bool
+) -> OpenSystems:
     if config is not None:
         raise MesaError(f"{bundle} is a bundle, its configuration is fixed; export again, or evaluate the checkpoint")
     manifest = Manifest.read(bundle)
@@ -336,10 +345,12 @@ def _open_bundle(bundle: Path, names: Sequence[str], backend: str, config: MesaC
         raise MesaError(
             f"{bundle} holds {name}, not Mesa; `mesart eval suite MODEL --methods {name}` measures its quality"
         )
-    tokenizer = Tokenizer(bundle)
+    files = manifest.open_files(bundle)
+    files.verify(contents="origin" in names, keep=TEXT_FILES)  # Mesa's model verifies its own
+    tokenizer = Tokenizer.of(read_texts(files).contents, bundle)
     openers: dict[str, Callable[[], System]] = {
-        "mesa": lambda: MesaBundle(MesaModel.load(bundle, backend)),
-        "origin": lambda: Origin(_bundle_model(bundle, manifest)),
+        "mesa": lambda: MesaBundle(MesaModel.load(bundle, backend, trust_remote_code=trust_remote_code)),
+        "origin": lambda: Origin(_bundle_model(bundle, manifest, trust_remote_code)),
     }
     systems = {name: openers[name]() for name in names}
     engines = {name: system.engine for name, system in systems.items()}
@@ -347,22 +358,23 @@ def _open_bundle(bundle: Path, names: Sequence[str], backend: str, config: MesaC
     return OpenSystems(subject, tokenizer, manifest.buckets[-1].max_tokens, systems)
 
 
-def _bundle_model(bundle: Path, manifest: Manifest) -> nn.Module:
+def _bundle_model(bundle: Path, manifest: Manifest, trust_remote_code: bool) -> nn.Module:
     try:
         from mesart.graphs.torch_graph import load_bundle_model  # noqa: PLC0415
     except ImportError as error:
         raise _needs_torch("system 'origin'", error) from error
-    manifest.verify(bundle)
-    return load_bundle_model(bundle, manifest)
+    return load_bundle_model(bundle, manifest, trust_remote_code=trust_remote_code)
 
 
-def _open_checkpoint(source: Source, names: Sequence[str], backend: str, config: MesaConfig | None) -> OpenSystems:
+def _open_checkpoint(
+    source: Source, names: Sequence[str], backend: str, config: MesaConfig | None, *, trust_remote_code: bool
+) -> OpenSystems:
     if backend not in ("auto", "torch"):
         raise MesaError(f"{source} is a checkpoint, which PyTorch runs; to use backend {backend!r}, export it first")
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise MesaError(f"{source} is neither a bundle (no {MANIFEST_FILE}) nor a checkpoint (no config.json)")
     # The model is shared: under Mesa it is wrapped, its weights are not copied.
-    checkpoint = CheckpointModel.load(source)
+    checkpoint = CheckpointModel.load(source, trust_remote_code=trust_remote_code)
     config = config or MesaConfig.from_model(source)
     openers: dict[str, Callable[[], System]] = {
         "mesa": lambda: MesaReference(checkpoint.model, config),
@@ -374,7 +386,7 @@ def _open_checkpoint(source: Source, names: Sequence[str], backend: str, config:
     return OpenSystems(subject, checkpoint.tokenizer, _EXPORT_LIMIT * config.train_length, systems)
 
 
-def _checkpoint_tokenizer(source: Source, model: Any) -> Tokenizer:
+def _checkpoint_tokenizer(source: Source, model: Any, trust_remote_code: bool) -> Tokenizer:
     """The tokenizer as an export would write it: transformers repairs old files, and finds those of a hub id."""
     from transformers import AutoTokenizer  # noqa: PLC0415
 
@@ -383,7 +395,9 @@ def _checkpoint_tokenizer(source: Source, model: Any) -> Tokenizer:
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
         try:
-            AutoTokenizer.from_pretrained(os.fspath(source)).save_pretrained(folder)
+            # Never left out: transformers would ask on standard input whether to run the checkpoint's Python code.
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(source), trust_remote_code=trust_remote_code)
+            tokenizer.save_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise MesaError(
                 f"{source} has no tokenizer that transformers can load; put its tokenizer.json there"

@@ -128,6 +128,7 @@ def validate(
     steps: int = 8,
     seed: int = 0,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> Validation:
     """Compares a bundle with PyTorch.
 
@@ -141,15 +142,18 @@ def validate(
         buckets: numbers of chunks; all buckets if left out.
         steps: decoding steps after each prompt.
         seed: of the random tokens.
+        progress: show a bar.
+        trust_remote_code: run the Python code that the bundle or checkpoint brings, if it does.
 
     Raises:
         MesaError: a bucket that the bundle does not have, or anything that loading the two can raise.
     """
     folder = Path(bundle)
     manifest = Manifest.read(folder)
+    manifest.verify(folder)
     chosen = _buckets(manifest, buckets)
     high = torch.float64 if manifest.dtype == "float32" else torch.float32
-    plain = _plain_model(folder, manifest, against)
+    plain = _plain_model(folder, manifest, against, trust_remote_code)
     truth = TorchReference(copy.deepcopy(plain).to(high), manifest.config)
     if against is not None and manifest.quantisation is not None:
         _quantise(plain, folder, manifest.quantisation)
@@ -166,7 +170,11 @@ def validate(
     with tqdm(total=len(runs), desc="validate", unit="run", disable=not progress) as bar:
         for which in graphs:
             with MesaModel.load(
-                folder, backend, specialised=which == "specialised", verify=which == graphs[0]
+                folder,
+                backend,
+                specialised=which == "specialised",
+                verify=False,  # it was a moment ago
+                trust_remote_code=trust_remote_code,
             ) as model:
                 name = model.backend
                 for bucket in chosen:
@@ -208,15 +216,15 @@ def _buckets(manifest: Manifest, wanted: Sequence[int] | None) -> list[Bucket]:
     return [known[chunks] for chunks in wanted]
 
 
-def _plain_model(folder: Path, manifest: Manifest, against: str | Path | None) -> nn.Module:
+def _plain_model(folder: Path, manifest: Manifest, against: str | Path | None, trust_remote_code: bool) -> nn.Module:
     """The model that the bundle is compared with, in the bundle's dtype."""
     if against is not None:
         from mesart.export.checkpoint import load_model  # noqa: PLC0415  (export needs more packages)
 
-        return load_model(against, manifest.dtype)
+        return load_model(against, manifest.dtype, trust_remote_code=trust_remote_code)
     from mesart.graphs.torch_graph import load_bundle_model  # noqa: PLC0415
 
-    return load_bundle_model(folder, manifest)
+    return load_bundle_model(folder, manifest, trust_remote_code=trust_remote_code)
 
 
 def _quantise(model: nn.Module, folder: Path, how: Quantisation) -> None:

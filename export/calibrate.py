@@ -60,7 +60,7 @@ def calibrated(
     from auto_round import AutoRound  # noqa: PLC0415  (slow to import, and rarely needed)
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise MesaError(
             f"{source} has no tokenizer that loads, and calibration needs one: {first_line(error)}"

@@ -183,7 +183,7 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
     try:
         # The format before torch 1.6 is no zip archive, and cannot be mapped.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except Exception as error:  # noqa: BLE001  (unpickling can fail in any way)
+    except Exception as error:
         what = mistaken(file, pickles=True)
         why = f"it {what}" if what is not None else reason(error)
         raise MesaError(f"{file} is no file of tensors that is safe to load: {why}") from error

@@ -39,7 +39,9 @@ class TorchReference:
         if isinstance(model, (str, os.PathLike)):
             from transformers import AutoModelForCausalLM  # noqa: PLC0415  (slow to import, not always needed)
 
-            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **load})
+            # Never left out: transformers would ask on standard input whether to run the checkpoint's Python code.
+            options = {"dtype": torch.float32, "trust_remote_code": False, **load}
+            model = AutoModelForCausalLM.from_pretrained(model, **options)
         self.config = (config or MesaConfig()).for_model(model)
         self.role = RoleModule(model, self.config, "fused")
         self.dtype = next(self.role.parameters()).dtype

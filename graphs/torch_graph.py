@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.config import read_config_file
+from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest
-from mesart.graphs.records import parse_json, shown
+from mesart.graphs.records import shown
 from mesart.graphs.role import RoleModule
 from mesart.graphs.torch_weights import fill_weights
+from mesart.graphs.user_data import user_data
 
 Feeds = Mapping[str, NDArray[Any]]
 Run = Callable[[Feeds], dict[str, NDArray[Any]]]
@@ -50,53 +51,53 @@ def load_plain_model(
         MesaError: the config or the weights are damaged, or not of this model, or code is needed and not trusted.
     """
     manifest = manifest or Manifest.read(bundle)
-    if trust_remote_code:
-        require_listed_code(bundle, manifest)
-    with _clear_errors(bundle):
-        # Never left out: transformers would ask on standard input, where an answer may wait.
-        config = AutoConfig.from_pretrained(bundle, trust_remote_code=trust_remote_code)
-        auto: Any = AutoModelForCausalLM
+    config = _load_config(bundle, manifest, trust_remote_code=trust_remote_code)
+    auto: Any = AutoModelForCausalLM
+    with user_data(f"{bundle}: its config.json makes no model in PyTorch", "export the model again"):
         with no_init_weights():  # random numbers for weights that are filled right away
             model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options).eval()
         model.tie_weights()
+    with user_data(f"{bundle}: its weights cannot be read", "export the model again"):
         fill_weights(model, bundle, manifest)
     plain: nn.Module = model
     return plain
 
 
-def require_listed_code(bundle: Path, manifest: Manifest) -> None:
-    """Raises a :class:`MesaError` if Python code could run that is none of the bundle's files.
+def _load_config(bundle: Path, manifest: Manifest, *, trust_remote_code: bool) -> Any:
+    """The bundle's config; its code runs only if it is trusted, and is part of the bundle."""
+    fields = read_config_file(bundle / "config.json")
+    if fields.get("auto_map") and trust_remote_code:
+        _require_own_code(bundle, manifest, fields["auto_map"])
+    if fields.get("auto_map") and not trust_remote_code and fields.get("model_type") not in CONFIG_MAPPING:
+        raise MesaError(
+            f"{bundle} brings Python code of its own, which PyTorch needs and no other backend; read it, and pass "
+            "--trust-remote-code to run it"
+        )
+    with user_data(f"{bundle}: its config.json is none that transformers can read", "export the model again"):
+        # Never left out: transformers would ask on standard input, where an answer may wait.
+        config: Any = AutoConfig.from_pretrained(bundle, trust_remote_code=trust_remote_code)
+        text = config.get_text_config()
+        found = text.num_hidden_layers, text.vocab_size
+    if found != (len(manifest.layers), manifest.model["vocab_size"]):
+        raise MesaError(
+            f"{bundle}: config.json has {found[0]} layers and a vocabulary of {found[1]}, the manifest "
+            f"{len(manifest.layers)} and {manifest.model['vocab_size']}; export the model again"
+        )
+    return config
+
+
+def _require_own_code(bundle: Path, manifest: Manifest, auto_map: Any) -> None:
+    """All Python code that could run is among the bundle's files, which were verified.
 
     The config names the code; what that imports in turn is found beside it, or in another repository.
     """
-    config = parse_json((bundle / "config.json").read_bytes())
-    classes = config.get("auto_map", {}) if isinstance(config, dict) else {}
-    for name in classes.values() if isinstance(classes, dict) else ():
+    for name in auto_map.values() if isinstance(auto_map, dict) else ():
         if "--" in str(name):
             raise MesaError(f"{bundle}: config.json names code of another repository, {shown(name)}; export again")
     for path in bundle.rglob("*.py"):
         name = path.relative_to(bundle).as_posix()
         if name not in manifest.files:
             raise MesaError(f"{bundle}: {name} is none of the bundle's files, and could run; remove it")
-
-
-@contextmanager
-def _clear_errors(bundle: Path) -> Iterator[None]:
-    """A config that transformers cannot make a model of is one line: it is data, and may hold anything."""
-    try:
-        yield
-    except MesaError:
-        raise
-    except Exception as error:  # transformers and its models raise whatever comes of a strange config
-        if "trust_remote_code" in str(error):
-            raise MesaError(
-                f"{bundle} brings Python code of its own; read it, and pass --trust-remote-code to run it, or take "
-                "another backend, which needs none"
-            ) from error
-        raise MesaError(
-            f"{bundle}: its config.json and weights make no model in PyTorch ({type(error).__name__}: "
-            f"{first_line(error)}); export the model again"
-        ) from error
 
 
 def open_torch(path: Path, opened: dict[str, tuple[RoleModule, Manifest]], *, trust_remote_code: bool = False) -> Run:
@@ -147,14 +148,11 @@ def open_torch(path: Path, opened: dict[str, tuple[RoleModule, Manifest]], *, tr
 
 
 def _role_module(bundle: Path, model: nn.Module, manifest: Manifest) -> RoleModule:
-    with _clear_errors(bundle):
+    with user_data(f"{bundle}: its config.json makes another model than was exported", "export the model again"):
         module = RoleModule(model, manifest.config)
     found = [(spec.kv_heads, spec.key_size, spec.value_size) for spec in module.layers]
     if found != [(layer.kv_heads, layer.key_size, layer.value_size) for layer in manifest.layers]:
-        raise MesaError(f"{bundle}: its config.json has other layers than its manifest; export the model again")
-    vocabulary = module.config.get_text_config().vocab_size
-    if vocabulary != manifest.model["vocab_size"]:
-        raise MesaError(f"{bundle}: its config.json has another vocabulary than its manifest; export the model again")
+        raise MesaError(f"{bundle}: config.json has other layers than the manifest; export the model again")
     return module
 
 

@@ -107,7 +107,7 @@ def _add_export(commands: Any) -> None:
         "--calibration-text", metavar="FILE", help="text to calibrate on, instead of Python's standard library"
     )
     parser.add_argument("--force", action="store_true", help="replace the output folder whatever it is")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
+    _add_trust(parser, "the checkpoint")
     triton = parser.add_argument_group("for NVIDIA Triton Inference Server")
     triton.add_argument(
         "--format",
@@ -236,15 +236,21 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("bundle")
     parser.add_argument("--json", action="store_true", help="the manifest itself")
     parser.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
+    parser.add_argument(
+        "--digest", action="store_true", help="one line that names this bundle and no other, for `generate --digest`"
+    )
 
 
 def _inspect(options: argparse.Namespace) -> int:
     bundle = Path(options.bundle)
     manifest = Manifest.read(bundle)
-    manifest.verify(bundle, contents=options.verify)
-    if options.verify:
+    manifest.verify(bundle, contents=options.verify or options.digest)
+    if options.verify or options.digest:
         for engine in (engine for built in manifest.engines for engine in built.engines):
             engine.read(bundle)
+    if options.digest:
+        print(manifest.digest)
+        return 0
     print(manifest.to_json() if options.json else summary(bundle, manifest), end="" if options.json else "\n")
     return 0
 
@@ -283,6 +289,10 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_trust(parser: argparse.ArgumentParser, whose: str) -> None:
+    parser.add_argument("--trust-remote-code", action="store_true", help=f"run Python code that {whose} brings")
+
+
 def _add_validate(commands: Any) -> None:
     parser = _command(commands, "validate", _validate, "Compare a bundle with PyTorch; exit status 1 if it is wrong.")
     parser.add_argument("bundle")
@@ -292,6 +302,7 @@ def _add_validate(commands: Any) -> None:
     parser.add_argument("--buckets", type=int, nargs="+", metavar="CHUNKS", help="default: all")
     parser.add_argument("--steps", type=int, default=8, help="decoding steps after each prompt")
     parser.add_argument("--seed", type=int, default=0)
+    _add_trust(parser, "the bundle or checkpoint")
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON; - for standard output")
 
 
@@ -306,6 +317,7 @@ def _validate(options: argparse.Namespace) -> int:
         buckets=options.buckets,
         steps=options.steps,
         seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
     )
     _write(options.json, result.to_json(), result.table())
     return 0 if result.passed else 1
@@ -339,6 +351,8 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--repetition-penalty", type=float)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", default=[], help="text that ends the answer; may be repeated")
+    parser.add_argument("--digest", metavar="SHA256", help="refuse any other bundle; see `mesart inspect --digest`")
+    _add_trust(parser, "the bundle, with --backend torch")
     parser.add_argument("-v", "--verbose", action="store_true", help="say which backend and bucket are used")
 
 
@@ -348,7 +362,12 @@ def _generate(options: argparse.Namespace) -> int:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     with MesaModel.load(
-        options.bundle, options.backend, threads=options.threads, activations=options.activations
+        options.bundle,
+        options.backend,
+        threads=options.threads,
+        digest=options.digest,
+        trust_remote_code=options.trust_remote_code,
+        activations=options.activations,
     ) as model:
         if options.verbose:
             print(f"backend {model.backend} on {model.device}: {model.choice}", file=sys.stderr)
@@ -395,6 +414,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--repeat", type=int, default=1, help="timed runs of each; the median counts")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-transformers", action="store_true", help="leave plain transformers out")
+    _add_trust(parser, "the bundle, in PyTorch")
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON; - for standard output")
 
 
@@ -409,6 +429,7 @@ def _bench(options: argparse.Namespace) -> int:
         repeat=options.repeat,
         threads=options.threads,
         transformers=not options.no_transformers,
+        trust_remote_code=options.trust_remote_code,
     )
     _write(options.json, result.to_json(), result.table())
     return 0
@@ -437,6 +458,7 @@ def _add_eval(commands: Any) -> None:
         task.add_argument("--seed", type=int, default=0)
         task.add_argument("--text", metavar="FILE", help="text to use instead of Python's standard library")
         _add_backend(task)
+        _add_trust(task, "the bundle or checkpoint")
         task.add_argument("--json", metavar="FILE", help="also write the result as JSON; - for standard output")
         task.add_argument("--plot", metavar="FILE", help="also draw a PNG")
 
@@ -615,6 +637,7 @@ def _passkey(options: argparse.Namespace) -> int:
         backend=options.backend,
         text=options.text,
         digits=options.digits,
+        trust_remote_code=options.trust_remote_code,
     )
     return _report(options, result)
 
@@ -632,6 +655,7 @@ def _perplexity(options: argparse.Namespace) -> int:
         seed=options.seed,
         backend=options.backend,
         text=options.text,
+        trust_remote_code=options.trust_remote_code,
     )
     return _report(options, result)
 
