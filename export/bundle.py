@@ -48,6 +48,7 @@ from mesart.graphs.plan import Bucket, buckets_up_to
 from mesart.graphs.role import RoleModule
 from mesart.graphs.rotary import LayerSpec
 from mesart.graphs.torch_weights import expert_weights
+from mesart.graphs.user_data import user_data
 
 _TOOLS = ("mesart", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 _GRAPH_BYTES = 2 << 20
@@ -163,7 +164,8 @@ def export_model(
     ):
         require_space(target.parent, "bundle", graph_bytes + files.bytes_to_write)
         say(f"tracing {model} in {dtype}")
-        graphs = _trace(network.module, config, buckets)
+        with user_data(f"{model} cannot be traced"):  # models fail in the middle of their code on odd configs
+            graphs = _trace(network.module, config, buckets)
         layers = _layer_infos(graphs)
         say(f"writing weights and {len(graphs.files)} graphs")
         _name_weights(files, graphs)

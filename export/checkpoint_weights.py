@@ -1,9 +1,9 @@
 """The weights of a checkpoint: which files they are in, and what those hold, read off their headers once.
 
 The files are those that transformers 5 would load: one that ``transformers_weights`` of the config names, else
-``model.safetensors``, else those of its index, else the same of ``pytorch_model.bin``. An index comes from elsewhere, and
-names files: only ones inside of the checkpoint count. As in transformers, what the files hold counts, whatever the index
-says of where it lies; but what would be a guess is refused.
+``model.safetensors``, else those of its index, else the same of ``pytorch_model.bin``. An index comes from elsewhere,
+and names files: only ones inside of the checkpoint count. As in transformers, what the files hold counts, whatever the
+index says of where it lies; but where that would be a guess, it is refused.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def index_entries(path: Path, folder: Path) -> dict[str, str]:
         raise MesaError(f"{path} is not a valid index of weights: {error}") from error
     if not isinstance(where, dict) or not where:
         raise MesaError(
-            f"{path} is not a valid index of weights: weight_map is {described(where)}; it must be an object that names "
-            "the file of each tensor"
+            f"{path} is not a valid index of weights: weight_map is {described(where)}; it must be an object "
+            "that names the file of each tensor"
         )
     for name, entry in where.items():
         if not isinstance(entry, str):
@@ -139,9 +139,7 @@ def _open_safetensors(files: list[Path]) -> tuple[dict[str, Stored], Callable[[S
         for name, stored in read_header(file).items():
             known = tensors.setdefault(name, stored)
             if known is not stored and not _equal(known, stored):
-                raise MesaError(
-                    f"{name} is in {known.file} and in {file}, and differs; one of them is not of this model"
-                )
+                raise _in_two_files(name, known.file, file)
 
     def read(stored: Stored) -> Tensor:
         with safe_open(stored.file, framework="pt") as file:
@@ -149,6 +147,10 @@ def _open_safetensors(files: list[Path]) -> tuple[dict[str, Stored], Callable[[S
         return tensor
 
     return tensors, read
+
+
+def _in_two_files(name: str, one: Path, other: Path) -> MesaError:
+    return MesaError(f"{name} is in {one} and in {other}, and differs; one of them is not of this model")
 
 
 def _equal(one: Stored, other: Stored) -> bool:
@@ -171,9 +173,7 @@ def _open_pickles(files: list[Path]) -> tuple[dict[str, Stored], Callable[[Store
     for file in files:
         for name, tensor in _load_pickle(file).items():
             if name in loaded and not (tensor.dtype == loaded[name].dtype and torch.equal(tensor, loaded[name])):
-                raise MesaError(
-                    f"{name} is in {tensors[name].file} and in {file}, and differs; one of them is not of this model"
-                )
+                raise _in_two_files(name, tensors[name].file, file)
             loaded[name] = tensor
             tensors[name] = Stored(file, name, -1, tensor.nbytes, tensor.dtype, tuple(tensor.shape))
     return tensors, lambda stored: loaded[stored.name]
@@ -183,7 +183,7 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
     try:
         # The format before torch 1.6 is no zip archive, and cannot be mapped.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except Exception as error:
+    except Exception as error:  # unpickling can fail in any way
         what = mistaken(file, pickles=True)
         why = f"it {what}" if what is not None else reason(error)
         raise MesaError(f"{file} is no file of tensors that is safe to load: {why}") from error

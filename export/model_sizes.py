@@ -1,4 +1,4 @@
-"""The sizes in a model's config, checked before anything is built of them: a wrong one makes a library build for ever."""
+"""The sizes in a model's config, checked before anything is built of them: with a wrong one that takes for ever."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ class MesaConfig:
             raise MesaError(f"train_length is {self.train_length}; a window of at least 16 tokens is needed")
         if self.train_length > MOST_POSITIONS:
             raise MesaError(
-                f"train_length is {self.train_length}, more than the {MOST_POSITIONS} positions that a bundle can hold; "
-                "give the length that the model was trained on (--train-length)"
+                f"train_length is {self.train_length}, more than the {MOST_POSITIONS} positions that a bundle can "
+                "hold; give the length that the model was trained on (--train-length)"
             )
         rule = {
             "head_length": max(1, min(128, self.train_length * 5 // 32)),

@@ -119,6 +119,7 @@ class TestCheckpoint:
 
     @pytest.mark.parametrize("index", ["[]", '{"weight_map": []}', "null"])
     def test_an_index_of_another_form(self, work, checkpoint_copy, index):
+        (checkpoint_copy / "model.safetensors").unlink()  # which would count
         (checkpoint_copy / "model.safetensors.index.json").write_text(index)
         refused(checkpoint_copy, work, "is not a valid index of weights")
 
