@@ -124,6 +124,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": TRAIN_LENGTH // 4,
         },
     },
+    "longrope": {  # texts of up to half the trained length turn by frequencies of their own
+        "model_type": "phi3",
+        "original_max_position_embeddings": TRAIN_LENGTH // 2,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.3, 2.0],
+            "long_factor": [1.5, 2.0, 5.0, 9.0],
+        },
+    },
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from mesart.evaluation.methods import METHODS, attention, execution, make_method, open_method, rotation, system
+from mesart.evaluation.systems import Origin
 from mesart.graphs import MesaConfig, MesaError, TorchReference
 
 TRAINED = 64
@@ -552,3 +553,24 @@ def test_the_defaults_run_on_every_model_they_may(models):
         logits = open_method(name, models("llama"), TRAINED).prefill(tokens(150), 1)
         assert np.isfinite(logits).all()
         assert method.pairs(150) > 0
+
+
+@pytest.mark.parametrize("name", ["origin", "mesa", "dynamic-ntk", "lm-infinite", "streaming-llm"])
+def test_a_longrope_model_is_the_plain_model_while_its_text_outgrows_the_short_frequencies(make_model, name):
+    model, ids = make_model("longrope"), tokens(40)
+    opened = open_method(name, model, TRAINED, 4 * TRAINED)
+    got = [opened.prefill(ids[:20], 20), *(opened.step(token)[None] for token in ids[20:])]
+    with torch.no_grad():
+        expected = [model(torch.tensor([ids[:length]])).logits[0, -1].numpy() for length in range(20, 41)]
+    for ours, theirs in zip(np.concatenate(got)[19:], expected, strict=True):
+        assert np.abs(ours - theirs).max() < 5e-5
+
+
+def test_transformers_itself_is_run_again_when_a_text_outgrows_the_short_frequencies(make_model):
+    model, ids = make_model("longrope"), tokens(36)
+    origin = Origin(model, TRAINED)
+    origin.prefill(ids[:30], 1)
+    for length in range(31, 37):
+        with torch.no_grad():
+            expected = model(torch.tensor([ids[:length]])).logits[0, -1].numpy()
+        assert np.abs(origin.step(ids[length - 1]) - expected).max() < 2e-5

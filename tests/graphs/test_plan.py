@@ -1,5 +1,6 @@
 """The plan, for random configurations: what holds for every prompt and every continuation."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -213,6 +214,40 @@ class TestExtend:
         assert stairs.width > 2
         turn = Plan.extend(config, stairs, 2000, 2 * stairs.width * config.train_length)
         check(turn)
+
+
+class TestShortTexts:
+    """Of a model that turns texts of up to ``short_length`` tokens by frequencies of their own."""
+
+    @given(configs(), st.data(), st.integers(0, 2**32))
+    def test_stand_in_a_part_of_the_table_of_their_own(self, config, data, seed):
+        short = data.draw(st.integers(2, config.train_length - 1))
+        model, choose = dataclasses.replace(config, short_length=short), random.Random(seed)
+        assert model.positions == config.train_length + short
+        stairs, length = ORDINARY, 0
+        for _ in range(20):
+            turn = choose.choice([1, 1, choose.randint(1, short), choose.randint(1, 2 * config.train_length)])
+            plan = Plan.extend(model, stairs, length, turn)
+            total = length + turn
+            assert plan.stairs.positions(0, total).max() < model.positions
+            if total <= short:
+                assert (plan.head, plan.chunks, plan.tail) == (None, (), Span(length, total))
+                first = config.train_length
+                assert plan.stairs.positions(0, total).tolist() == list(range(first, first + total))
+            elif length <= short:  # a text that outgrows them is planned as a first prompt
+                assert plan == dataclasses.replace(Plan.of(config, total), config=model)
+                check(plan)
+            else:  # from there on nothing differs
+                assert plan == dataclasses.replace(Plan.extend(config, stairs, length, turn), config=model)
+            stairs, length = plan.stairs, plan.length
+
+    @given(configs(), st.data())
+    def test_first_prompts(self, config, data):
+        short = data.draw(st.integers(2, config.train_length - 1))
+        model = dataclasses.replace(config, short_length=short)
+        tokens = data.draw(st.integers(1, 3 * config.train_length))
+        stairs = Plan.of(model, tokens).stairs
+        assert stairs == (Stairs(0, 1, config.train_length) if tokens <= short else Plan.of(config, tokens).stairs)
 
 
 class TestBuckets:

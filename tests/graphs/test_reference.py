@@ -15,7 +15,7 @@ from mesart.graphs.stairs import ORDINARY
 
 FAMILIES = [
     *("llama", "tied_llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text"),
-    *("gpt_neox", "cohere", "glm", "smollm3", "yarn", "mixtral", "deepseek_v3", "deepseek_v2"),
+    *("gpt_neox", "cohere", "glm", "smollm3", "yarn", "longrope", "mixtral", "deepseek_v3", "deepseek_v2"),
     *("gpt_oss", "phimoe", "gemma4_text", "nanochat", "mpt", "falcon", "bloom", "gptj", "codegen", "gpt_neox_japanese"),
 ]
 PAPER = MesaConfig(256, head_length=24, chunk_length=208, tail_min=40, linear_window=23, stair_width=10, log_n=True)
