@@ -171,12 +171,16 @@ def stretched(model: nn.Module, tokens: int) -> Iterator[None]:
 class Origin(System):
     """The transformers model as it is: its own positions, attention and cache, however long the prompt."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, train_length: int) -> None:
         import torch  # noqa: PLC0415
+
+        from mesart.graphs.rotary import short_length  # noqa: PLC0415
 
         self._torch = torch
         self._model = model
         self._cache: Any = None
+        self._tokens: list[int] = []
+        self._first_long = short_length(model, train_length) + 1
         config: Any = model.config
         self._vocabulary = int(config.get_text_config().vocab_size)
         self.engine = f"transformers {config._attn_implementation}, {_dtype(model)}"
@@ -186,11 +190,15 @@ class Origin(System):
             raise MesaError("the prompt is empty; give at least one token")
         if min(input_ids) < 0 or max(input_ids) >= self._vocabulary:
             raise MesaError(f"token ids must lie in 0..{self._vocabulary - 1}; is the tokenizer this model's own?")
-        self._cache = None
+        self._cache, self._tokens = None, list(input_ids)
         return self._run(input_ids, last)
 
     def step(self, token: int) -> NDArray[np.float32]:
-        row: NDArray[np.float32] = self._run([token], 1)[-1]
+        self._tokens.append(int(token))
+        tokens = [token]
+        if len(self._tokens) == self._first_long:  # what is cached follows from LongRoPE's short frequencies
+            self._cache, tokens = None, self._tokens
+        row: NDArray[np.float32] = self._run(tokens, 1)[-1]
         return row
 
     def logits_of(self, tokens: int) -> int:
@@ -350,7 +358,7 @@ def _open_bundle(
     tokenizer = Tokenizer.of(read_texts(files).contents, bundle)
     openers: dict[str, Callable[[], System]] = {
         "mesa": lambda: MesaBundle(MesaModel.load(bundle, backend, trust_remote_code=trust_remote_code)),
-        "origin": lambda: Origin(_bundle_model(bundle, manifest, trust_remote_code)),
+        "origin": lambda: Origin(_bundle_model(bundle, manifest, trust_remote_code), manifest.config.train_length),
     }
     systems = {name: openers[name]() for name in names}
     engines = {name: system.engine for name, system in systems.items()}
@@ -378,7 +386,7 @@ def _open_checkpoint(
     config = config or MesaConfig.from_model(source)
     openers: dict[str, Callable[[], System]] = {
         "mesa": lambda: MesaReference(checkpoint.model, config),
-        "origin": lambda: Origin(checkpoint.model),
+        "origin": lambda: Origin(checkpoint.model, checkpoint.train_length),
     }
     systems = {name: openers[name]() for name in names}
     engines = {name: system.engine for name, system in systems.items()}

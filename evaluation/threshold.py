@@ -539,7 +539,7 @@ def _passkey(
     checkpoint: CheckpointModel, prompts: int, seed: int, text: str | os.PathLike[str] | None
 ) -> Callable[[int], tuple[int, int]]:
     """The plain model's passkeys, asked as :func:`~mesart.evaluation.run_passkey` does, with random filler."""
-    origin = Origin(checkpoint.model)
+    origin = Origin(checkpoint.model, checkpoint.train_length)
     subject = Subject(checkpoint.source, "checkpoint", MesaConfig(checkpoint.train_length), {ORIGIN: origin.engine})
     opened = OpenSystems(subject, checkpoint.tokenizer, checkpoint.train_length)
     maker = PromptMaker(opened, held_out_text(text), 5, seed)

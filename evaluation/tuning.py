@@ -614,6 +614,7 @@ def _open(
                 f"the bundle's tables are for train_length = {manifest.config.train_length}; start from that, or "
                 "export again"
             )
+        config = replace(config, short_length=manifest.config.short_length)
         described = f"{engine.name} on {engine.device}, {manifest.dtype}"
         tokenizer = Tokenizer.of(read_texts(files).contents, folder)
         return run_bundle, config, tokenizer, described, "bundle", sha256(folder / MANIFEST_FILE)

@@ -166,7 +166,7 @@ def validate(
     name = backend
     graphs = graphs or (("engines",) if backend.startswith("tensorrt") else ("symbolic", "specialised"))
     runs = [(bucket, which) for bucket in chosen for which in graphs]
-    expected: dict[int, tuple[list[Piece], list[Piece]]] = {}
+    expected: dict[int, list[tuple[list[Piece], list[Piece]]]] = {}
     with tqdm(total=len(runs), desc="validate", unit="run", disable=not progress) as bar:
         for which in graphs:
             with MesaModel.load(
@@ -182,15 +182,15 @@ def validate(
                         bar.update()  # `mesart build` was told to leave it out
                         continue
                     bar.set_postfix_str(f"{which}, {bucket.chunks} chunks")
-                    prompt, forced = _tokens(manifest, bucket, steps, seed)
+                    texts = _texts(manifest, bucket, steps, seed)
                     if bucket.chunks not in expected:
-                        expected[bucket.chunks] = (
-                            list(_reference_pieces(truth, prompt, forced)),
-                            list(_reference_pieces(noisy, prompt, forced)),
-                        )
-                    pieces = zip(*expected[bucket.chunks], _engine_pieces(model, prompt, forced), strict=True)
-                    for right, rounded, got in pieces:
-                        checks.extend(_compare(which, bucket.chunks, right, rounded, got))
+                        expected[bucket.chunks] = [
+                            (list(_reference_pieces(truth, *text)), list(_reference_pieces(noisy, *text)))
+                            for text in texts
+                        ]
+                    for text, known in zip(texts, expected[bucket.chunks], strict=True):
+                        for right, rounded, got in zip(*known, _engine_pieces(model, *text), strict=True):
+                            checks.extend(_compare(which, bucket.chunks, right, rounded, got))
                     bar.update()
     source = str(against) if against is not None else "the bundle's own weights"
     return Validation(str(bundle), source, name, manifest.dtype, f"PyTorch {str(high).removeprefix('torch.')}", checks)
@@ -244,12 +244,17 @@ def _quantise(model: nn.Module, folder: Path, how: Quantisation) -> None:
         replace_products(model, names, rounded)
 
 
-def _tokens(manifest: Manifest, bucket: Bucket, steps: int, seed: int) -> tuple[list[int], list[int]]:
-    """A random prompt that fills the bucket as far as the steps allow, and the tokens of the steps."""
+def _texts(manifest: Manifest, bucket: Bucket, steps: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    """A random prompt that fills the bucket as far as the steps allow, and the tokens of the steps.
+
+    Where short texts turn by frequencies of their own, also a prompt whose steps leave those behind.
+    """
     generator = np.random.default_rng([seed, bucket.chunks])
-    length = max(1, bucket.max_tokens - steps)
-    ids = generator.integers(0, int(manifest.model["vocab_size"]), length + steps).tolist()
-    return ids[:length], ids[length:]
+    lengths = [max(1, bucket.max_tokens - steps)]
+    if manifest.config.short_length and not bucket.chunks:
+        lengths.append(max(1, manifest.config.short_length - steps // 2))
+    ids = generator.integers(0, int(manifest.model["vocab_size"]), lengths[0] + steps).tolist()
+    return [(ids[:length], ids[length : length + steps]) for length in lengths]
 
 
 def _reference_pieces(reference: TorchReference, prompt: list[int], forced: list[int]) -> Iterator[Piece]:

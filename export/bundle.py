@@ -186,7 +186,7 @@ def export_model(
                 "parameters": sum(p.numel() for p in network.module.parameters()),
             },
             dtype=dtype,
-            config=config,
+            config=graphs.module.method,
             max_tokens=limit,
             buckets=list(buckets),
             layers=layers,

@@ -58,8 +58,8 @@ class AttentionInputs:
     past_keys: list[Tensor]
     past_values: list[Tensor]
     """``[B, K, P, D]`` each, a layer each."""
-    positions: int
-    """Every position is below."""
+    extent: int
+    """No two tokens stand as far apart."""
     position_ids: Tensor | None = None
     """Where the new tokens stand, int64 ``[B, S]``."""
     past_position_ids: Tensor | None = None
@@ -136,8 +136,8 @@ def mesa_attention(
             f"layer {layer} ({type(module).__name__}) attends more than once; only one cache a layer is kept"
         )
     inputs.new_keys[layer], inputs.new_values[layer] = key, value
-    # A window as long as there are positions hides nothing.
-    window = sliding_window if sliding_window is not None and sliding_window < inputs.positions else None
+    # A window as long as tokens stand apart at most hides nothing.
+    window = sliding_window if sliding_window is not None and sliding_window < inputs.extent else None
     by_position = window is not None or alibi_slopes is not None or inputs.reach is not None
     if by_position and (inputs.position_ids is None or inputs.past_position_ids is None):
         raise MesaError(f"layer {layer} ({type(module).__name__}) looks at positions of keys; give past_position_ids")

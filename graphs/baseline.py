@@ -70,7 +70,8 @@ class BaselineConfig(MesaConfig):
             "lm-infinite": ("window", "first_tokens"),
             "streaming-llm": ("window", "first_tokens"),
         }.get(self.method, ())
-        return f"{self.method}: " + ", ".join(f"{name} {getattr(self, name)}" for name in (*names, "log_n"))
+        described = ", ".join(f"{name} {getattr(self, name)}" for name in (*names, "log_n"))
+        return f"{self.method}: {described}{self._described_short()}"
 
     @property
     def turns(self) -> bool:
@@ -109,7 +110,11 @@ class BaselineConfig(MesaConfig):
 
     @property
     def positions(self) -> int:
-        return sum(self.levels)
+        return sum(self.levels) + self.short_length
+
+    @property
+    def extent(self) -> int:
+        return max(self.levels)
 
     def turned(self, frequencies: Frequencies, tokens: int) -> tuple[Frequencies, float]:
         """The frequencies for texts of up to ``tokens`` tokens, and a factor of turned queries and keys."""
@@ -125,6 +130,8 @@ class BaselineConfig(MesaConfig):
         Raises:
             MesaError: it is longer than the position table.
         """
+        if tokens <= self.short_length:
+            return Stairs(0, 1, sum(self.levels))
         offset = 0
         for length in self.levels:
             if tokens <= length:
@@ -136,13 +143,25 @@ class BaselineConfig(MesaConfig):
         )
 
     def table(self, cos: Floats, sin: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """A model's table of cos and sin, float64 ``[train_length, R]``, for all levels: float32 ``[positions, R]``.
+        """A model's table of cos and sin, float64 ``[train_length + short_length, R]``, for all levels.
 
         A column is a frequency, read off the table itself, with whatever scaling the model was tuned with in it.
+
+        Returns:
+            float32 ``[positions, R]``.
 
         Raises:
             MesaError: the angles of the table are not proportional to the position.
         """
+        long = len(cos) - self.short_length
+        parts = self._stretched(cos[:long], sin[:long], self.levels)
+        if self.short_length:
+            parts += self._stretched(cos[long:], sin[long:], [self.short_length])
+        cosines, sines = (np.concatenate(part).astype(np.float32) for part in zip(*parts, strict=True))
+        return cosines, sines
+
+    def _stretched(self, cos: Floats, sin: Floats, lengths: list[int]) -> list[tuple[Floats, Floats]]:
+        """cos and sin for texts of each length, ``[length, R]``, from a table of one set of frequencies."""
         radians, scale = np.arctan2(sin[1], cos[1]), np.hypot(cos[1], sin[1])
         known = np.arange(len(cos))[:, None] * radians
         # A table is float32, its angles too: they lose 6e-8 of their size.
@@ -154,12 +173,11 @@ class BaselineConfig(MesaConfig):
         pairs = _pair_of_columns(cos)
         first = np.unique(pairs, return_index=True)[1]
         parts = []
-        for length in self.levels:
+        for length in lengths:
             turned, factor = self.turned(radians[first], length)
             angles = np.arange(length)[:, None] * turned[pairs]
             parts.append((np.cos(angles) * scale * factor, np.sin(angles) * scale * factor))
-        cosines, sines = (np.concatenate(part).astype(np.float32) for part in zip(*parts, strict=True))
-        return cosines, sines
+        return parts
 
 
 def _pair_of_columns(cos: Floats) -> NDArray[np.int64]:

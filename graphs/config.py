@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol, TypeAlias, TypeVar
 from mesart.graphs.errors import MesaError
 from mesart.graphs.json_file import described, read_object
 from mesart.graphs.reach import Reach
+from mesart.graphs.stairs import ORDINARY, Stairs
 from mesart.graphs.user_data import user_data
 
 
@@ -69,6 +70,8 @@ class MesaConfig:
     rho              0.5                            share of T that window and stairs may take at the tail's start
     ================ ============================== ==========================================================
 
+    ``short_length`` is nothing to choose, but the model's too: read off its rotary module where the model is traced.
+
     Source: arXiv 2410.15859 v3, sections 4.1 (chunks) and 4.2 (Stair PE); log-n scaling is in the authors' code only.
 
     Raises:
@@ -83,6 +86,8 @@ class MesaConfig:
     stair_width: int | None = None
     log_n: bool = True
     rho: float = 0.5
+    short_length: int = 0
+    """Texts of up to so many tokens turn by frequencies of their own (LongRoPE's short factors); 0: none do."""
 
     def __post_init__(self) -> None:
         for name in ("train_length", "head_length", "chunk_length", "tail_min", "linear_window"):
@@ -120,6 +125,12 @@ class MesaConfig:
                 f"head_length + chunk_length = {self.head_length} + {self.chunk_length} = {window} is more than the "
                 f"trained {self.train_length} positions; lower one of them by {window - self.train_length}"
             )
+        check_whole("short_length", self.short_length, least=0)
+        if self.short_length >= self.train_length:
+            raise MesaError(
+                f"short_length is {self.short_length}; it must be below train_length = {self.train_length} "
+                "(0: the model has one set of rotary frequencies)"
+            )
         if not self.linear_window < self.stair_range:
             raise MesaError(
                 f"linear_window = {self.linear_window} leaves no room for stairs in rho * train_length = "
@@ -133,8 +144,20 @@ class MesaConfig:
 
     @property
     def positions(self) -> int:
-        """Rows of the position table: every position is below."""
+        """Rows of the position table: every position is below.
+
+        Those of ``train_length`` positions, then, turned by frequencies of their own, those of ``short_length``.
+        """
+        return self.train_length + self.short_length
+
+    @property
+    def extent(self) -> int:
+        """Rows of the longest part of the position table: no two tokens stand as far apart."""
         return self.train_length
+
+    def stairs(self, tokens: int) -> Stairs:
+        """Where the tokens of a text of ``tokens`` tokens, at most ``train_length``, stand: all at their indices."""
+        return Stairs(0, 1, self.train_length) if tokens <= self.short_length else ORDINARY
 
     @property
     def moves(self) -> bool:
@@ -181,10 +204,16 @@ class MesaConfig:
 
     def described(self) -> str:
         """The method and its numbers, for people."""
-        values = {name: value for name, value in self.to_dict().items() if name != "train_length"}
-        return ", ".join(
+        values = {name: value for name, value in self.to_dict().items() if name not in ("train_length", "short_length")}
+        described = ", ".join(
             f"{name} {'auto' if value is None or value is AUTO else value}" for name, value in values.items()
         )
+        return described + self._described_short()
+
+    def _described_short(self) -> str:
+        if not self.short_length:
+            return ""
+        return f"; LongRoPE's short factors up to {self.short_length} tokens (short_length), its long factors beyond"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import AUTO, MesaConfig, check_whole
 from mesart.graphs.errors import MesaError
-from mesart.graphs.stairs import ORDINARY, Stairs
+from mesart.graphs.stairs import Stairs
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,10 @@ class Plan:
 
     Every token of ``start .. length - 1`` is in exactly one of ``head``, ``chunks`` and ``tail``. With no chunks and
     ``start == 0`` this is the dense path: the plain model. Positions are always below ``config.positions``.
+
+    A model may turn short texts by other frequencies (LongRoPE). They stand in a part of the position table of their
+    own, and a text that outgrows it is computed again from its start, as the plain model would: turning its keys anew
+    would not do, for the keys and values of all layers but the first follow from what turned by the short frequencies.
     """
 
     config: MesaConfig
@@ -120,7 +124,7 @@ class Plan:
         if isinstance(config, BaselineConfig):
             return cls(config, 0, tokens, None, (), Span(0, tokens), config.stairs(tokens))
         if tokens <= config.train_length:
-            return cls(config, 0, tokens, None, (), Span(0, tokens), ORDINARY)
+            return cls(config, 0, tokens, None, (), Span(0, tokens), config.stairs(tokens))
         head = Span(0, config.head_length)
         chunks, tail, stairs = _cut(config, head.stop, tokens, bucket_for(config, tokens).stair_width)
         return cls(config, 0, tokens, head, chunks, tail, stairs)
@@ -131,13 +135,16 @@ class Plan:
 
         If they do not fit in the trained range behind the cache, the anchor moves forward, by whole stair steps while
         that makes enough room, else to wider stairs. If they do not fit even so, they are cut into chunks of their own.
+        A plan with ``start == 0`` computes the whole text again, those of the cache included.
         """
         if tokens < 1:
             raise MesaError("the prompt is empty; give at least one token")
         if cached == 0:
             return cls.of(config, tokens)
         length = cached + tokens
-        if isinstance(config, BaselineConfig):
+        if cached <= config.short_length < length:
+            return cls.of(config, length)
+        if isinstance(config, BaselineConfig) or length <= config.short_length:
             return cls(config, cached, length, None, (), Span(cached, length), config.stairs(length))
         room = max(tokens, min(config.tail_min, config.train_length // 16))  # not to move at every step
         for candidate in _anchors(config, stairs, cached, length):

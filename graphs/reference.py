@@ -42,8 +42,8 @@ class TorchReference:
             # Never left out: transformers would ask on standard input whether to run the checkpoint's Python code.
             options = {"dtype": torch.float32, "trust_remote_code": False, **load}
             model = AutoModelForCausalLM.from_pretrained(model, **options)
-        self.config = (config or MesaConfig()).for_model(model)
-        self.role = RoleModule(model, self.config, "fused")
+        self.role = RoleModule(model, (config or MesaConfig()).for_model(model), "fused")
+        self.config = self.role.method
         self.dtype = next(self.role.parameters()).dtype
         self.vocab_size: int = self.role.config.get_text_config().vocab_size
         self._places = {spec: self.role.place(spec) for spec in self.role.layers if spec.layout}
@@ -111,7 +111,8 @@ class TorchReference:
             )
             self._append(output)
             logits.append(output.logits)
-        return torch.cat(logits, dim=1) if all_logits else logits[-1]
+        # A text that is computed again from its start has a tail longer than what was asked for.
+        return torch.cat(logits, dim=1)[:, -ids.shape[1] :] if all_logits else logits[-1]
 
     def _slices(self, tail: Span) -> list[Span]:
         """The tail, in one or, where queries see the first tokens otherwise than a window, in parts within it."""

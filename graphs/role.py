@@ -7,6 +7,7 @@ the reference runs.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ class RoleModule(nn.Module):
 
     Args:
         model: a causal language model with rotary embeddings; it may lie on the meta device for tracing.
-        window: rows of the position table, train_length under Mesa-Extrapolation; or another method to compute.
+        window: train_length, under Mesa-Extrapolation; or another method to compute.
         form: see :data:`~mesart.graphs.attention.AttentionForm`.
 
     Raises:
@@ -57,9 +58,10 @@ class RoleModule(nn.Module):
                 f"{type(model).__name__} is no causal language model; it has no decoder with a language head"
             )
         config = window if isinstance(window, MesaConfig) else MesaConfig(window)
-        self.positions = config.positions
         self.form: AttentionForm = form
-        table = prepare(self.model, config.train_length, self.positions)
+        table = prepare(self.model, config.train_length, config.extent)
+        self.method = config = _with_short_length(config, table.short_length, self.model)
+        """What it computes: the configuration, and with it what only the model tells (``short_length``)."""
         self.layers: list[LayerSpec] = probe_layers(self.model, table)
         count = int(self.config.num_hidden_layers)
         if len(self.layers) != count:
@@ -108,7 +110,7 @@ class RoleModule(nn.Module):
 
         Args:
             input_ids: int64 ``[B, S]``.
-            position_ids: int64 ``[B, S]``, each below ``positions``.
+            position_ids: int64 ``[B, S]``, each below ``method.positions``.
             past_mask: float32 ``[B, 1, 1, P]``.
             new_mask: float32 ``[B, 1, S, S]``.
             query_scale: float32 ``[B, 1, S, 1]``.
@@ -124,7 +126,7 @@ class RoleModule(nn.Module):
             query_scale,
             past_keys,
             past_values,
-            self.positions,
+            self.method.extent,
             position_ids,
             past_position_ids,
             self.reach,
@@ -141,6 +143,35 @@ class RoleModule(nn.Module):
         return RoleOutputs(
             output.logits.float(), [inputs.new_keys[i] for i in order], [inputs.new_values[i] for i in order]
         )
+
+
+def _with_short_length(config: MesaConfig, found: int, model: Any) -> MesaConfig:
+    """The configuration with the length of short texts that was found in the model."""
+    name = type(model).__name__
+    if config.short_length not in (0, found):
+        raise MesaError(f"short_length is {config.short_length}, but that of {name} is {found}; leave it out")
+    if not found:
+        return config
+    if config.reach is not None:
+        raise MesaError(
+            f"{name} turns texts of up to {found} tokens by frequencies of their own (LongRoPE), so longer ones are "
+            "computed again from their start, and a method that drops keys could not; use origin or mesa on it"
+        )
+    if scaled_by_position(model.config):
+        raise MesaError(
+            f"{name} turns texts of up to {found} tokens by frequencies of their own (LongRoPE), and scales its "
+            f"queries by their positions; export with train_length <= {found}"
+        )
+    return dataclasses.replace(config, short_length=found)
+
+
+def scaled_by_position(config: Any) -> str | None:
+    """What makes a model scale its queries by their positions, if anything does; the name in its configuration."""
+    text = config.get_text_config()
+    for name in ("attn_temperature_tuning", "llama_4_scaling_beta"):
+        if getattr(text, name, None) or (getattr(text, "rope_parameters", None) or {}).get(name):
+            return name
+    return None
 
 
 def _stretched(baseline: BaselineConfig, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

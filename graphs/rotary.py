@@ -1,15 +1,17 @@
 """Rotary embeddings as data: tables of the trained positions, and how each layer applies them to its keys.
 
 Swapping a model's rotary module for a table of ``train_length`` rows puts Stair PE into the graph as plain integers,
-and removes what the module would decide from its data (LongRoPE). A key rotated to position p is moved to position q
-by a further rotation by q - p (:class:`Place`), for which the layout of the rotated dimensions has to be known: it is
-found by probing the model's own attention layer, not by a list of families.
+and removes what the module would decide from its data: a LongRoPE model turns short texts by other frequencies than
+long ones, so its table has a second part for them, and the plan says which part a text stands in. A key rotated to
+position p is moved to position q by a further rotation by q - p (:class:`Place`), for which the layout of the rotated
+dimensions has to be known: it is found by probing the model's own attention layer, not by a list of families.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,16 +25,24 @@ from mesart.graphs.attention import AttentionInputs, attention_inputs
 from mesart.graphs.errors import MesaError
 
 SharedKeys: TypeAlias = "dict[Any, tuple[Tensor, Tensor]]"
+Turns: TypeAlias = "dict[str | None, tuple[Tensor, Tensor]]"
+"""cos and sin by layer type, ``[S, R]`` each."""
 
 Layout = Literal["half", "interleaved"]
 """``half``: dimension d turns with d + R/2; ``interleaved``: 2d turns with 2d + 1."""
 
 
 class RotaryTable(nn.Module):
-    """Takes the place of a model's rotary module: looks cos and sin up, ``[train_length, R]`` a layer type."""
+    """Takes the place of a model's rotary module: looks cos and sin up.
 
-    def __init__(self, tables: dict[str | None, tuple[Tensor, Tensor]]) -> None:
+    Args:
+        tables: by layer type, float32 ``[train_length + short_length, R]`` each.
+        short_length: see :class:`~mesart.graphs.config.MesaConfig`; the last rows are those of short texts.
+    """
+
+    def __init__(self, tables: Turns, short_length: int = 0) -> None:
         super().__init__()
+        self.short_length = short_length
         self.names = list(tables)
         self.values = tables  # with numbers, even where the buffers lie on the meta device
         for index, (cos, sin) in enumerate(tables.values()):
@@ -77,14 +87,9 @@ def install_rotary_table(model: nn.Module, train_length: int) -> RotaryTable:
     """Replaces the model's rotary module by its table, in place; the table lies where the model's weights lie.
 
     Raises:
-        MesaError: the model has no such module, or several.
+        MesaError: the model has no such module, or several, or one whose numbers change with every length of a text.
     """
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child).__name__.endswith("RotaryEmbedding") and hasattr(child, "config")
-    ]
+    found = _rotary_modules(model)
     if len(found) != 1:
         raise MesaError(
             f"{type(model).__name__} has {len(found) or 'no'} rotary embedding module{'s' * (len(found) > 1)}; exactly "
@@ -92,24 +97,96 @@ def install_rotary_table(model: nn.Module, train_length: int) -> RotaryTable:
             "learned positions cannot be moved)"
         )
     parent, name, rotary = found[0]
+    table = rotary_table(functools.partial(_turns, rotary), train_length, type(rotary).__name__)
+    setattr(parent, name, table)
+    return table
+
+
+def rotary_table(turns: Callable[[Tensor], Turns], train_length: int, name: str) -> RotaryTable:
+    """The table of a rotary module, with a second part if it turns short texts by other frequencies.
+
+    Args:
+        turns: what the module gives for the tokens of one text that stand at some positions, int64 ``[S]``.
+        train_length: T_r.
+        name: of the module, for errors.
+
+    Raises:
+        MesaError: there are more than two sets of frequencies within ``train_length``.
+    """
+    short, tables = _short_length(turns, train_length, name), turns(torch.arange(train_length))
+    if short:
+        of_short = turns(torch.arange(short))
+        tables = {
+            kind: (torch.cat((cos, of_short[kind][0])), torch.cat((sin, of_short[kind][1])))
+            for kind, (cos, sin) in tables.items()
+        }
+    return RotaryTable(tables, short)
+
+
+def short_length(model: nn.Module, train_length: int) -> int:
+    """The longest text that a model turns by short frequencies of its own; 0 if all up to T_r turn alike."""
+    found = _rotary_modules(model)
+    if len(found) != 1:
+        return 0  # no rotary model, or none that could be traced
+    rotary = found[0][2]
+    return _short_length(functools.partial(_turns, rotary), train_length, type(rotary).__name__)
+
+
+def _short_length(turns: Callable[[Tensor], Turns], train_length: int, name: str) -> int:
+    """Found by asking how a text's first two tokens turn, which follows from its last position (LongRoPE)."""
+
+    def first_two(tokens: int) -> list[Tensor]:
+        rows = turns(torch.tensor([0, 1, tokens - 1]))
+        return [x[:2] for pair in rows.values() for x in pair]
+
+    def alike(one: list[Tensor], other: list[Tensor]) -> bool:
+        return all(map(torch.equal, one, other))
+
+    shortest, longest = first_two(2), first_two(train_length)
+    if alike(shortest, longest):
+        return 0
+    low, high = 2, train_length  # a text of ``low`` tokens turns as the shortest, one of ``high`` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if alike(first_two(middle), shortest) else (low, middle)
+    if not alike(first_two(high), longest):
+        raise MesaError(
+            f"{name} turns texts of more than {low} tokens by frequencies that change with their length; export with "
+            f"train_length <= {low}"
+        )
+    return low
+
+
+def _rotary_modules(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Parent, name and module of each rotary embedding."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child).__name__.endswith("RotaryEmbedding") and hasattr(child, "config")
+    ]
+
+
+def _turns(rotary: nn.Module, positions: Tensor) -> Turns:
+    """cos and sin of a text's tokens at positions int64 ``[S]``, float32.
+
+    Computed by a new module: on the meta device the original has no numbers, and some remember earlier texts.
+    """
     config: Any = rotary.config
-    real: Any = type(rotary)(config=config).to("cpu")  # on the meta device the original has no numbers
-    positions = torch.arange(train_length)[None]
+    real: Any = type(rotary)(config=config).to("cpu")
     layer_types: list[str | None] = [None]
     if hasattr(real, "layer_types"):
         kinds = getattr(real, "rope_type", None)  # by layer type; some types have no rotary embedding
         layer_types = [name for name in real.layer_types if not isinstance(kinds, dict) or name in kinds]
-    tables: dict[str | None, tuple[Tensor, Tensor]] = {}
+    tables: Turns = {}
     for layer_type in layer_types:
         arguments = () if layer_type is None else (layer_type,)
-        found_tables = real(torch.zeros(1, dtype=torch.float32), positions, *arguments)
-        if not isinstance(found_tables, tuple):
+        found = real(torch.zeros(1, dtype=torch.float32), positions[None], *arguments)
+        if not isinstance(found, tuple):
             raise MesaError(f"{type(rotary).__name__} gives complex numbers, not cos and sin; ONNX has none")
-        cos, sin = found_tables
+        cos, sin = found
         tables[layer_type] = (cos[0].float(), sin[0].float())
-    table = RotaryTable(tables)
-    setattr(parent, name, table)
-    return table
+    return tables
 
 
 def probe_layers(model: nn.Module, table: RotaryTable) -> list[LayerSpec]:

@@ -23,6 +23,13 @@ class Row:
     """All tokens whose keys are in the cache."""
     stairs: Stairs = ORDINARY
     """Where they stand."""
+    lost: bool = False
+    """Whether no keys are there after all, since computing the text again failed: it is when it next continues."""
+
+    @property
+    def cached(self) -> int:
+        """The number of tokens whose keys are there."""
+        return 0 if self.lost else len(self.tokens)
 
 
 class Executor:
@@ -51,11 +58,13 @@ class Executor:
         if all_logits and self.cache.last_logits_only:
             raise MesaError("these graphs give the last logits only, no all_logits; load the symbolic graph")
         row, cache = self.rows[index], self.cache
-        plan = Plan.extend(self.config, row.stairs, len(row.tokens), len(ids))
         tokens = [*row.tokens, *map(int, ids)]
+        plan = Plan.extend(self.config, row.stairs, row.cached, len(tokens) - row.cached)
         cache.make_room(index, plan.length)
-        kept = len(row.tokens)
-        # A plan that starts again at 0 computes what is cached once more, as the head, to the same values.
+        if plan.start < row.cached:  # it starts again at 0, over what is cached
+            row.lost = True
+            cache.forget(index, 0)
+        kept = row.cached
         standing = row.stairs.positions(0, plan.start)  # where each key of the cache stands now
         target = plan.stairs.positions(0, plan.tail.start)
         moved = False
@@ -77,8 +86,8 @@ class Executor:
             if moved:
                 cache.move(index, target[:kept], row.stairs.positions(0, kept))
             raise
-        row.tokens, row.stairs = tokens, plan.stairs
-        return logits
+        row.tokens, row.stairs, row.lost = tokens, plan.stairs, False
+        return logits[-len(ids) :]
 
     def step(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
         """Appends one token to each row, nothing to a row whose token is ``None``. Logits ``[B, V]`` of the next."""
@@ -86,22 +95,37 @@ class Executor:
             if token is not None:
                 self.cache.make_room(index, len(self.rows[index].tokens) + 1)
         steps = [None if token is None else self._next(index, token) for index, token in enumerate(tokens)]
+        whole = {index: token for index, token in enumerate(tokens) if token is not None and steps[index] is None}
+        computed: dict[int, NDArray[np.float32]] = {}
         try:
-            logits = self.cache.step(steps)
+            logits = self.cache.step(steps) if any(steps) or not whole else None
+            for index, token in whole.items():
+                computed[index] = self._extend(index, [token], False)[-1]
         except BaseException:
+            for index in computed:
+                self.rows[index].tokens.pop()
             for index, row in enumerate(self.rows):  # some rows may have been computed
-                self.cache.forget(index, len(row.tokens))
+                self.cache.forget(index, row.cached)
             raise
-        for row, token in zip(self.rows, tokens, strict=True):
-            if token is not None:
+        for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if token is not None and index not in whole:
                 row.tokens.append(int(token))
+        if logits is None:
+            logits = np.zeros((len(tokens), len(next(iter(computed.values())))), np.float32)
+        for index, last in computed.items():
+            logits[index] = last
         return logits
 
-    def _next(self, index: int, token: int) -> NextToken:
-        """Where a row's next token stands; moves its anchor first where that is due."""
+    def _next(self, index: int, token: int) -> NextToken | None:
+        """Where a row's next token stands; moves its anchor first where that is due.
+
+        ``None``: the whole text has to be computed again, the token behind it.
+        """
         row = self.rows[index]
         length = len(row.tokens)
-        plan = Plan.extend(self.config, row.stairs, length, 1)
+        plan = Plan.extend(self.config, row.stairs, row.cached, length + 1 - row.cached)
+        if plan.start < length:
+            return None
         if plan.stairs != row.stairs:
             self.cache.move(index, row.stairs.positions(0, length), plan.stairs.positions(0, length))
             row.stairs = plan.stairs

@@ -26,6 +26,9 @@ _CONFIG_HELP = {
     "rho": "share of T_r that window and stairs may take",
 }
 
+_CONFIG_FIELDS = [field.name for field in dataclasses.fields(MesaConfig) if field.name != "short_length"]
+"""Options of an export; the other is the model's, and nothing to choose."""
+
 _EXTRAS = dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"), "export") | {
     "matplotlib": "eval",
     "auto_round": "calibrate",
@@ -125,15 +128,15 @@ def _add_export(commands: Any) -> None:
     triton.add_argument(
         "--name", default="mesart", help="the name of the model that streams text, a prefix of the others"
     )
-    for field in dataclasses.fields(MesaConfig):
-        option = "--" + field.name.replace("_", "-")
-        if field.name == "log_n":
+    for name in _CONFIG_FIELDS:
+        option = "--" + name.replace("_", "-")
+        if name == "log_n":
             parser.add_argument(
                 option, action=argparse.BooleanOptionalAction, default=None, help="scale queries by log n (default: on)"
             )
         else:
-            kind = float if field.name == "rho" else int
-            parser.add_argument(option, type=kind, metavar="N", help=_CONFIG_HELP[field.name])
+            kind = float if name == "rho" else int
+            parser.add_argument(option, type=kind, metavar="N", help=_CONFIG_HELP[name])
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -173,7 +176,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _method_config(options: argparse.Namespace) -> MesaConfig:
     """The configuration of Mesa, or of the method that was asked for."""
-    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(MesaConfig)}
+    given = {name: getattr(options, name) for name in _CONFIG_FIELDS}
     config = MesaConfig.from_model(options.model, **given)
     if options.method is None:
         return config

@@ -62,7 +62,8 @@ class Execution:
         self._train_length = train_length
         self._rule.enter(start, stop)
         live.rows.begin(self._rule.needed(start), stop - start, total)
-        self._turns = {id(f): self._rule.turn(f, total) for f in model.frequencies if f is not None}
+        self._frequencies = model.frequencies_of(total)
+        self._turns = {id(f): self._rule.turn(f, total) for f in self._frequencies if f is not None}
         self._blocks = [
             (first, last, self._rule.parts(first, last)) for first, last in self._rule.blocks(start, stop, QUERY_BLOCK)
         ]
@@ -160,7 +161,7 @@ class Execution:
 
     def _stored(self, index: int, key: Tensor) -> dict[str, Tensor]:
         """The new keys in every view that this layer's cache holds."""
-        layer, radians = self._model.layers[index], self._model.frequencies[index]
+        layer, radians = self._model.layers[index], self._frequencies[index]
         if radians is None or self._rule.turns_again:
             return {"": key}
         new = arange(self._start, self._stop)
@@ -172,7 +173,7 @@ class Execution:
     def _views(self, index: int) -> dict[str, Tensor]:
         """All keys of a layer in every view."""
         keys = self._live.layers[index].keys
-        radians = self._model.frequencies[index]
+        radians = self._frequencies[index]
         if radians is None:
             return dict.fromkeys(self._rule.views, keys[""])
         if not self._rule.turns_again:
@@ -188,7 +189,7 @@ class Execution:
 
     def _move(self, index: int, view: str, span: Indices, by: Positions) -> None:
         """Turns cached keys where they lie, from where they stand to where they stand now."""
-        radians = self._model.frequencies[index]
+        radians = self._frequencies[index]
         if radians is None:
             return
         rows = slice(int(span[0]), int(span[-1]) + 1)
@@ -200,7 +201,7 @@ class Execution:
         buffer[:, :, rows] = turn(buffer[:, :, rows], self._angles[name], self._model.layers[index])
 
     def _turned_queries(self, index: int, query: Tensor, part: Part, name: tuple[int, int]) -> Tensor:
-        radians = self._model.frequencies[index]
+        radians = self._frequencies[index]
         if radians is None:
             return query
         return self._turn(query, part.queries, name, radians, self._model.layers[index])

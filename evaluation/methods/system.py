@@ -41,6 +41,7 @@ class MethodSystem(System):
         dtype = str(self._model.dtype).removeprefix("torch.")
         self.engine = f"PyTorch on {self._model.device.type}, fused attention, {dtype}"
         self._live: Live | None = None
+        self._tokens: list[int] = []
 
     def prefill(self, input_ids: Sequence[int], last: int) -> NDArray[np.float32]:
         tokens = [int(token) for token in input_ids]
@@ -52,6 +53,7 @@ class MethodSystem(System):
         total, rule = len(tokens), self.method.for_prompt(len(tokens))
         count = range(len(self._model.layers))
         self._live = Live(rule, Rows(), [LayerCache() for _ in count], [rule.memory() for _ in count], {})
+        self._tokens = tokens
         wanted: list[NDArray[np.float32]] = []
         for start, stop in rule.runs(0, total, RUN_LENGTH):
             keep = stop - max(start, total - last)
@@ -65,8 +67,13 @@ class MethodSystem(System):
             raise MesaError("there is no prompt to continue; prefill one first")
         self._require_ids([token])
         cached = self._live.rows.tokens
+        row: NDArray[np.float32]
+        if cached == self._model.short_length:  # what is cached follows from LongRoPE's short frequencies
+            row = self.prefill([*self._tokens, int(token)], 1)[-1]
+            return row
         self._live.rule.step(cached)
-        row: NDArray[np.float32] = self._run([int(token)], cached, cached + 1, 1)[-1]
+        row = self._run([int(token)], cached, cached + 1, 1)[-1]
+        self._tokens.append(int(token))
         return row
 
     def logits_of(self, tokens: int) -> int:
@@ -83,7 +90,7 @@ class MethodSystem(System):
     def _run(self, tokens: list[int], start: int, total: int, keep: int) -> NDArray[np.float32]:
         assert self._live is not None
         run = Execution(self._model, self._live, start, start + len(tokens), total, self.method.train_length)
-        logits = self._model.run(tokens, keep, run.attend)
+        logits = self._model.run(tokens, keep, run.attend, total)
         run.finish()
         rows: NDArray[np.float32] = logits.float().cpu().numpy()
         return rows

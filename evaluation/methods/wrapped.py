@@ -15,7 +15,7 @@ from mesart.evaluation.methods.method import Positions
 from mesart.evaluation.methods.rotation import frequencies
 from mesart.graphs.attention import Window
 from mesart.graphs.errors import MesaError
-from mesart.graphs.role import RoleModule
+from mesart.graphs.role import RoleModule, scaled_by_position
 
 ATTENTION = "mesa-methods"
 """The name of the executor's attention in transformers' attention interface."""
@@ -38,18 +38,20 @@ class WrappedModel:
     def __init__(self, model: nn.Module, train_length: int) -> None:
         role = RoleModule(model, train_length)
         config: Any = role.config
-        text = config.get_text_config()
-        for name in ("attn_temperature_tuning", "llama_4_scaling_beta"):
-            if getattr(text, name, None) or (getattr(text, "rope_parameters", None) or {}).get(name):
-                raise MesaError(
-                    f"{type(model).__name__} scales its queries by their positions ({name}), which are all 0 here"
-                )
+        scaled = scaled_by_position(config)
+        if scaled is not None:
+            raise MesaError(
+                f"{type(model).__name__} scales its queries by their positions ({scaled}), which are all 0 here"
+            )
         self.layers = role.layers
-        self.frequencies: list[Positions | None] = [
-            None if layer.layout is None else frequencies(role.tables[layer.table], layer) for layer in role.layers
-        ]
+        self.frequencies = _frequencies(role, slice(0, train_length))
         """Radians a position, float64 ``[R / 2]`` a layer; none for a layer that does not turn."""
-        self.vocabulary = int(text.vocab_size)
+        self.short_length = role.method.short_length
+        """Texts of up to so many tokens have other frequencies (LongRoPE); 0: none have."""
+        short = slice(train_length, train_length + self.short_length)
+        self._short_frequencies = _frequencies(role, short) if self.short_length else self.frequencies
+        self._first_row = {False: 0, True: train_length}
+        self.vocabulary = int(config.get_text_config().vocab_size)
         self._model = role.model
         self._redirect(model)
 
@@ -65,15 +67,22 @@ class WrappedModel:
         parameter: Tensor = next(self._model.parameters())
         return parameter.dtype
 
+    def frequencies_of(self, total: int) -> list[Positions | None]:
+        """The frequencies of a text of ``total`` tokens."""
+        return self._short_frequencies if total <= self.short_length else self.frequencies
+
     @torch.inference_mode()
-    def run(self, tokens: list[int], keep: int, attend: Attend) -> Tensor:
-        """Logits of the last ``keep`` of some tokens, ``[keep, V]``, with the attention that ``attend`` computes."""
+    def run(self, tokens: list[int], keep: int, attend: Attend, total: int) -> Tensor:
+        """Logits of the last ``keep`` of some tokens, ``[keep, V]``, with the attention that ``attend`` computes.
+
+        ``total``: the number of tokens of the whole text.
+        """
         ids = torch.tensor([tokens], device=self.device)
         reset = running.set(attend)
         try:
             output = self._model(
                 input_ids=ids,
-                position_ids=torch.zeros_like(ids),
+                position_ids=torch.full_like(ids, self._first_row[total <= self.short_length]),
                 use_cache=False,
                 # By index: told a number, Gemma 4 leaves queries out that the executor expects.
                 logits_to_keep=torch.arange(len(tokens) - keep, len(tokens), device=self.device),
@@ -99,6 +108,11 @@ class WrappedModel:
                 adapted = True
         if not adapted:
             self._model.set_attn_implementation(ATTENTION)
+
+
+def _frequencies(role: RoleModule, rows: slice) -> list[Positions | None]:
+    tables = {name: (cos[rows], sin[rows]) for name, (cos, sin) in role.tables.items()}
+    return [None if layer.layout is None else frequencies(tables[layer.table], layer) for layer in role.layers]
 
 
 def _attention(

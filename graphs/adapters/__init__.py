@@ -20,10 +20,11 @@ from mesart.graphs.rotary import RotaryTable, install_rotary_table
 ADAPTED = ("bloom", "codegen", "deepseek_v2", "falcon", "gpt_neox_japanese", "gptj", "mpt")
 
 
-def prepare(model: Any, train_length: int, positions: int) -> RotaryTable:
+def prepare(model: Any, train_length: int, extent: int) -> RotaryTable:
     """Makes all layers of a model call Mesa attention, with positions from a table; changes the model in place.
 
-    The table has ``train_length`` rows; ``positions`` is how many there will be.
+    The table has ``train_length`` rows, and more if it has a part for short texts; ``extent`` is how many the longest
+    part will have.
 
     Raises:
         MesaError: the model has no rotary embedding that is known here, nor ALiBi.
@@ -34,10 +35,10 @@ def prepare(model: Any, train_length: int, positions: int) -> RotaryTable:
             f"{type(model).__name__} has layers with a recurrent state; keys and values are all that is kept"
         )
     chunk = getattr(model.config, "attention_chunk_size", None)
-    if chunk is not None and chunk < positions:
-        more = "train_length" if positions == train_length else "max_tokens, by another method than Mesa,"
+    if chunk is not None and chunk < extent:
+        more = "train_length" if extent == train_length else "max_tokens, by another method than Mesa,"
         raise MesaError(
-            f"{type(model).__name__} attends within pieces of {chunk} tokens, less than {more} = {positions}; "
+            f"{type(model).__name__} attends within pieces of {chunk} tokens, less than {more} = {extent}; "
             f"export with train_length <= {chunk}"
         )
     # A layer that an adapter replaces does not look at the mask that its model makes.

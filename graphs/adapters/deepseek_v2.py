@@ -11,7 +11,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 from mesart.graphs.adapters import become
 from mesart.graphs.adapters.gptj import turn_pairs
 from mesart.graphs.attention import mesa_attention
-from mesart.graphs.rotary import RotaryTable
+from mesart.graphs.rotary import RotaryTable, Turns, rotary_table
 
 
 class MesaDeepseekV2Attention(DeepseekV2Attention):
@@ -40,8 +40,13 @@ class MesaDeepseekV2Attention(DeepseekV2Attention):
 def install(model: nn.Module, train_length: int) -> RotaryTable:
     """See :mod:`mesart.graphs.adapters`."""
     decoder: Any = model.model
-    rotary = type(decoder.rotary_emb)(config=model.config).to("cpu")  # on the meta device it has no numbers
-    turns = rotary(torch.zeros(1), torch.arange(train_length)[None])[0].repeat_interleave(2, dim=-1)
-    decoder.rotary_emb = table = RotaryTable({None: (turns.real.contiguous(), turns.imag.contiguous())})
+    kind = type(decoder.rotary_emb)
+
+    def turns(positions: Tensor) -> Turns:
+        rotary = kind(config=model.config).to("cpu")  # on the meta device the model's own has no numbers
+        found = rotary(torch.zeros(1), positions[None])[0].repeat_interleave(2, dim=-1)
+        return {None: (found.real.contiguous(), found.imag.contiguous())}
+
+    decoder.rotary_emb = table = rotary_table(turns, train_length, kind.__name__)
     become(model, DeepseekV2Attention, MesaDeepseekV2Attention)
     return table
