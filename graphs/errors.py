@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+# OpenVINO says of every error where in its own source it was noticed, layer by layer, and the reason last.
+_SOURCE_POSITION = re.compile(r"(Exception from|Check '.*' failed at) \S*src/\S+:\d+:?$")
+
 
 class MesaError(Exception):
     """An error of the user's input, shown as one line; the command line exits with status 2."""
@@ -12,5 +17,15 @@ class MesaError(Exception):
 
 def first_line(error: BaseException) -> str:
     """The first line that says something, of another library's error that may go on for pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = _lines(error)
     return lines[0] if lines else type(error).__name__
+
+
+def telling_line(error: BaseException) -> str:
+    """The line of an OpenVINO error that gives its reason: the last one that is no position in OpenVINO's source."""
+    lines = [line for line in _lines(error) if not _SOURCE_POSITION.search(line)]
+    return lines[-1].removeprefix("-- ") if lines else type(error).__name__
+
+
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()]

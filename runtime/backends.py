@@ -14,9 +14,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.errors import MesaError, first_line, telling_line
 from mesart.graphs.manifest import GraphInfo
+from mesart.runtime.engine_imports import import_onnxruntime, import_openvino
 from mesart.runtime.engines import PACKAGES
+from mesart.runtime.linked_weights import IN_MEMORY, MappedGraph, has_links
 from mesart.runtime.signature import check_signature, onnxruntime_signature, openvino_signature
 
 Array = NDArray[Any]
@@ -28,6 +30,12 @@ SymbolicRole = Literal["any", "onnxruntime"]
 
 Activations = Literal["int8"]
 """To what activations are rounded in front of quantised weights, where that is asked for (docs/decoding.md)."""
+
+THREADS_PER_CORE = 4
+"""More threads than that only wait for each other; engines make any number that they are asked for, or die of it."""
+
+_POISON: dict[int, int] = {2: 0x7FED, 4: 0x7FEDC0DE}
+"""A NaN that no computation gives, by its size in bytes: in float16 and bfloat16 as in float32."""
 
 ROUNDED_GROUP = 32
 """Inputs of a product that are rounded to 8 bits with a scale of their own."""
@@ -58,9 +66,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
 
     def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
-        import onnxruntime  # noqa: PLC0415
-
-        self._onnxruntime = onnxruntime
+        self._onnxruntime = onnxruntime = import_onnxruntime()
         cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         self.device = "cuda" if cuda else "cpu"
         self.graph_role: SymbolicRole = "any" if cuda else "onnxruntime"
@@ -82,6 +88,7 @@ class OnnxRuntimeBackend:
         self._options.add_session_config_entry("session.disable_quant_qdq", "1")
 
     def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
+        _require_file_names(path)
         try:
             session = self._onnxruntime.InferenceSession(os.fspath(path), self._options, providers=self._providers)
         except Exception as error:  # onnxruntime raises kinds of its own, all for a graph that it cannot load
@@ -108,9 +115,7 @@ class OpenVinoBackend:
     graph_role: SymbolicRole = "any"
 
     def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
-        import openvino  # noqa: PLC0415
-
-        self._openvino = openvino
+        self._openvino = openvino = import_openvino()
         self._core = openvino.Core()
         precision = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}[dtype]
         # Without the hint OpenVINO computes float32 graphs in bfloat16 where the CPU has it.
@@ -123,39 +128,75 @@ class OpenVinoBackend:
         }
 
     def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
-        openvino = self._openvino
+        _require_file_names(path)
+        linked = MappedGraph(path) if has_links(path.parent) else None
         try:
-            compiled = self._core.compile_model(self._core.read_model(os.fspath(path)), "CPU", self._options)
-        except RuntimeError as error:
-            raise MesaError(f"OpenVINO cannot load {path}: {first_line(error)}") from error
+            model = self._core.read_model(linked.serialised() if linked else os.fspath(path))
+            compiled = self._core.compile_model(model, "CPU", self._options)
+        except (RuntimeError, MemoryError) as error:
+            raise MesaError(f"OpenVINO cannot load {path}: {telling_line(error)}") from error
         check_signature(path, info, *openvino_signature(compiled))
-        request = compiled.create_infer_request()
+        return _OpenVinoGraph(self._openvino, compiled, path.name, linked)
+
+
+class _OpenVinoGraph:
+    """A compiled graph; see :class:`Graph`."""
+
+    def __init__(self, openvino: Any, compiled: Any, name: str, linked: MappedGraph | None) -> None:
+        self._openvino, self._name = openvino, name
+        self._linked = linked  # weights may be read where they are mapped
+        self._request = compiled.create_infer_request()
         # A tensor that needs no conversion carries the names of both its ends.
-        ports = [(port.get_names(), port) for port in compiled.inputs]
-        outputs = [(port.get_names(), port) for port in compiled.outputs]
-        brain = openvino.Type.bf16
+        self._inputs = [(port.get_names(), port) for port in compiled.inputs]
+        self._outputs = [(port.get_names(), port) for port in compiled.outputs]
+        self._ends: list[Array] = []
+        """The last number of each output of the run before, as bits."""
 
-        def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-            tensors = {}
-            for names, port in ports:
-                name = next(name for name in names if name in feeds)
-                value = np.ascontiguousarray(feeds[name])
-                if port.get_element_type() == brain:
-                    tensors[name] = openvino.Tensor(value, openvino.Shape(value.shape), brain)
-                else:
-                    tensors[name] = openvino.Tensor(value, shared_memory=True)
-            try:
-                request.infer(tensors, share_inputs=True, share_outputs=True)
-            except RuntimeError as error:
-                raise MesaError(f"OpenVINO failed in {path.name}: {first_line(error)}") from error
-            results = {}
-            for names, port in outputs:
-                data = request.get_tensor(port).data
-                array = data.view(np.uint16) if port.get_element_type() == brain else data
-                results.update(dict.fromkeys(names, array))
-            return results
+    def __call__(self, feeds: Mapping[str, Array], /) -> dict[str, Array]:
+        tensors = self._tensors(feeds)
+        # Short of memory, OpenVINO computes nothing, says nothing, and leaves the results of the run before.
+        for end in self._ends:
+            end[...] = _POISON[end.itemsize]
+        self._ends = []
+        try:
+            self._request.infer(tensors, share_inputs=True, share_outputs=True)
+        except (RuntimeError, MemoryError) as error:
+            raise MesaError(f"OpenVINO failed in {self._name}: {telling_line(error)}") from error
+        results: dict[str, Array] = {}
+        for names, port in self._outputs:
+            data = self._request.get_tensor(port).data
+            array = data.view(np.uint16) if port.get_element_type() == self._openvino.Type.bf16 else data
+            if array.itemsize in _POISON and array.size:
+                self._ends.append(array.reshape(-1)[-1:].view(f"u{array.itemsize}"))
+            results.update(dict.fromkeys(names, array))
+        if any(end[0] == _POISON[end.itemsize] for end in self._ends):
+            raise MesaError(
+                f"OpenVINO computed nothing in {self._name} and gave no reason: it is probably out of memory; use "
+                "fewer rows or shorter prompts, or give the process more memory"
+            )
+        return results
 
-        return run
+    def _tensors(self, feeds: Mapping[str, Array]) -> dict[str, Any]:
+        openvino, tensors = self._openvino, {}
+        for names, port in self._inputs:
+            name = next((name for name in names if name in feeds), None)
+            if name is None:
+                raise MesaError(
+                    f"{self._name} has an input {min(names, default='without a name')!r} that nothing is fed to; "
+                    "export the bundle again"
+                )
+            value = np.ascontiguousarray(feeds[name])
+            if port.get_element_type() == openvino.Type.bf16:
+                tensors[name] = openvino.Tensor(value, openvino.Shape(value.shape), openvino.Type.bf16)
+            else:
+                tensors[name] = openvino.Tensor(value, shared_memory=True)
+        return tensors
+
+
+def _require_file_names(path: Path) -> None:
+    """Engines take an address in memory for a file name, also from a file, and would read whatever is there."""
+    if IN_MEMORY in path.read_bytes():
+        raise MesaError(f"{path} refers to weights by an address in memory, not by a file's name; export again")
 
 
 class TorchBackend:
@@ -177,7 +218,15 @@ class TorchBackend:
         from mesart.graphs.torch_graph import open_torch  # noqa: PLC0415  (torch only where it is asked for)
 
         del info  # it computes any of them
-        return open_torch(path, self._opened, trust_remote_code=self.trust_remote_code)
+        graph = open_torch(path, self._opened, trust_remote_code=self.trust_remote_code)
+
+        def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+            try:
+                return graph(feeds)
+            except RuntimeError as error:  # among others for memory that it does not get
+                raise MesaError(f"PyTorch failed in {path.name}: {first_line(error)}") from error
+
+        return run
 
 
 _BACKENDS: dict[str, tuple[str, Callable[..., Backend]]] = {
@@ -206,8 +255,10 @@ def choose_backend(
     TensorRT is none of them: it runs engines, not ONNX files (:mod:`mesart.runtime.load`).
 
     Raises:
-        MesaError: unknown name, missing package, or a dtype that the backend does not compute.
+        MesaError: unknown name, missing package, a number of threads that is none, or a dtype that the backend does not
+            compute.
     """
+    require_threads(threads)
     if name != "auto":
         if name not in _BACKENDS:
             raise MesaError(f"unknown backend {name!r}; there are auto, {', '.join(backend_names())}")
@@ -229,6 +280,18 @@ def choose_backend(
         made = _BACKENDS[candidate][1](dtype, threads, activations)
         return made, f"the fastest of those installed ({', '.join(present)})"
     raise MesaError("none of the installed backends computes bfloat16 on this machine: pip install 'mesart[openvino]'")
+
+
+def require_threads(threads: int | None) -> None:
+    """Raises a :class:`MesaError` unless ``threads`` is ``None`` or a number of threads that a machine can use."""
+    most = THREADS_PER_CORE * (os.cpu_count() or 1)
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most:
+        raise MesaError(
+            f"threads is {threads!r}; it must be a whole number from 1 to {most} "
+            f"({THREADS_PER_CORE} for each of this machine's cores), or left out for all of them"
+        )
 
 
 def available_threads() -> int:

@@ -6,7 +6,7 @@ The executor knows the plan and no memory; a live cache knows the memory and no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,9 @@ from mesart.graphs.plan import Span
 from mesart.runtime.backends import Array
 
 Positions = NDArray[np.int64]
+
+_INFINITE_FLOAT16, _HUGE_BFLOAT16 = 0x7C00, 0x5F80
+"""The bits of infinity, and of 2**64."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class LiveCache(Protocol):
 
     def begin(self, lengths: Sequence[int]) -> None:
         """Forgets all rows; makes empty ones, with room for so many tokens each. Fails: leaves one empty row."""
+        ...
+
+    def clear(self) -> None:
+        """Forgets all rows, and leaves one empty row."""
         ...
 
     def make_room(self, row: int, tokens: int) -> None:
@@ -87,12 +94,20 @@ class LiveCache(Protocol):
         """Appends a token to each row that has one; logits ``[B, V]``, without meaning where there is none."""
         ...
 
+    def keep(self, row: int, tokens: int) -> Callable[[], None]:
+        """To be called before ``tokens`` tokens are computed: the result brings back what they overwrite of the row."""
+        ...
+
     def move(self, row: int, old: Positions, new: Positions) -> None:
         """Turns the keys of slots ``0 .. len(old) - 1`` from their old positions to new ones; all of them, or none."""
         ...
 
     def forget(self, row: int, start: int) -> None:
-        """Tokens of a row from ``start`` on may be seen no more."""
+        """Tokens of a row from ``start`` on may be seen no more.
+
+        Raises:
+            MesaError: what was interrupted left a key half written: the row cannot be used any more.
+        """
         ...
 
     def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:
@@ -106,8 +121,29 @@ class LiveCache(Protocol):
 
 def require_numbers(logits: NDArray[np.float32], role: str, manifest: Manifest) -> None:
     """Raises a :class:`MesaError` if the logits of a role are no numbers."""
-    if np.isnan(logits.max()):  # which any NaN makes one
-        raise MesaError(
-            f"NaN in the logits of the {role}: the weights are broken, or {manifest.dtype} overflows "
-            "(export with another --dtype); `mesart validate` names the layer"
-        )
+    largest = logits.max()
+    if not np.isfinite(largest):  # any NaN makes it one
+        raise broken_numbers(f"{'NaN' if np.isnan(largest) else 'infinite numbers'} in the logits", role, manifest)
+
+
+def require_keys(arrays: Iterable[Array], role: str, manifest: Manifest) -> None:
+    """Raises a :class:`MesaError` if new keys or values, in the bundle's dtype, are no numbers to go on with.
+
+    In float32 and bfloat16 numbers of 2**64 or more are refused too: the score of such a key overflows.
+    """
+    for array in arrays:
+        if array.dtype == np.float32:
+            square = np.vdot(array, array)  # one pass at the speed of memory, and one call
+            usable = bool(np.isfinite(square))
+        else:
+            bits = array.view(np.uint16) & 0x7FFF
+            usable = bits.max(initial=0) < (_INFINITE_FLOAT16 if array.dtype == np.float16 else _HUGE_BFLOAT16)
+        if not usable:
+            raise broken_numbers("NaN or infinite numbers in the keys or values", role, manifest)
+
+
+def broken_numbers(what: str, role: str, manifest: Manifest) -> MesaError:
+    return MesaError(
+        f"{what} of the {role}: the weights are broken, or {manifest.dtype} overflows "
+        "(export with another --dtype); `mesart validate` names the layer"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ class DeviceCache:
         self._scratch_positions: SlotPositions | None = None
         self._staging: tuple[SlotBlock, SlotBlock] | None = None
         self._rows = [_Row()]
+        self._torn = False  # keys that move are partly moved
         self._warm: set[int] = set()
         self._warm_moves = engines.moves
         profiles = [profile for engine in engines.set.engines for profile in engine.profiles]
@@ -97,6 +98,7 @@ class DeviceCache:
 
     def begin(self, lengths: Sequence[int]) -> None:
         buckets = [self._bucket(length) for length in lengths]
+        self._torn = False
         slots = [self._slots(bucket) for bucket in buckets]
         old, self._rows = self._rows, [_Row()]
         kept: list[_Row | None] = []
@@ -116,6 +118,13 @@ class DeviceCache:
                 self._release(row)
             raise
         self._rows = [row for row in kept if row is not None]
+
+    def clear(self) -> None:
+        self._synchronize()
+        old, self._rows, self._torn = self._rows, [_Row()], False
+        for row in old:
+            self._release(row)
+        self._clear_scratch()
 
     def make_room(self, row: int, tokens: int) -> None:
         old = self._rows[row]
@@ -235,11 +244,20 @@ class DeviceCache:
             self._turn(tensors, tensors, span.start, old[span], new[span])
             self._rows[row].stand(span.start, new[span])
 
+    def keep(self, row: int, tokens: int) -> Callable[[], None]:
+        del row, tokens  # new tokens have slots of their own
+        return lambda: None
+
     def forget(self, row: int, start: int) -> None:
         """Clears the slots, and the scratch: what failed may have left NaN there."""
+        if self._torn:
+            raise MesaError("keys of the cache are partly moved")
         self._synchronize()
         for tensor in self._rows[row].tensors:
             tensor.clear(self._cuda, start)
+        self._clear_scratch()
+
+    def _clear_scratch(self) -> None:
         for tensor in self._scratch.tensors if self._scratch else ():
             tensor.clear(self._cuda, 0)
 
@@ -363,7 +381,9 @@ class DeviceCache:
                 done = part.stop
         except BaseException:
             if done and target is source:  # all or nothing
+                self._torn = True  # until all are back
                 self._turn(source, target, first, new[:done], old[:done])
+                self._torn = False
             raise
 
     def _place(self, before: SlotBlock, after: SlotBlock, old: Positions, new: Positions) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,88 +34,106 @@ class Row:
 
 
 class Executor:
-    """A live batch of prompts: what its rows are is known here, their keys and values lie in a live cache."""
+    """A live batch of prompts: what its rows are is known here, their keys and values lie in a live cache.
+
+    A call that fails, for whatever reason, leaves all rows as they were before it; a :meth:`prefill`, which has
+    forgotten them by then, leaves one empty row. Where not even that can be done, the cache says so until the next
+    prefill.
+
+    Attributes:
+        turn: counts the calls that changed the cache: who finds another number than it left is no longer alone.
+    """
 
     def __init__(self, manifest: Manifest, cache: LiveCache) -> None:
         self.manifest, self.config, self.cache = manifest, manifest.config, cache
         self.rows = [Row()]
+        self.turn = 0
+        self._lost = False
 
     def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool = False) -> list[NDArray[np.float32]]:
         """Computes prompts from nothing; what was in the cache is forgotten. Logits ``[S, V]`` of each row."""
-        for prompt in prompts:
-            self._check_length(len(prompt))
-        self.rows = [Row()]
-        self.cache.begin([len(prompt) for prompt in prompts])
-        self.rows = [Row() for _ in prompts]
-        return [self._extend(row, prompt, all_logits) for row, prompt in enumerate(prompts)]
+        plans = [self._first_plan(len(prompt)) for prompt in prompts]
+        self._require_logits([len(plan.tail) for plan in plans], all_logits)
+        self.turn += 1
+        self.rows, self._lost = [Row()], True  # until it is known what there is instead
+        try:
+            self.cache.begin([len(prompt) for prompt in prompts])
+            self.rows = [Row() for _ in prompts]
+            logits = [self._run(row, plan, prompts[row], all_logits) for row, plan in enumerate(plans)]
+        except BaseException:
+            self.rows = [Row()]
+            self.cache.clear()
+            self._lost = False
+            raise
+        self._lost = False
+        return logits
 
     def extend(self, turns: Sequence[Sequence[int]], *, all_logits: bool = False) -> list[NDArray[np.float32]]:
-        """Appends tokens to every row. Logits ``[S, V]`` of each row's tail, or ``[1, V]`` of its last token."""
-        for row, turn in zip(self.rows, turns, strict=True):
-            self._check_length(len(row.tokens) + len(turn))
-        return [self._extend(index, turn, all_logits) for index, turn in enumerate(turns)]
+        """Appends tokens to every row. Logits ``[S, V]`` of each row's tail, or ``[1, V]`` of its last token.
 
-    def _extend(self, index: int, ids: Sequence[int], all_logits: bool) -> NDArray[np.float32]:
-        if all_logits and self.cache.last_logits_only:
-            raise MesaError("these graphs give the last logits only, no all_logits; load the symbolic graph")
-        row, cache = self.rows[index], self.cache
-        tokens = [*row.tokens, *map(int, ids)]
-        plan = Plan.extend(self.config, row.stairs, row.cached, len(tokens) - row.cached)
-        cache.make_room(index, plan.length)
-        if plan.start < row.cached:  # it starts again at 0, over what is cached
-            row.lost = True
-            cache.forget(index, 0)
-        kept = row.cached
-        standing = row.stairs.positions(0, plan.start)  # where each key of the cache stands now
-        target = plan.stairs.positions(0, plan.tail.start)
-        moved = False
-        try:
-            if plan.head is not None:
-                cache.head(index, tokens, plan.head)
-                standing = ORDINARY.positions(0, len(plan.head))
-            if plan.chunks:
-                cache.chunks(index, tokens, plan.chunks, standing[: self.config.head_length])
-                standing = np.concatenate([standing, *map(plan.chunk_positions, plan.chunks)])
-            cache.move(index, standing, target)
-            moved = True
-            positions = plan.stairs.positions(plan.tail.start, plan.tail.stop)
-            scales = plan.query_scales(plan.tail)
-            logits = cache.tail(index, tokens, plan.tail, positions, scales, all_logits=all_logits)
-        except BaseException:
-            # Nothing is lost: the row is again what it was before this turn.
-            cache.forget(index, kept)
-            if moved:
-                cache.move(index, target[:kept], row.stairs.positions(0, kept))
-            raise
-        row.tokens, row.stairs, row.lost = tokens, plan.stairs, False
-        return logits[-len(ids) :]
+        A live text goes on beyond the largest bucket as far as the method and the graphs do.
+        """
+        self.require_cache()
+        plans = [self._plan(row, len(turn)) for row, turn in zip(self.rows, turns, strict=True)]
+        sizes = [min(len(plan.tail), len(turn)) for plan, turn in zip(plans, turns, strict=True)]
+        self._require_logits(sizes, all_logits)
+        for index, plan in enumerate(plans):
+            self.cache.make_room(index, plan.length)
+        with self._undone_on_error(list(map(len, turns))):
+            return [self._run(index, plan, turns[index], all_logits) for index, plan in enumerate(plans)]
 
     def step(self, tokens: Sequence[int | None]) -> NDArray[np.float32]:
         """Appends one token to each row, nothing to a row whose token is ``None``. Logits ``[B, V]`` of the next."""
+        self.require_cache()
         for index, token in enumerate(tokens):
             if token is not None:
                 self.cache.make_room(index, len(self.rows[index].tokens) + 1)
-        steps = [None if token is None else self._next(index, token) for index, token in enumerate(tokens)]
-        whole = {index: token for index, token in enumerate(tokens) if token is not None and steps[index] is None}
-        computed: dict[int, NDArray[np.float32]] = {}
-        try:
-            logits = self.cache.step(steps) if any(steps) or not whole else None
-            for index, token in whole.items():
-                computed[index] = self._extend(index, [token], False)[-1]
-        except BaseException:
-            for index in computed:
-                self.rows[index].tokens.pop()
-            for index, row in enumerate(self.rows):  # some rows may have been computed
-                self.cache.forget(index, row.cached)
-            raise
-        for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
-            if token is not None and index not in whole:
-                row.tokens.append(int(token))
-        if logits is None:
-            logits = np.zeros((len(tokens), len(next(iter(computed.values())))), np.float32)
-        for index, last in computed.items():
-            logits[index] = last
+        with self._undone_on_error():
+            steps = [None if token is None else self._next(index, token) for index, token in enumerate(tokens)]
+            again = {index: token for index, token in enumerate(tokens) if token is not None and steps[index] is None}
+            computed = {
+                index: self._run(index, self._plan(self.rows[index], 1), [token], False)[-1]
+                for index, token in again.items()
+            }
+            if len(again) < len(tokens):
+                logits = self.cache.step(steps)
+            else:
+                logits = np.empty((len(tokens), len(computed[0])), np.float32)
+            for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+                if index in computed:
+                    logits[index] = computed[index]
+                elif token is not None:
+                    row.tokens.append(int(token))
         return logits
+
+    def require_cache(self) -> None:
+        """Raises a :class:`MesaError` if a call failed so badly that nobody knows what is in the cache."""
+        if self._lost:
+            raise MesaError("the cache was lost when a call failed and could not be undone; call prefill first")
+
+    def _run(self, index: int, plan: Plan, ids: Sequence[int], all_logits: bool) -> NDArray[np.float32]:
+        """Computes a plan. ``row.stairs`` says at any time where the tokens stand that were there before."""
+        row, cache = self.rows[index], self.cache
+        tokens = [*row.tokens, *map(int, ids)]
+        if plan.start < row.cached:  # the text is computed again from its start, over what is cached
+            row.lost = True
+            cache.forget(index, 0)
+        standing = row.stairs.positions(0, plan.start)  # where each key of the cache stands now
+        target = plan.stairs.positions(0, plan.tail.start)
+        if plan.head is not None:
+            cache.head(index, tokens, plan.head)
+            standing = ORDINARY.positions(0, len(plan.head))
+        if plan.chunks:
+            cache.chunks(index, tokens, plan.chunks, standing[: self.config.head_length])
+            standing = np.concatenate([standing, *map(plan.chunk_positions, plan.chunks)])
+        cache.move(index, standing, target)
+        row.stairs = plan.stairs
+        positions = plan.stairs.positions(plan.tail.start, plan.tail.stop)
+        scales = plan.query_scales(plan.tail)
+        logits = cache.tail(index, tokens, plan.tail, positions, scales, all_logits=all_logits)
+        row.tokens.extend(tokens[len(row.tokens) :])
+        row.lost = False
+        return logits[-len(ids) :]
 
     def _next(self, index: int, token: int) -> NextToken | None:
         """Where a row's next token stands; moves its anchor first where that is due.
@@ -123,16 +142,43 @@ class Executor:
         """
         row = self.rows[index]
         length = len(row.tokens)
-        plan = Plan.extend(self.config, row.stairs, row.cached, length + 1 - row.cached)
+        plan = self._plan(row, 1)
         if plan.start < length:
             return None
-        if plan.stairs != row.stairs:
-            self.cache.move(index, row.stairs.positions(0, length), plan.stairs.positions(0, length))
-            row.stairs = plan.stairs
+        self._move(index, plan.stairs)
         scale = float(query_scales(self.config, Span(length, length + 1))[0])
         return NextToken(int(token), length, plan.stairs.position(length), scale)
 
-    def _check_length(self, tokens: int) -> None:
+    def _move(self, index: int, stairs: Stairs) -> None:
+        """Moves a row's tokens to other stairs."""
+        row = self.rows[index]
+        if stairs != row.stairs:
+            count = row.cached
+            self.cache.move(index, row.stairs.positions(0, count), stairs.positions(0, count))
+            row.stairs = stairs
+
+    @contextmanager
+    def _undone_on_error(self, tokens: Sequence[int] = ()) -> Iterator[None]:
+        """All rows are as they were if one fails, and keys that are to be overwritten by ``tokens`` tokens are kept."""
+        before = [(len(row.tokens), row.stairs) for row in self.rows]
+        kept = [self.cache.keep(index, count) for index, count in enumerate(tokens)]
+        try:
+            yield
+        except BaseException:
+            self._lost = True  # until all is undone
+            for bring_back in kept:
+                bring_back()
+            for index, (length, stairs) in enumerate(before):
+                row = self.rows[index]
+                del row.tokens[length:]
+                self.cache.forget(index, row.cached)
+                self._move(index, stairs)
+            self._lost = False
+            raise
+        self.turn += 1
+
+    def _first_plan(self, tokens: int) -> Plan:
+        """The plan of a prompt, which may not be longer than the largest bucket."""
         largest = self.manifest.buckets[-1].max_tokens
         if tokens > largest:
             if tokens <= self.manifest.max_tokens:
@@ -143,6 +189,25 @@ class Executor:
             raise MesaError(
                 f"a prompt of {tokens} tokens is longer than the largest bucket of this bundle, {largest} tokens; "
                 f"export again with --max-tokens {tokens}"
+            )
+        return Plan.of(self.config, tokens)
+
+    def _plan(self, row: Row, tokens: int) -> Plan:
+        """The plan of a turn, a first one or a later one."""
+        if not row.tokens:
+            return self._first_plan(tokens)
+        return Plan.extend(self.config, row.stairs, row.cached, len(row.tokens) - row.cached + tokens)
+
+    def _require_logits(self, tails: Sequence[int], all_logits: bool) -> None:
+        """Before anything is computed: the logits of tails of so many tokens can be had, as one array."""
+        if not all_logits:
+            return
+        if self.cache.last_logits_only:
+            raise MesaError("these graphs give the last logits only, no all_logits; load the symbolic graph")
+        if len(set(tails)) > 1:
+            raise MesaError(
+                f"all_logits of a batch needs tails of one length, these have {', '.join(map(str, sorted(set(tails))))}; "
+                "run the prompts one by one"
             )
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest, Role
 from mesart.graphs.plan import Span
 from mesart.graphs.stairs import ORDINARY
 from mesart.runtime.backends import STORAGE, Array, Graph
-from mesart.runtime.cache import NextToken, Positions, require_numbers
+from mesart.runtime.cache import NextToken, Positions, require_keys, require_numbers
 from mesart.runtime.graphs import RoleGraphs
 
 MASKED = np.float32(-1e9)
@@ -30,6 +31,8 @@ class HostCache:
         self.last_logits_only = graphs.last_logits_only
         self._places: dict[str, Graph] = {x.place: graphs.place(x.place) for x in self.layers if x.place}
         self._storage = STORAGE[manifest.dtype]
+        self._vocabulary = int(manifest.model["vocab_size"])
+        self._torn = False  # what cannot be brought back is being overwritten
         self._allocate(1, 0)
 
     def _allocate(self, batch: int, capacity: int) -> None:
@@ -50,8 +53,12 @@ class HostCache:
         return self._capacity
 
     def begin(self, lengths: Sequence[int]) -> None:
-        self._allocate(1, 0)  # the old buffers go before the new ones come
+        self.clear()  # the old buffers go before the new ones come
         self._allocate(len(lengths), self._room(max(lengths)))
+
+    def clear(self) -> None:
+        self._allocate(1, 0)
+        self._torn = False
 
     def make_room(self, row: int, tokens: int) -> None:
         del row  # all have the same
@@ -146,26 +153,35 @@ class HostCache:
 
     def step(self, tokens: Sequence[NextToken | None]) -> NDArray[np.float32]:
         together = self._graphs.step_batch or len(tokens)
-        parts = [self._step(tokens, i, i + together) for i in range(0, len(tokens), together)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        rows = [range(i, min(i + together, len(tokens))) for i in range(0, len(tokens), together)]
+        # All rows are computed before any is written: a row may lose a key to its new one.
+        parts = [self._step(tokens, part, last=part.stop == len(tokens)) for part in rows]
+        for part, (_, keys, values) in zip(rows, parts, strict=True):
+            for place, row in enumerate(part):
+                token = tokens[row]
+                if token is not None:
+                    here = np.array([token.position], np.int64)
+                    self._write(row, token.slot, [k[place] for k in keys], [v[place] for v in values], here)
+        return np.concatenate([logits for logits, _, _ in parts])
 
-    def _step(self, tokens: Sequence[NextToken | None], start: int, stop: int) -> NDArray[np.float32]:
-        part = slice(start, stop)
-        rows = [token or NextToken(0, 0, 0, 1.0) for token in tokens[part]]  # a row without one runs along
+    def _step(
+        self, tokens: Sequence[NextToken | None], rows: range, *, last: bool
+    ) -> tuple[NDArray[np.float32], list[Array], list[Array]]:
+        """Logits ``[B, V]``, new keys and values of some rows, which stay as they are even if others run after them."""
+        part = slice(rows.start, rows.stop)
+        fed = [token or NextToken(0, 0, 0, 1.0) for token in tokens[part]]  # a row without one runs along
         logits, keys, values = self._run(
             "step",
-            np.array([[row.token] for row in rows], dtype=np.int64),
-            np.array([[row.position] for row in rows], dtype=np.int64),
+            np.array([[row.token] for row in fed], dtype=np.int64),
+            np.array([[row.position] for row in fed], dtype=np.int64),
             self.mask[part],
             self.positions[part],
             _past_feeds([k[part] for k in self.keys], [v[part] for v in self.values]),
-            np.array([[row.scale] for row in rows], dtype=np.float32),
+            np.array([[row.scale] for row in fed], dtype=np.float32),
         )
-        for place, token in enumerate(tokens[part]):
-            if token is not None:
-                here = np.array([token.position], np.int64)
-                self._write(start + place, token.slot, [k[place] for k in keys], [v[place] for v in values], here)
-        return np.array(logits[:, -1])  # the engine writes its next result to the same place
+        if not last:  # the engine writes its next result to the same place
+            keys, values = ([np.array(array) for array in arrays] for arrays in (keys, values))
+        return np.array(logits[:, -1]), keys, values
 
     def move(self, row: int, old: Positions, new: Positions) -> None:
         moved = np.flatnonzero(old != new)
@@ -177,16 +193,30 @@ class HostCache:
             for layer, info in enumerate(self.layers):
                 if info.place is not None:
                     keys = self.keys[layer][row : row + 1, :, span]
-                    keys[:] = _turn(self._places[info.place], keys, old[span], new[span])
+                    result = _turn(self._places[info.place], keys, old[span], new[span])
+                    self._torn = True
+                    keys[:] = result
                     turned.append((info.place, keys))
+                    self._torn = False
         except BaseException:
+            torn, self._torn = self._torn, True  # until all are back
             for place, keys in turned:
                 keys[:] = _turn(self._places[place], keys, new[span], old[span])
+            self._torn = torn
             raise
         self.positions[row, span] = new[span]
 
+    def keep(self, row: int, tokens: int) -> Callable[[], None]:
+        del row, tokens  # new tokens have slots of their own
+        return lambda: None
+
     def forget(self, row: int, start: int) -> None:
+        self._require_whole()
         self.mask[row, ..., start:] = MASKED
+
+    def _require_whole(self) -> None:
+        if self._torn:
+            raise MesaError("keys of the cache are half written")
 
     def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:
         return [key[row].copy() for key in self.keys], [value[row].copy() for value in self.values]
@@ -237,13 +267,23 @@ class HostCache:
             **past,
         }
         outputs = self._graphs.run(role, self._bucket(past_mask.shape[-1]), feeds)
-        require_numbers(outputs["logits"], role, self.manifest)
-        count = range(len(self.layers))
-        return (
-            outputs["logits"],
-            [outputs[f"present.{i}.key"][:, :, :new] for i in count],
-            [outputs[f"present.{i}.value"][:, :, :new] for i in count],
-        )
+        logits, keys, values = self._outputs(outputs, role, batch, size, len(feeds["logits_at"]))
+        require_numbers(logits, role, self.manifest)
+        keys, values = ([array[:, :, :new] for array in arrays] for arrays in (keys, values))
+        require_keys(keys, role, self.manifest)
+        require_keys(values, role, self.manifest)
+        return logits, keys, values
+
+    def _outputs(
+        self, outputs: dict[str, Array], role: Role, batch: int, new: int, wanted: int
+    ) -> tuple[Array, list[Array], list[Array]]:
+        """Logits, keys and values, if they are what was asked for: an engine's word alone is not enough."""
+        shapes: dict[str, tuple[int, ...]] = {"logits": (batch, wanted, self._vocabulary)}
+        for index, info in enumerate(self.layers):
+            shapes[f"present.{index}.key"] = (batch, info.kv_heads, new, info.key_size)
+            shapes[f"present.{index}.value"] = (batch, info.kv_heads, new, info.value_size)
+        logits, *rest = (_of_shape(outputs.get(name), shape, name, role) for name, shape in shapes.items())
+        return logits, rest[0::2], rest[1::2]
 
     def _bucket(self, capacity: int) -> int:
         return next((b.chunks for b in self.manifest.buckets if b.max_tokens >= capacity), -1)
@@ -253,7 +293,19 @@ def _turn(place: Graph, keys: Array, old: Positions, new: Positions) -> Array:
     """Keys ``[B, K, S, D]`` turned from positions ``old`` to ``new``, int64 ``[S]`` both."""
     from_ids, to_ids = (np.broadcast_to(ids, (len(keys), len(ids))) for ids in (old, new))
     feeds = {"key": np.ascontiguousarray(keys), "from_ids": np.array(from_ids), "to_ids": np.array(to_ids)}
-    return place(feeds)["moved"]
+    return _of_shape(place(feeds).get("moved"), keys.shape, "moved", "place")
+
+
+def _of_shape(array: Array | None, shape: tuple[int, ...], name: str, role: Role) -> Array:
+    """An engine's output, if there is one of that shape."""
+    if array is None:
+        raise MesaError(f"the graph of the {role} has no output {name!r}; export the bundle again")
+    if array.shape != shape:
+        raise MesaError(
+            f"the engine gave {name} of the {role} as {list(array.shape)} where {list(shape)} was asked for: the graph "
+            "is not this bundle's, or the engine is out of memory; export again, or use fewer rows or shorter prompts"
+        )
+    return array
 
 
 def _past_feeds(keys: list[Array], values: list[Array]) -> dict[str, Array]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -31,9 +33,14 @@ Prompt: TypeAlias = "str | Sequence[int]"
 
 
 class MesaModel:
-    """A bundle on a backend. Holds one live cache, of one prompt or of a batch; not safe to share between threads.
+    """A bundle on a backend. Holds one live cache, of one prompt or of a batch.
 
     Made by :meth:`load`; close it, or use it in a ``with`` statement, to free the engine's memory.
+
+    A call that fails leaves the cache as it was before; a failed :meth:`prefill` leaves it empty, as after loading.
+    Calls from several threads wait for each other. There is one cache all the same: a generation whose cache another
+    call has changed meanwhile (another generation, from the same thread or not) ends in a :class:`MesaError` at its
+    next token. A process that is forked after loading has to load the model again.
 
     Attributes:
         backend: the backend's name, ``device`` where it runs and ``choice`` why it was chosen.
@@ -47,7 +54,10 @@ class MesaModel:
         self._texts = read_texts(files)  # now: the folder may be another bundle's by the time that they are needed
         self.backend, self.device, self.choice = backend, device, choice
         self._executor: Executor | None = executor
-        self._unfed: list[list[int]] = []  # each row's last generated token: shown, but not yet in the cache
+        self._lock, self._process = RLock(), os.getpid()
+        # Each row's last generated token, shown but not yet in the cache, if the cache is as it was then.
+        self._unfed: list[list[int]] = []
+        self._unfed_turn = executor.turn
 
     @classmethod
     def load(
@@ -112,10 +122,13 @@ class MesaModel:
         self.close()
 
     def close(self) -> None:
-        """Frees the engine and the cache; the model cannot be used any more."""
-        if self._executor is not None:
-            self._executor.cache.close()
-        self._executor = None
+        """Frees the engine and the cache, after a call that is still computing; the model cannot be used any more."""
+        if os.getpid() != self._process:
+            return  # the engine is the parent's
+        with self._lock:
+            if self._executor is not None:
+                self._executor.cache.close()
+            self._executor = None
 
     @property
     def executor(self) -> Executor:
@@ -155,27 +168,47 @@ class MesaModel:
         Raises:
             MesaError: an empty prompt, ids outside the vocabulary, a prompt longer than the largest bucket.
         """
-        logits = self.executor.prefill(self._prompts(input_ids), all_logits=all_logits)
-        self._unfed = []
-        return _stack(logits)
+        prompts = self._prompts(input_ids)
+        with self._alone() as executor:
+            return np.stack(executor.prefill(prompts, all_logits=all_logits))
 
     def extend(self, input_ids: ArrayLike | Sequence[Sequence[int]], *, all_logits: bool = False) -> Logits:
-        """Appends tokens to the live cache, such as a second turn; arguments and result as of :meth:`prefill`."""
+        """Appends tokens to the live cache, such as a second turn; arguments and result as of :meth:`prefill`.
+
+        The text may outgrow the largest bucket, as it may by :meth:`step`, where the graph leaves lengths free.
+        """
         prompts = self._prompts(input_ids)
-        self._require_rows(len(prompts))
-        logits = self.executor.extend(prompts, all_logits=all_logits)
-        self._unfed = []
-        return _stack(logits)
+        with self._alone() as executor:
+            self._require_rows(len(prompts))
+            return np.stack(executor.extend(prompts, all_logits=all_logits))
 
     def step(self, token: int | ArrayLike) -> Logits:
         """Appends one token to each row of the cache; logits of the next, float32 ``[B, 1, V]``."""
-        tokens = self._prompts(np.asarray(token).reshape(-1, 1))
-        self._require_rows(len(tokens))
-        if not self.executor.rows[0].tokens:
-            raise MesaError("step needs a prompt in the cache; call prefill first")
-        logits = self.executor.step([row[0] for row in tokens])
-        self._unfed = []
-        return logits[:, None]
+        with _token_ids(token):
+            column = np.asarray(token).reshape(-1, 1)
+        tokens = self._prompts(column)
+        with self._alone() as executor:
+            self._require_rows(len(tokens))
+            if not executor.rows[0].tokens:
+                raise MesaError("step needs a prompt in the cache; call prefill first")
+            return executor.step([row[0] for row in tokens])[:, None]
+
+    @contextmanager
+    def _alone(self) -> Iterator[Executor]:
+        """No other thread computes meanwhile."""
+        if os.getpid() != self._process:  # before the lock, which another thread of the parent may have held
+            raise MesaError(
+                "the process was forked after the model was loaded, and an engine's threads do not survive that; "
+                "load the model in the new process"
+            )
+        with self._lock:
+            try:
+                yield self.executor
+            except MemoryError as error:
+                raise MesaError(
+                    f"out of memory{f' ({error})' if str(error) else ''}: use fewer rows or shorter prompts, or give the "
+                    "process more memory"
+                ) from error
 
     @property
     def device_memory(self) -> DeviceMemory | None:
@@ -207,34 +240,59 @@ class MesaModel:
         Yields:
             The next token of each row, ``None`` once a row has ended. The end-of-text token itself is yielded.
         """
-        if max_new_tokens < 1:
-            raise MesaError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        choice = sampling or self.default_sampling
-        rows = range(len(prompts))
-        if append:
-            self._require_rows(len(prompts))
-            unfed = self._unfed or [[] for _ in rows]
-            logits = self.extend([[*unfed[row], *prompts[row]] for row in rows])
-        else:
-            logits = self.prefill(prompts)
+        yield from self._generate(prompts, max_new_tokens, sampling, append, [False] * len(self._prompts(prompts)))
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: SamplingConfig | None,
+        append: bool,
+        ended: list[bool],
+    ) -> Iterator[list[int | None]]:
+        """See :meth:`generate_ids`. ``ended``: of each row; the caller may end more of them between two tokens."""
+        count = _require_count(max_new_tokens)
+        choice, end, rows = sampling or self.default_sampling, set(self.eos_token_ids), range(len(ended))
         seeds = [None if choice.seed is None else choice.seed + row for row in rows]
         samplers = [Sampler(replace(choice, seed=seed)) for seed in seeds]
-        history = [list(self.executor.rows[row].tokens) for row in rows]
-        ended = [False] * len(prompts)
-        end = set(self.eos_token_ids)
-        for index in range(max_new_tokens):
-            chosen: list[int | None] = [
-                None if ended[row] else samplers[row](logits[row, -1], history[row]) for row in rows
-            ]
-            for row, token in enumerate(chosen):
-                if token is not None:
-                    history[row].append(token)
-                    ended[row] = token in end
-            self._unfed = [[history[row][-1]] for row in rows]
+        history: list[list[int]] = []
+        turn = 0
+        for index in range(count):
+            with self._alone() as executor:
+                if index == 0:
+                    logits = self._begin(executor, self._prompts(prompts), append=append)
+                    history = [list(row.tokens) for row in executor.rows]
+                elif executor.turn != turn:
+                    raise MesaError(
+                        "another call has changed the cache since this generation's last token; finish one generation "
+                        "before the next, give both prompts to one, or load the model twice"
+                    )
+                else:
+                    logits = executor.step([None if ended[row] else history[row][-1] for row in rows])
+                    self._hold([history[row][-1:] if ended[row] else [] for row in rows])
+                chosen = [None if ended[row] else samplers[row](logits[row], history[row]) for row in rows]
+                for row, token in enumerate(chosen):
+                    if token is not None:
+                        history[row].append(token)
+                        ended[row] = token in end
+                self._hold([tokens[-1:] for tokens in history])
+                turn = executor.turn
             yield chosen
-            if all(ended) or index + 1 == max_new_tokens:
+            if all(ended):
                 return
-            logits = self.executor.step([None if ended[row] else history[row][-1] for row in rows])[:, None]
+
+    def _begin(self, executor: Executor, prompts: list[list[int]], *, append: bool) -> Logits:
+        """The logits ``[B, V]`` behind prompts, appended to what was shown or on their own."""
+        if not append:
+            return np.concatenate(executor.prefill(prompts))
+        self._require_rows(len(prompts))
+        if self._unfed and self._unfed_turn == executor.turn:
+            prompts = [[*unfed, *prompt] for unfed, prompt in zip(self._unfed, prompts, strict=True)]
+        return np.concatenate(executor.extend(prompts))
+
+    def _hold(self, unfed: list[list[int]]) -> None:
+        """Remembers tokens of each row that were shown and are not in the cache: a later turn begins with them."""
+        self._unfed, self._unfed_turn = unfed, self.executor.turn
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -290,7 +348,7 @@ class MesaModel:
         **options: Any,
     ) -> str | list[str]:
         """Generates text for one prompt, or for each of a list of texts in one batch; options as of :meth:`stream`."""
-        if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], str):
+        if not _is_batch(prompt):
             return "".join(
                 self.stream(
                     prompt,  # type: ignore[arg-type]
@@ -302,15 +360,15 @@ class MesaModel:
                 )
             )
         choice = self._sampling(sampling, options)
-        ids = [self._encode(str(text), append=append) for text in prompt]
+        ids = [self._encode(text, append=append) for text in prompt]
         texts = [TextStream(self.tokenizer, stop, context=row) for row in ids]
         pieces: list[list[str]] = [[] for _ in ids]
-        for tokens in self.generate_ids(ids, max_new_tokens, choice, append=append):
+        ended = [False] * len(ids)
+        for tokens in self._generate(ids, max_new_tokens, choice, append, ended):
             for row, token in enumerate(tokens):
                 if token is not None and token not in self.eos_token_ids:
                     pieces[row].append(texts[row].push(token))
-            if all(text.stopped for text in texts):
-                break
+                    ended[row] = texts[row].stopped
         return ["".join([*row, text.flush()]) for row, text in zip(pieces, texts, strict=True)]
 
     def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int = 256, **options: Any) -> Iterator[str]:
@@ -327,12 +385,16 @@ class MesaModel:
     def _encode(self, prompt: Prompt, *, append: bool) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, add_special_tokens=not append)
-        return [int(token) for token in prompt]
+        rows = self._prompts(prompt)
+        if len(rows) != 1:
+            raise MesaError(f"one text is one list of token ids, got {len(rows)}; generate_ids takes a batch of them")
+        return rows[0]
 
     def _prompts(self, input_ids: ArrayLike | Sequence[Sequence[int]]) -> list[list[int]]:
         """The rows of a batch, checked."""
-        nested = isinstance(input_ids, (list, tuple)) and any(np.ndim(row) for row in input_ids)
-        rows: list[Array] = [np.asarray(row) for row in input_ids] if nested else list(np.atleast_2d(input_ids))  # type: ignore[union-attr]
+        with _token_ids(input_ids):
+            nested = isinstance(input_ids, (list, tuple)) and any(np.ndim(row) for row in input_ids)
+            rows: list[Array] = [np.asarray(row) for row in input_ids] if nested else list(np.atleast_2d(input_ids))  # type: ignore[union-attr]
         vocabulary = int(self.manifest.model["vocab_size"])
         if not rows:
             raise MesaError("the prompt is empty; give at least one token")
@@ -349,16 +411,34 @@ class MesaModel:
         return [[int(token) for token in row] for row in rows]
 
     def _require_rows(self, rows: int) -> None:
+        self.executor.require_cache()
         live = len(self.executor.rows)
         if rows != live:
             raise MesaError(f"the cache holds {live} prompts, got tokens for {rows}")
 
 
-def _stack(rows: list[Logits]) -> Logits:
-    sizes = {len(row) for row in rows}
-    if len(sizes) > 1:
-        raise MesaError(
-            f"all_logits of a batch needs tails of one length, these have {', '.join(map(str, sorted(sizes)))}; "
-            "run the prompts one by one"
-        )
-    return np.stack(rows)
+@contextmanager
+def _token_ids(value: object) -> Iterator[None]:
+    """What numpy cannot make an array of is no token ids."""
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MesaError(f"token ids must be integers, [T] or [B, T]; got {type(value).__name__}: {error}") from error
+
+
+def _is_batch(prompt: object) -> bool:
+    """Whether it is texts, not one text or its ids."""
+    if not isinstance(prompt, (list, tuple)) or not any(isinstance(text, str) for text in prompt):
+        return False
+    other = next((text for text in prompt if not isinstance(text, str)), None)
+    if other is not None:
+        raise MesaError(f"a batch is a list of texts; one of them is {type(other).__name__}")
+    return True
+
+
+def _require_count(tokens: int) -> int:
+    if isinstance(tokens, bool) or not isinstance(tokens, (int, np.integer)):
+        raise MesaError(f"max_new_tokens is {tokens!r}; it must be a whole number")
+    if tokens < 1:
+        raise MesaError(f"max_new_tokens is {tokens}; it must be at least 1")
+    return int(tokens)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mesart.graphs.manifest import Manifest
-from mesart.graphs.plan import Span
 from mesart.graphs.reach import Reach
 from mesart.runtime.backends import Array
 from mesart.runtime.cache import Positions
@@ -35,21 +32,30 @@ class WindowCache(HostCache):
     def make_room(self, row: int, tokens: int) -> None:
         super().make_room(row, min(tokens, self._reach.slots))
 
-    def tail(
-        self,
-        row: int,
-        tokens: Sequence[int],
-        span: Span,
-        positions: Positions,
-        scales: NDArray[np.float32],
-        *,
-        all_logits: bool,
-    ) -> NDArray[np.float32]:
-        whole = span.start == 0 or len(span) <= self._slice_length()  # nothing is there to drop, or not before the end
-        with nullcontext() if whole else self._restored_on_error(row):
-            return super().tail(row, tokens, span, positions, scales, all_logits=all_logits)
+    def keep(self, row: int, tokens: int) -> Callable[[], None]:
+        seen = self.mask[row, 0, 0] == 0
+        start = int(self.positions[row][seen].max(initial=-1)) + 1
+        # As many tokens as there are slots overwrite each slot at most once.
+        parts = self._slots(start, start + min(tokens, self._reach.slots)) if start else ()
+        slots = [slice(slot, slot + part.stop - part.start) for part, slot in parts]
+        buffers = range(len(self.keys))
+        keys = [[self.keys[i][row][:, part].copy() for i in buffers] for part in slots]
+        values = [[self.values[i][row][:, part].copy() for i in buffers] for part in slots]
+        mask, positions = self.mask[row].copy(), self.positions[row].copy()
+
+        def bring_back() -> None:
+            self._torn = True
+            for part, old_keys, old_values in zip(slots, keys, values, strict=True):
+                for index in buffers:
+                    self.keys[index][row][:, part] = old_keys[index]
+                    self.values[index][row][:, part] = old_values[index]
+            self.mask[row], self.positions[row] = mask, positions
+            self._torn = False
+
+        return bring_back
 
     def forget(self, row: int, start: int) -> None:
+        self._require_whole()
         self.mask[row, ..., self.positions[row] >= start] = MASKED
 
     def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:
@@ -75,8 +81,10 @@ class WindowCache(HostCache):
         return min(super()._slice_length(), window, max(window // 4, _ROWS))
 
     def _write(self, row: int, start: int, keys: list[Array], values: list[Array], positions: Positions) -> None:
+        self._torn = True
         for part, slot in self._slots(start, start + len(positions)):
             super()._write(row, slot, [k[:, part] for k in keys], [v[:, part] for v in values], positions[part])
+        self._torn = False
 
     def _slots(self, start: int, stop: int) -> Iterator[tuple[slice, int]]:
         """The parts of the tokens ``start .. stop - 1`` whose slots lie side by side, and the first slot of each."""
@@ -87,18 +95,6 @@ class WindowCache(HostCache):
             slot, end = (token, first) if token < first else (first + turn, token + window - turn)
             yield slice(token - start, min(end, stop) - start), slot
             token = min(end, stop)
-
-    @contextmanager
-    def _restored_on_error(self, row: int) -> Iterator[None]:
-        """A tail of several slices drops keys that would be needed again if a later slice fails."""
-        buffers = [*self.keys, *self.values, self.mask, self.positions]
-        saved = [buffer[row].copy() for buffer in buffers]
-        try:
-            yield
-        except BaseException:
-            for buffer, content in zip(buffers, saved, strict=True):
-                buffer[row] = content
-            raise
 
 
 __all__ = ["WindowCache"]
