@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mesart.graphs.errors import MesaError, first_line, telling_line
 from mesart.graphs.manifest import GraphInfo
-from mesart.runtime.engine_imports import import_onnxruntime, import_openvino
+from mesart.runtime.engine_imports import import_onnxruntime, import_openvino, leave_alone_in_forks
 from mesart.runtime.engines import PACKAGES
 from mesart.runtime.linked_weights import IN_MEMORY, MappedGraph, has_links
 from mesart.runtime.signature import check_signature, onnxruntime_signature, openvino_signature
@@ -117,6 +117,7 @@ class OpenVinoBackend:
     def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
         self._openvino = openvino = import_openvino()
         self._core = openvino.Core()
+        leave_alone_in_forks(self)
         precision = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}[dtype]
         # Without the hint OpenVINO computes float32 graphs in bfloat16 where the CPU has it.
         self._options = {
@@ -146,18 +147,18 @@ class _OpenVinoGraph:
         self._openvino, self._name = openvino, name
         self._linked = linked  # weights may be read where they are mapped
         self._request = compiled.create_infer_request()
+        leave_alone_in_forks(self)
         # A tensor that needs no conversion carries the names of both its ends.
         self._inputs = [(port.get_names(), port) for port in compiled.inputs]
         self._outputs = [(port.get_names(), port) for port in compiled.outputs]
-        self._ends: list[Array] = []
-        """The last number of each output of the run before, as bits."""
+        self._end: Array | None = None
+        """The last number of the first output of the run before, as bits."""
 
     def __call__(self, feeds: Mapping[str, Array], /) -> dict[str, Array]:
         tensors = self._tensors(feeds)
         # Short of memory, OpenVINO computes nothing, says nothing, and leaves the results of the run before.
-        for end in self._ends:
-            end[...] = _POISON[end.itemsize]
-        self._ends = []
+        if self._end is not None:
+            self._end[...] = _POISON[self._end.itemsize]
         try:
             self._request.infer(tensors, share_inputs=True, share_outputs=True)
         except (RuntimeError, MemoryError) as error:
@@ -166,10 +167,9 @@ class _OpenVinoGraph:
         for names, port in self._outputs:
             data = self._request.get_tensor(port).data
             array = data.view(np.uint16) if port.get_element_type() == self._openvino.Type.bf16 else data
-            if array.itemsize in _POISON and array.size:
-                self._ends.append(array.reshape(-1)[-1:].view(f"u{array.itemsize}"))
             results.update(dict.fromkeys(names, array))
-        if any(end[0] == _POISON[end.itemsize] for end in self._ends):
+        self._end = _last_number(next(iter(results.values())))
+        if self._end is not None and self._end[0] == _POISON[self._end.itemsize]:
             raise MesaError(
                 f"OpenVINO computed nothing in {self._name} and gave no reason: it is probably out of memory; use "
                 "fewer rows or shorter prompts, or give the process more memory"
@@ -191,6 +191,12 @@ class _OpenVinoGraph:
             else:
                 tensors[name] = openvino.Tensor(value, shared_memory=True)
         return tensors
+
+
+def _last_number(array: Array) -> Array | None:
+    """The last number of an array in its own memory, as bits, if it has one of a float type."""
+    bits = {2: np.uint16, 4: np.uint32}.get(array.itemsize)
+    return array.reshape(-1)[-1:].view(bits) if bits is not None and array.size else None
 
 
 def _require_file_names(path: Path) -> None:
@@ -287,7 +293,8 @@ def require_threads(threads: int | None) -> None:
     most = THREADS_PER_CORE * (os.cpu_count() or 1)
     if threads is None:
         return
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most:
+    whole = type(threads) is int  # True is none
+    if not whole or not 1 <= threads <= most:
         raise MesaError(
             f"threads is {threads!r}; it must be a whole number from 1 to {most} "
             f"({THREADS_PER_CORE} for each of this machine's cores), or left out for all of them"

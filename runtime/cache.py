@@ -6,6 +6,7 @@ The executor knows the plan and no memory; a live cache knows the memory and no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -122,7 +123,7 @@ class LiveCache(Protocol):
 def require_numbers(logits: NDArray[np.float32], role: str, manifest: Manifest) -> None:
     """Raises a :class:`MesaError` if the logits of a role are no numbers."""
     largest = logits.max()
-    if not np.isfinite(largest):  # any NaN makes it one
+    if not math.isfinite(largest):  # any NaN makes it one
         raise broken_numbers(f"{'NaN' if np.isnan(largest) else 'infinite numbers'} in the logits", role, manifest)
 
 
@@ -131,15 +132,16 @@ def require_keys(arrays: Iterable[Array], role: str, manifest: Manifest) -> None
 
     In float32 and bfloat16 numbers of 2**64 or more are refused too: the score of such a key overflows.
     """
-    for array in arrays:
-        if array.dtype == np.float32:
-            square = np.vdot(array, array)  # one pass at the speed of memory, and one call
-            usable = bool(np.isfinite(square))
-        else:
-            bits = array.view(np.uint16) & 0x7FFF
-            usable = bits.max(initial=0) < (_INFINITE_FLOAT16 if array.dtype == np.float16 else _HUGE_BFLOAT16)
-        if not usable:
-            raise broken_numbers("NaN or infinite numbers in the keys or values", role, manifest)
+    if not all(map(_usable, arrays)):
+        raise broken_numbers("NaN or infinite numbers in the keys or values", role, manifest)
+
+
+def _usable(array: Array) -> bool:
+    if array.dtype == np.float32:
+        flat = array.reshape(-1)
+        return math.isfinite(flat.dot(flat))  # one call, and one pass at the speed of memory
+    bits = array.view(np.uint16) & 0x7FFF
+    return bool(bits.max(initial=0) < (_INFINITE_FLOAT16 if array.dtype == np.float16 else _HUGE_BFLOAT16))
 
 
 def broken_numbers(what: str, role: str, manifest: Manifest) -> MesaError:

@@ -1,14 +1,16 @@
-"""Imports of the engines: they send nothing, and leave nothing in the user's home.
+"""What engines do behind one's back, and how it is kept from them: at their import, and in a forked process.
 
-Both engines count their users from the moment they are imported: they write an identifier of the machine into the home
-folder and look for a server to send it to. A bundle may hold what nobody else is to know of, and machines that may not
-call out stumble over it.
+They send nothing, and leave nothing in the user's home. Both engines count their users from the moment they are
+imported: they write an identifier of the machine into the home folder and look for a server to send it to. A bundle may
+hold what nobody else is to know of, and machines that may not call out stumble over it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -32,6 +34,23 @@ def import_openvino() -> Any:
     with _absent(_OPENVINO_TELEMETRY):
         import openvino  # noqa: PLC0415
     return openvino
+
+
+def leave_alone_in_forks(engine: object) -> None:
+    """A forked process never frees this engine: it would wait for threads that only its parent has, for ever."""
+    _ENGINES.add(engine)
+
+
+_ENGINES: weakref.WeakSet[object] = weakref.WeakSet()
+
+
+def _never_free() -> None:
+    for engine in list(_ENGINES):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_never_free)
 
 
 @contextmanager
@@ -61,4 +80,4 @@ def _absent(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-__all__ = ["import_onnxruntime", "import_openvino"]
+__all__ = ["import_onnxruntime", "import_openvino", "leave_alone_in_forks"]

@@ -32,6 +32,11 @@ class HostCache:
         self._places: dict[str, Graph] = {x.place: graphs.place(x.place) for x in self.layers if x.place}
         self._storage = STORAGE[manifest.dtype]
         self._vocabulary = int(manifest.model["vocab_size"])
+        self._presents = {
+            "key": [(f"present.{i}.key", x.kv_heads, x.key_size) for i, x in enumerate(self.layers)],
+            "value": [(f"present.{i}.value", x.kv_heads, x.value_size) for i, x in enumerate(self.layers)],
+        }
+        """Name, heads and size of the outputs that hold new keys and values."""
         self._torn = False  # what cannot be brought back is being overwritten
         self._allocate(1, 0)
 
@@ -255,7 +260,7 @@ class HostCache:
             padding = ((0, 0), (0, size - new))
             ids, positions = np.pad(ids, padding), np.pad(positions, padding)
             scales = np.pad(scales, padding, constant_values=1)
-        causal = np.triu(np.full((size, size), MASKED), 1)
+        causal = np.triu(np.full((size, size), MASKED), 1) if size > 1 else np.zeros((1, 1), np.float32)
         feeds: dict[str, Array] = {
             "input_ids": ids,
             "position_ids": positions,
@@ -278,12 +283,15 @@ class HostCache:
         self, outputs: dict[str, Array], role: Role, batch: int, new: int, wanted: int
     ) -> tuple[Array, list[Array], list[Array]]:
         """Logits, keys and values, if they are what was asked for: an engine's word alone is not enough."""
-        shapes: dict[str, tuple[int, ...]] = {"logits": (batch, wanted, self._vocabulary)}
-        for index, info in enumerate(self.layers):
-            shapes[f"present.{index}.key"] = (batch, info.kv_heads, new, info.key_size)
-            shapes[f"present.{index}.value"] = (batch, info.kv_heads, new, info.value_size)
-        logits, *rest = (_of_shape(outputs.get(name), shape, name, role) for name, shape in shapes.items())
-        return logits, rest[0::2], rest[1::2]
+        logits = _of_shape(outputs.get("logits"), (batch, wanted, self._vocabulary), "logits", role)
+        keys, values = (
+            [
+                _of_shape(outputs.get(name), (batch, heads, new, size), name, role)
+                for name, heads, size in self._presents[kind]
+            ]
+            for kind in ("key", "value")
+        )
+        return logits, keys, values
 
     def _bucket(self, capacity: int) -> int:
         return next((b.chunks for b in self.manifest.buckets if b.max_tokens >= capacity), -1)

@@ -206,8 +206,8 @@ class MesaModel:
                 yield self.executor
             except MemoryError as error:
                 raise MesaError(
-                    f"out of memory{f' ({error})' if str(error) else ''}: use fewer rows or shorter prompts, or give the "
-                    "process more memory"
+                    f"out of memory{f' ({error})' if str(error) else ''}: use fewer rows or shorter prompts, or give "
+                    "the process more memory"
                 ) from error
 
     @property
@@ -360,7 +360,7 @@ class MesaModel:
                 )
             )
         choice = self._sampling(sampling, options)
-        ids = [self._encode(text, append=append) for text in prompt]
+        ids = [self._encode(str(text), append=append) for text in prompt]
         texts = [TextStream(self.tokenizer, stop, context=row) for row in ids]
         pieces: list[list[str]] = [[] for _ in ids]
         ended = [False] * len(ids)
