@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from mesart.evaluation.arguments import require_lengths, require_whole
 from mesart.graphs import MesaConfig, MesaError, Plan
 from mesart.graphs.manifest import Manifest
 from mesart.runtime import backend_names, present_backends
@@ -147,6 +148,11 @@ def run_bench(
     Raises:
         MesaError: an unknown backend, or a length that the bundle does not serve.
     """
+    require_lengths(lengths)
+    require_whole("new tokens", new_tokens)
+    require_whole("repeated runs", repeat)
+    if threads is not None:
+        require_whole("threads", threads, most=4 * (os.cpu_count() or 1))
     folder = Path(bundle)
     manifest = Manifest.read(folder)
     wanted = list(lengths) if lengths else _default_lengths(manifest)
@@ -250,7 +256,13 @@ def run_process(command: list[str], limit: float | None = None, **environment: s
     pipe = subprocess.PIPE
     # In a session of its own: a compiler that it has started would outlive it.
     with subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment, start_new_session=True
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        errors="replace",
+        env=os.environ | environment,
+        start_new_session=True,
     ) as process:
         try:
             out, err = process.communicate(timeout=limit)

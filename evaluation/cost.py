@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mesart.evaluation.arguments import require_lengths, require_number, require_whole
 from mesart.evaluation.bench import ProcessError, process_error, run_process
 from mesart.evaluation.bench_worker import peak_memory
 from mesart.evaluation.journal import Journal
@@ -117,6 +118,12 @@ def run_cost(
     Raises:
         MesaError: an unknown method, a model that cannot be loaded, or a journal of another run.
     """
+    require_lengths(lengths)
+    require_whole("repeated runs", repeat)
+    require_whole("new tokens", new_tokens)
+    if threads is not None:
+        require_whole("threads", threads, most=4 * (os.cpu_count() or 1))
+    require_number("limit", limit, above=0)
     names = list(METHODS if methods is None else dict.fromkeys(methods))
     threads = threads or os.cpu_count() or 1
     train_length, sizes = MesaConfig.from_model(source).train_length, sorted(set(lengths))
@@ -136,8 +143,8 @@ def run_cost(
                 for name in names:
                     bar.set_postfix_str(f"{name}, {length} tokens")
                     key = ("cost", Path(source).name, name, length)
-                    known = journal.find(key, conditions)
-                    if known is None:
+                    row = journal.find(key, conditions, lambda found: _row(name, length, found))  # noqa: B023
+                    if row is None:
                         job = {
                             "source": os.fspath(source),
                             "method": name,
@@ -146,13 +153,23 @@ def run_cost(
                             "repeat": repeat,
                             "new_tokens": new_tokens,
                         }
-                        known = _measure(job, threads, limit)
-                        journal.add(key, conditions, known)
-                    rows.append(CostRow(name, length, **{**known, "first_token": tuple(known["first_token"])}))
+                        found = _measure(job, threads, limit)
+                        journal.add(key, conditions, found)
+                        row = _row(name, length, found)
+                    rows.append(row)
                     bar.update()
     except KeyboardInterrupt:
         complete = False
     return CostResult(os.fspath(source), train_length, threads, tuple(rows), complete)
+
+
+def _row(method: str, length: int, found: Mapping[str, Any]) -> CostRow:
+    """A row of what the journal keeps of it."""
+    first = tuple(map(float, found["first_token"]))
+    numbers = {name: found[name] + 0 for name in ("per_token", "memory", "pairs", "kept")}
+    if not isinstance(found["failed"], str | None) or not (first or found["failed"]):
+        raise ValueError("neither times nor a reason why there are none")
+    return CostRow(method, length, first, **numbers, failed=found["failed"])
 
 
 def _measure(job: Mapping[str, Any], threads: int, limit: float) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import hashlib
 import os
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 from mesart.evaluation.corpus import library_text
 from mesart.graphs.errors import MesaError
+from mesart.graphs.text_file import read_text
 
 _FEWEST_WORDS = 200
 """Below it, excerpts from random places are all the same."""
@@ -41,11 +41,9 @@ def held_out_text(path: str | os.PathLike[str] | None = None) -> Text:
             raise MesaError(f"{error}; give a text file instead (--text)") from error
         return Text(f"held-out source of the standard library of Python {platform.python_version()}", content)
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = read_text(path)
     except OSError as error:
         raise MesaError(f"cannot read the text {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise MesaError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
     words = len(content.split())
     if words < _FEWEST_WORDS:
         raise MesaError(f"{path} holds {words} words between spaces; at least {_FEWEST_WORDS} are needed")

@@ -8,61 +8,47 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+from mesart.evaluation.json_lines import JsonLines
 from mesart.graphs.errors import MesaError
 
 Key = tuple[str | int | float, ...]
-
-_BEGINNING = '{"key": '
-"""Of each line."""
+Found = TypeVar("Found")
 
 
 class Journal:
     """The lines of one file, which is made with its first line."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Reads what is there; a last line that was cut short is dropped.
+        """Reads what is there; a last line that was cut short does not count, and is dropped by the next.
 
         Raises:
-            MesaError: the file is no journal, or cannot be read.
+            MesaError: the file is no journal, or cannot be read and written.
         """
-        self.path = Path(path)
+        self._file = JsonLines(path, '{"key": ')
+        self.path = self._file.path
         self._lines: dict[Key, dict[str, Any]] = {}
-        for line in self._read():
-            self._lines[tuple(line["key"])] = line
-
-    def _read(self) -> Iterator[dict[str, Any]]:
-        if not self.path.exists():
-            return
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise MesaError(f"{self.path} cannot be read: {error}") from error
-        rows = text.splitlines(keepends=True)
-        whole = 0
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(self._file.read(), start=1):
             try:
                 line = json.loads(row)
-                complete = row.endswith("\n") and {"key", "conditions", "result"} <= line.keys()
-            except (json.JSONDecodeError, AttributeError):
-                complete = False
-            if complete:
-                whole += len(row.encode())
-                yield line
-            elif number == len(rows) and _BEGINNING.startswith(row[: len(_BEGINNING)]):
-                # An interrupt came while it was written.
-                os.truncate(self.path, whole)
-            else:
-                raise MesaError(f"line {number} of {self.path} is no result of an evaluation; write to another place")
+                key = tuple(line["key"])
+                hash(key)
+                if not isinstance(line["conditions"], dict) or "result" not in line:
+                    raise TypeError("no journal's line")
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise self._file.foreign(number) from error
+            self._lines[key] = line
 
-    def find(self, key: Key, conditions: Mapping[str, Any]) -> Any:
-        """The result that is known for ``key``, or ``None``.
+    def find(
+        self, key: Key, conditions: Mapping[str, Any], read: Callable[[Any], Found] = lambda result: result
+    ) -> Found | None:
+        """The result that is known for ``key``, as ``read`` makes it of its JSON, or ``None``.
 
         Raises:
-            MesaError: it was found under other conditions; the message names the first that differs.
+            MesaError: it was found under other conditions; the message names the first that differs. Or ``read`` cannot
+                take it, which it says by a ``ValueError``, ``TypeError`` or ``KeyError``.
         """
         line = self._lines.get(key)
         if line is None:
@@ -74,16 +60,21 @@ class Journal:
                     f"{self.path} has {' '.join(map(str, key))} from a run with another {name} "
                     f"({_difference(known.get(name), asked.get(name))}); write to another place, or delete that file"
                 )
-        return line["result"]
+        try:
+            return read(line["result"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise MesaError(
+                f"{self.path} has a result of {' '.join(map(str, key))} that is none ({error}); delete that line"
+            ) from error
 
     def add(self, key: Key, conditions: Mapping[str, Any], result: Any) -> None:
-        """Appends a line and sees to it that it is on the disk."""
+        """Appends a line and sees to it that it is on the disk.
+
+        Raises:
+            WriteError: it cannot be written; what was there before is kept.
+        """
         line = {"key": list(key), "conditions": dict(conditions), "result": result}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.append(line)
         self._lines[key] = json.loads(json.dumps(line))
 
 

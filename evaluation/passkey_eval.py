@@ -12,6 +12,7 @@ from typing import Any, Final, cast, get_args
 
 from tqdm import tqdm
 
+from mesart.evaluation.arguments import require_lengths, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.passkey import Filler, PasskeyPrompt, minimum_length, passkey_prompt, prompt_rng
 from mesart.evaluation.report import table, times, to_json, wilson_interval
@@ -24,6 +25,9 @@ FILLERS: Final[tuple[Filler, ...]] = get_args(Filler)
 
 _MAX_PROMPTS: Final = 1_000_000
 """Prompts of a length and filler that have random numbers of their own."""
+
+_MAX_DIGITS: Final = 1000
+"""Of a key; Python reads no numbers of many thousands."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def run_passkey(
     Raises:
         MesaError: an option out of its range, or a length that the task or the bundle cannot have, before any run.
     """
-    _check_options(fillers, prompts, depths, digits, text)
+    _check_options(lengths, fillers, prompts, depths, digits, seed, text)
     filler_text = held_out_text(text) if "random" in fillers else None
     with open_systems(source, systems, backend, config, trust_remote_code=trust_remote_code) as opened:
         maker = PromptMaker(opened, filler_text, digits, seed)
@@ -247,10 +251,12 @@ def _lengths(opened: OpenSystems, lengths: Sequence[int] | None, shortest: int) 
 
 
 def _check_options(
+    lengths: Sequence[int] | None,
     fillers: Sequence[str],
     prompts: int,
     depths: Sequence[float] | None,
     digits: int,
+    seed: int,
     text: str | os.PathLike[str] | None,
 ) -> None:
     for filler in fillers:
@@ -258,13 +264,14 @@ def _check_options(
             raise MesaError(f"unknown filler {filler!r}; there are {', '.join(FILLERS)}")
     if not fillers:
         raise MesaError(f"name a filler; there are {', '.join(FILLERS)}")
-    if not 1 <= prompts <= _MAX_PROMPTS:
-        raise MesaError(f"the number of prompts is {prompts}; it must be 1 to {_MAX_PROMPTS:,}")
+    require_whole("prompts", prompts, most=_MAX_PROMPTS)
+    require_lengths(lengths)
+    require_seed(seed)
     for depth in depths or ():
         if not 0 <= depth <= 1:
             raise MesaError(f"a depth is a share between 0 and 1, not {depth:g}")
-    if digits < 1:
-        raise MesaError(f"a key of {digits} digits cannot be; it has at least 1")
+    if not 1 <= digits <= _MAX_DIGITS:
+        raise MesaError(f"a key of {digits} digits cannot be; it has at least 1, and at most {_MAX_DIGITS}")
     if text is not None and "random" not in fillers:
         raise MesaError("a text is what random filler is cut from; ask for that filler too, or leave the text out")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mesart.evaluation.arguments import require_lengths, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.report import Z95, table, times, to_json
 from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, open_systems
@@ -154,9 +155,10 @@ def run_perplexity(
         MesaError: an option out of its range, a text too short, or a length that the task or the bundle cannot have;
             before anything runs.
     """
-    for what, number in (("places", places), ("tokens", tokens)):
-        if number < 1:
-            raise MesaError(f"the number of {what} is {number}; it must be at least 1")
+    require_whole("places", places)
+    require_whole("tokens", tokens)
+    require_lengths(lengths)
+    require_seed(seed)
     scored = held_out_text(text)
     with open_systems(source, systems, backend, config, trust_remote_code=trust_remote_code) as opened:
         chosen = _lengths(opened, lengths, tokens)

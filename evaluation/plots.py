@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final
 
+from mesart.evaluation.output import write_file
 from mesart.evaluation.report import times
 from mesart.graphs.errors import MesaError
 
@@ -181,11 +183,30 @@ def legend(figure: Figure, panels: Sequence[Axes], columns: int | None = None) -
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns or len(named))
 
 
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """The format of a picture's file, by its ending.
+
+    Raises:
+        MesaError: there is none, or matplotlib does not draw such pictures.
+    """
+    found = os.path.splitext(path)[1].removeprefix(".").lower()
+    known = Figure().canvas.get_supported_filetypes()
+    if found not in known:
+        raise MesaError(
+            f"cannot write the picture {os.fspath(path)}: its name must end in one of .{', .'.join(sorted(known))}"
+        )
+    return found
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
-        raise MesaError(f"cannot write the picture {os.fspath(path)}: {error}") from error
+    """Writes a picture, all or nothing.
+
+    Raises:
+        MesaError: it cannot be written.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=picture_format(path))
+    write_file(path, picture.getvalue(), "picture")
 
 
-__all__ = ["plot_passkey", "plot_perplexity"]
+__all__ = ["picture_format", "plot_passkey", "plot_perplexity"]

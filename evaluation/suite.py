@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -24,9 +25,11 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
+from mesart.evaluation.arguments import require_device, require_lengths, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.journal import Journal, Key
 from mesart.evaluation.methods import METHODS, Method, make_method
+from mesart.evaluation.output import require_folder
 from mesart.evaluation.perplexity import places_in
 from mesart.evaluation.report import versions
 from mesart.evaluation.systems import CheckpointModel, System
@@ -86,6 +89,13 @@ class Settings:
     """A file of the user's as haystack; held-out library text if left out."""
     dtype: str = "float32"
     device: str = "cpu"
+
+    def require(self) -> None:
+        """Raises a :class:`MesaError` if one of them is out of its range."""
+        for name in ("prompts", "places", "scored"):
+            require_whole(name, getattr(self, name))
+        require_seed(self.seed)
+        require_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -158,10 +168,17 @@ def run_suite(
             that no method can take; before anything runs, where it can be known.
     """
     settings = settings or Settings()
+    settings.require()
+    require_whole("jobs", jobs)
+    require_lengths(lengths)
     names = tuple(METHODS if methods is None else dict.fromkeys(methods))
     chosen_tasks = tuple(dict.fromkeys(tasks))
     if not (models and names and chosen_tasks):
         raise MesaError("name at least one model, one method and one task")
+    for task in chosen_tasks:
+        if task != PERPLEXITY:
+            find_task(task, settings.scale)
+    require_folder(output)
     text = held_out_text(settings.text)
     infos = tuple(_describe(name, os.fspath(source)) for name, source in models.items())
     if lengths is None:
@@ -196,9 +213,9 @@ def run_suite(
                         **shared,
                         **({"longest": sizes[-1]} if task == PERPLEXITY else {}),  # the places follow from it
                     }
-                    known = journal.find(cell.key, conditions[cell])
+                    known = journal.find(cell.key, conditions[cell], _outcome)
                     if known is not None:
-                        outcomes[cell] = _outcome(known)
+                        outcomes[cell] = known
                     else:
                         waiting.append(_Job(cell, info.source, settings, sizes[-1], threads))
     complete = True
@@ -222,16 +239,30 @@ def chosen_method(spec: str, train_length: int, max_tokens: int) -> Method:
     for part in filter(None, rest.split(",")):
         key, _, text = part.partition("=")
         try:
-            parameters[key] = json.loads(text)
-        except json.JSONDecodeError as error:
+            parameters[key] = _parameter(text)
+        except ValueError as error:
             raise MesaError(
                 f"{spec!r} is no method: {part!r} is not PARAMETER=VALUE with a number, true or false"
             ) from error
     return make_method(name, train_length, max_tokens, **parameters)
 
 
+def _parameter(text: str) -> bool | int | float:
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("no number") from error
+    if not isinstance(value, bool | int | float) or not math.isfinite(value):
+        raise ValueError("neither a finite number nor true or false")
+    return value
+
+
 def _outcome(result: Mapping[str, Any]) -> Outcome:
-    return Outcome(tuple(result["scores"]), tuple(result["depths"]), result["seconds"], result["refused"])
+    scores = tuple(map(float, result["scores"]))
+    depths = tuple(None if depth is None else float(depth) for depth in result["depths"])
+    if len(depths) != len(scores) or not isinstance(result["refused"], str | None):
+        raise ValueError("scores, depths and refused do not go together")
+    return Outcome(scores, depths, float(result["seconds"]), result["refused"])
 
 
 def _describe(name: str, source: str) -> ModelInfo:
@@ -286,7 +317,9 @@ def _run(waiting: Sequence[_Job], jobs: int, settings: Settings, progress: bool)
         # process is one that ignores it (a shell's background job).
         ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         quietly = (signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
-        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), signal.signal, quietly)
+        others = set(multiprocessing.active_children())
+        workers = min(jobs, len(waiting))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal, quietly)
         try:
             running: dict[Future[Outcome], _Job] = {pool.submit(run_cell, job): job for job in waiting}
             while running:
@@ -296,6 +329,10 @@ def _run(waiting: Sequence[_Job], jobs: int, settings: Settings, progress: bool)
                     yield job.cell, future.result()
                     bar.set_postfix_str(f"{job.cell.method}, {job.cell.task}, {job.cell.length} tokens")
                     bar.update(tokens(job))
+        except KeyboardInterrupt:  # also of SIGTERM, which reaches this process alone
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
         except BrokenProcessPool as error:
             raise MesaError(
                 "a process of the suite was killed, most likely for want of memory; what was finished is kept: call "

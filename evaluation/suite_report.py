@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mesart.evaluation.output import write_file
 from mesart.evaluation.report import Z95, table, times, versions, wilson_interval
 from mesart.evaluation.suite import PERPLEXITY, Cell, ModelInfo, Outcome, SuiteResult
 from mesart.evaluation.tasks import find_task
@@ -133,8 +134,8 @@ def write_report(result: SuiteResult, folder: str | os.PathLike[str]) -> None:
         place.mkdir(parents=True, exist_ok=True)
         pictures = draw_suite(result, place)
         links = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
-        (place / "README.md").write_text(f"# Methods side by side\n\n{links}\n\n{tables(result)}", encoding="utf-8")
-        (place / "results.json").write_text(to_json(result), encoding="utf-8")
+        write_file(place / "README.md", f"# Methods side by side\n\n{links}\n\n{tables(result)}")
+        write_file(place / "results.json", to_json(result))
     except OSError as error:
         raise MesaError(f"{place} cannot be written: {error.strerror or error}") from error
 

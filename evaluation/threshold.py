@@ -42,6 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from mesart.evaluation.arguments import require_number, require_seed, require_whole
 from mesart.evaluation.held_out import held_out_text
 from mesart.evaluation.passkey_eval import PromptMaker, ask
 from mesart.evaluation.perplexity import places_in
@@ -234,11 +235,16 @@ def run_threshold(
     Raises:
         MesaError: as there, or a source or text that cannot be used.
     """
+    if max_tokens is not None:
+        require_whole("tokens of the longest text", max_tokens)
+    require_whole("passkey prompts", passkey_prompts, least=0)
+    _require(places, tokens, factor, margin, seed)
+    content = held_out_text(text).content
     checkpoint = CheckpointModel.load(source)
     train_length = checkpoint.train_length if config is None else config.for_model(checkpoint.model).train_length
     return probe_threshold(
         checkpoint.model,
-        checkpoint.encode(held_out_text(text).content),
+        checkpoint.encode(content),
         train_length,
         max_tokens or 4 * train_length,
         prefix_ids=checkpoint.prefix_ids,
@@ -297,8 +303,7 @@ def probe_threshold(
     early = list(layers or range(min(2, len(blocks)), max(2, len(blocks) // 2) + 1))
     if not set(early) <= set(range(1, len(blocks) + 1)):
         raise MesaError(f"the model has layers 1 to {len(blocks)}; asked for {', '.join(map(str, early))}")
-    if places < 2 or tokens < 1 or factor <= 1:
-        raise MesaError("the probe needs 2 or more places, 1 or more tokens and a factor above 1")
+    _require(places, tokens, factor, margin, seed)
     lengths = _lengths(train_length, max_tokens, len(prefix_ids) + tokens + 1)
     margin = math.log2(max_tokens / train_length) if margin is None else margin
     if margin <= 0:
@@ -373,6 +378,19 @@ def probe_threshold(
         passkey_failure=_passkey_failure(rates) if rates else None,
         config=used.to_dict(),
     )
+
+
+def _require(places: int, tokens: int, factor: float, margin: float | None, seed: int) -> None:
+    if places < 2 or tokens < 1 or factor <= 1:
+        raise MesaError("the probe needs 2 or more places, 1 or more tokens and a factor above 1")
+    require_whole("places", places)
+    require_whole("tokens", tokens)
+    require_number("the factor", factor, above=1)
+    if margin is not None and margin <= 0:
+        raise MesaError(f"the margin is {margin:g}; it must be above 0")
+    if margin is not None:
+        require_number("the margin", margin, above=0)
+    require_seed(seed)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
+from mesart.evaluation.arguments import require_lengths, require_number, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.journal import Journal, Key
 from mesart.evaluation.passkey_eval import PromptMaker, ask
@@ -312,6 +313,12 @@ def tune(
     """
     if evaluations < 1 or finalists < 1:
         raise MesaError("tuning needs at least 1 evaluation and 1 finalist")
+    require_whole("evaluations", evaluations)
+    require_whole("finalists", finalists)
+    require_whole("prompts", prompts, most=final_prompts)
+    require_whole("places", places, most=final_places)
+    if seconds is not None:
+        require_number("seconds", seconds, least=0)
     _check_parameters(parameters)
     bench = _Bench(source, start, lengths, (final_prompts, final_places), seed, backend, text, journal)
     clock = time.monotonic()
@@ -498,6 +505,11 @@ class _Bench:
     ) -> None:
         if min(most) < 1:
             raise MesaError(f"{min(most)} prompts or places judge nothing; at least 1 of each is needed")
+        require_whole("prompts", most[0])
+        require_whole("places", most[1])
+        require_lengths(lengths)
+        require_seed(seed)
+        self._journal = None if journal is None else Journal(journal)
         self.text, self._seed, self._most = held_out_text(text), seed, most
         opener, self.start, tokenizer, engine, kind, self._model = _open(source, start, backend)
         self._opener = opener
@@ -516,7 +528,6 @@ class _Bench:
             )
         self._stream = self._opened.encode(self.text.content)
         places_in(len(self._stream), self.lengths[-1], most[1], seed)  # long enough, or an error now
-        self._journal = None if journal is None else Journal(Path(journal))
 
     def require(self, config: MesaConfig) -> None:
         """Raises a :class:`MesaError` if the configuration cannot run all lengths."""
@@ -546,9 +557,9 @@ class _Bench:
             "text": self.text.record(),
             "versions": versions(),
         }
-        known = self._journal.find(key, conditions) if self._journal is not None else None
+        known = self._journal.find(key, conditions, _measured) if self._journal is not None else None
         if known is not None:
-            return Measured(**{**known, "losses": tuple(known["losses"])})
+            return known
         measured = self._measure(config, length, prompts, places)
         if self._journal is not None:
             self._journal.add(key, conditions, dataclasses.asdict(measured))
@@ -576,6 +587,15 @@ class _Bench:
             raise MesaError(
                 f"the tail of a text of {length} tokens is {len(plan.tail)} tokens, and {self.scored} are scored"
             )
+
+
+def _measured(found: Mapping[str, Any]) -> Measured:
+    """What the journal keeps of it."""
+    length, correct, prompts = (int(found[name]) for name in ("length", "correct", "prompts"))
+    losses = tuple(map(float, found["losses"]))
+    if not 0 <= correct <= prompts or not losses:
+        raise ValueError("it counts no passkeys, or has no losses")
+    return Measured(length, correct, prompts, losses, float(found["seconds"]))
 
 
 def _spread(count: int, most: int) -> Iterator[int]:

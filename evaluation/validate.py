@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from mesart.evaluation.arguments import require_seed, require_whole
 from mesart.graphs import MesaConfig, MesaError, Plan, Span, TorchReference
 from mesart.graphs.manifest import Manifest, Quantisation
 from mesart.graphs.plan import Bucket
@@ -148,6 +149,8 @@ def validate(
     Raises:
         MesaError: a bucket that the bundle does not have, or anything that loading the two can raise.
     """
+    require_whole("steps", steps, least=0)
+    require_seed(seed)
     folder = Path(bundle)
     manifest = Manifest.read(folder)
     manifest.verify(folder)
@@ -210,6 +213,8 @@ def _buckets(manifest: Manifest, wanted: Sequence[int] | None) -> list[Bucket]:
     if wanted is None:
         return manifest.buckets
     known = {bucket.chunks: bucket for bucket in manifest.buckets}
+    if not wanted:
+        raise MesaError("name a bucket, or none at all for every bucket")
     for chunks in wanted:
         if chunks not in known:
             raise MesaError(f"the bundle has no bucket of {chunks} chunks; it has {', '.join(map(str, known))}")

@@ -204,9 +204,10 @@ class Executor:
             return
         if self.cache.last_logits_only:
             raise MesaError("these graphs give the last logits only, no all_logits; load the symbolic graph")
-        if len(set(tails)) > 1:
+        sizes = sorted(set(tails))
+        if len(sizes) > 1:
             raise MesaError(
-                f"all_logits of a batch needs tails of one length, these have {', '.join(map(str, sorted(set(tails))))}; "
+                f"all_logits of a batch needs tails of one length, these have {', '.join(map(str, sizes))}; "
                 "run the prompts one by one"
             )
 
