@@ -247,13 +247,13 @@ def chosen_method(spec: str, train_length: int, max_tokens: int) -> Method:
     return make_method(name, train_length, max_tokens, **parameters)
 
 
-def _parameter(text: str) -> bool | int | float:
+def _parameter(text: str) -> bool | int | float | None:
     try:
         value = json.loads(text)
     except RecursionError as error:
         raise ValueError("no number") from error
-    if not isinstance(value, bool | int | float) or not math.isfinite(value):
-        raise ValueError("neither a finite number nor true or false")
+    if not isinstance(value, bool | int | float | None) or (value is not None and not math.isfinite(value)):
+        raise ValueError("neither a finite number nor true, false or null")
     return value
 
 

@@ -17,7 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from mesart.evaluation.methods.method import Indices, Method, Part, Positions, Rule, Span, arange, constant, cut
+from mesart.evaluation.methods.method import (
+    Indices,
+    Method,
+    Part,
+    Positions,
+    Rule,
+    Span,
+    arange,
+    constant,
+    cut,
+    require_types,
+)
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
 from mesart.graphs.plan import Plan, query_scales
@@ -102,6 +113,7 @@ class Mesa(Method):
     def of(cls, train_length: int, max_tokens: int | None = None, **parameters: Any) -> Mesa:
         """``parameters``: fields of :class:`MesaConfig`. ``max_tokens`` decides nothing: stairs follow the prompt."""
         del max_tokens
+        require_types(MesaConfig, parameters)
         config = MesaConfig.from_dict({"train_length": train_length, **parameters})
         return cls(train_length, config, log_n=config.log_n)
 

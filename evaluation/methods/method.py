@@ -147,6 +147,7 @@ class Method(Rule):
         unknown = [name for name in parameters if name not in known]
         if unknown:
             raise MesaError(f"{cls.name} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
+        require_types(cls, parameters)
         reach = max(train_length, max_tokens or DEFAULT_REACH * train_length)
         return cls(train_length, **{**cls.defaults(train_length, reach, parameters), **parameters})
 
@@ -212,6 +213,23 @@ class Method(Rule):
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise MesaError(f"{self.name}: {name} is {getattr(self, name)}; it must be at least {value:g}")
+
+
+def require_types(owner: type, parameters: Mapping[str, Any]) -> None:
+    """Raises a :class:`MesaError` unless each parameter has the type of the dataclass field of its name."""
+    # Annotations are texts; a number may be written without a decimal point.
+    kinds: dict[str, tuple[str, tuple[type, ...]]] = {
+        "bool": ("true or false", (bool,)),
+        "int": ("a whole number", (int,)),
+        "float": ("a number", (int, float)),
+        "int | None": ("a whole number or null", (int, type(None))),
+    }
+    for field_ in dataclasses.fields(owner):
+        if field_.name in parameters and field_.type in kinds:
+            value = parameters[field_.name]
+            (expected, types) = kinds[str(field_.type)]
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise MesaError(f"{field_.name} is {value!r}; it must be {expected}")
 
 
 def cut(start: int, stop: int, size: int, offset: int = 0, period: int | None = None) -> Iterator[Span]:

@@ -103,12 +103,11 @@ def _messages(text: str) -> list[dict[str, Any]]:
 
 
 def _unicode(name: str, text: str) -> str:
-    """An argument, which Python gives bytes that are no UTF-8 as lone surrogates."""
+    """An argument, in which Python keeps bytes that the locale has no characters for as lone surrogates."""
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise MesaError(f"{name} is no UTF-8 text (at character {error.start})") from error
-    return text
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise MesaError(f"{name} is no UTF-8 text: {error.reason}") from error
 
 
 __all__ = ["add"]

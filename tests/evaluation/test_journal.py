@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from mesart.evaluation.journal import Journal
+from mesart.evaluation.output import WriteError
 from mesart.graphs import MesaError
 
 KEY = ("model", "mesa", "passkey", 256)
@@ -69,3 +72,86 @@ def test_files_that_are_no_journal_are_left_alone(tmp_path: Path) -> None:
     assert path.read_text() == "one line"
     with pytest.raises(MesaError, match="cannot be read"):
         Journal(tmp_path)
+
+
+def test_a_full_disk_keeps_what_was_found(tmp_path: Path) -> None:
+    """And the next line, of the same process or another, does not end up in one with the torn one."""
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.add(KEY, CONDITIONS, 1)
+    whole = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, hard))
+    try:
+        with pytest.raises(
+            WriteError, match=r"cannot write .*journal\.jsonl: .*; what was found before is kept"
+        ) as caught:
+            journal.add((*KEY[:3], 512), CONDITIONS, "x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(caught.value, OSError)
+    assert path.read_bytes() == whole
+    assert journal.find((*KEY[:3], 512), CONDITIONS) is None
+    journal.add((*KEY[:3], 1024), CONDITIONS, 3)
+    resumed = Journal(path)
+    assert [resumed.find((*KEY[:3], n), CONDITIONS) for n in (256, 512, 1024)] == [1, None, 3]
+
+
+def test_a_line_that_was_torn_meanwhile_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.add(KEY, CONDITIONS, 1)
+    with path.open("a") as file:
+        file.write('{"key": ["torn' + "x" * 200_000)
+    journal.add((*KEY[:3], 512), CONDITIONS, 2)
+    assert [Journal(path).find((*KEY[:3], n), CONDITIONS) for n in (256, 512)] == [1, 2]
+
+
+def test_an_interrupt_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.add(KEY, CONDITIONS, 1)
+    whole = path.read_bytes()
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        journal.add((*KEY[:3], 512), CONDITIONS, 2)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"key": 1, "conditions": {}, "result": 1}',
+        '{"key": [[1]], "conditions": {}, "result": 1}',
+        '{"key": ["a"], "conditions": [], "result": 1}',
+        '{"key": ["a"], "conditions": {}}',
+        "[" * 100_000,
+        "3",
+        '{"key": ["a"], "conditions": {}, "result": ' + "9" * 5000 + "}",
+        "",
+    ],
+)
+def test_lines_that_are_none_are_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(MesaError, match="line 1 of .* is no result of an evaluation"):
+        Journal(path)
+    assert path.read_text() == f"{line}\n"
+
+
+def test_places_where_no_journal_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b'{"key": "\xff"}\n')
+    for path in (tmp_path / "file", "/dev/null", "/dev/zero", tmp_path / "file" / "x", "/dev/null/x", "x" * 300):
+        with pytest.raises(MesaError):
+            Journal(path)
+
+
+def test_results_of_another_kind_are_refused(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.add(KEY, CONDITIONS, {"scores": 1})
+    with pytest.raises(MesaError, match="has a result of model mesa passkey 256 that is none"):
+        journal.find(KEY, CONDITIONS, lambda result: tuple(result["scores"]))
