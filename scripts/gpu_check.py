@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mesart.evaluation.bench import ProcessError, cpu_name, make_row, process_error, run_process, run_worker, versions
+from mesart.evaluation.json_lines import JsonLines
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest
 
@@ -433,25 +434,19 @@ class Records:
 
     def __post_init__(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        for line in text.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a line that a killed run has left unfinished
+        self._file = JsonLines(self.path, "{")
+        for line in self._file.read():
+            with contextlib.suppress(json.JSONDecodeError):  # a line that an older version's killed run left unfinished
                 self.known.append(json.loads(line))
-        if text and not text.endswith("\n"):
-            self._append("\n")
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         return next((record for record in reversed(self.known) if record["key"] == key), None)
 
     def add(self, key: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "key": key, **outcome}
+        self._file.append(record)
         self.known.append(record)
-        self._append(json.dumps(record) + "\n")
         return record
-
-    def _append(self, text: str) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
 
 
 def find_gpu() -> Machine:

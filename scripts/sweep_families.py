@@ -26,6 +26,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, __version__
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from mesart.evaluation.json_lines import JsonLines
 from mesart.export import export_model
 from mesart.export.engines import build_engines
 from mesart.graphs import MesaConfig, MesaError, TorchReference
@@ -346,16 +347,14 @@ def main() -> int:
     torch.set_num_threads(1)  # also because a process that has threads must not be forked
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    known: dict[str, dict[str, Any]] = {}
-    if options.work.is_file():
-        known = {r["type"]: r for r in map(json.loads, options.work.read_text(encoding="utf-8").splitlines())}
+    work = JsonLines(options.work, "{")
+    known: dict[str, dict[str, Any]] = {result["type"]: result for result in map(json.loads, work.read())}
     kinds = options.types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     for kind in kinds:
         if kind in known and not options.types:
             continue
         known[kind] = result = run_apart(kind, options.seconds)
-        with options.work.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        work.append(result)
         reasons = [f"{name}: {reason}" for name, reason in result["stages"].items() if reason]
         print(f"{kind}: {'; '.join(reasons) or 'green'} ({result['seconds']} s)", flush=True)
     results = [known[kind] for kind in sorted(known)]
