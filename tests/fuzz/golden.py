@@ -1,0 +1,97 @@
+"""The whole checkpoints and bundles that cases begin from: small ones of the tests' families, made anew each time."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from mesart.graphs.config import MesaConfig
+from mesart.graphs.manifest import EngineInfo, EngineSet, Manifest, ProfileInfo, WeightInfo
+from tests.conftest import CHAT_TEMPLATE, FAMILIES, SMALL, TRAIN_LENGTH, _train_tokenizer
+
+MAX_TOKENS = 344
+GENERATION = {"bos_token_id": 0, "eos_token_id": [1, 300], "repetition_penalty": 1.1, "max_length": 60}
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "positions": ("gpt_oss", {}),  # graphs look at positions: windows, sinks
+    "ring": ("llama", {"method": "streaming-llm"}),  # keys are dropped
+    "int4": ("llama", {"quantise": "int4", "group_size": 16}),
+}
+"""Kinds of bundles, with the family that they are of and how they are exported."""
+
+
+def make_checkpoint(folder: Path, family: str = "tied_llama") -> Path:
+    """A checkpoint with a tokenizer, a chat template and generation settings; random weights, always the same."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    fields = {**SMALL, **FAMILIES[family]}
+    config = AutoConfig.for_model(fields.pop("model_type", family), **fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().save_pretrained(folder)
+    _train_tokenizer().save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|end|>", "bos_token": "<|begin|>", "model_max_length": TRAIN_LENGTH}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    return folder
+
+
+def make_bundle(folder: Path, kind: str = "llama") -> Path:
+    """An exported bundle, traced: about 10 s. ``folder`` is where the checkpoint lies too."""
+    from mesart.evaluation.suite import chosen_method
+    from mesart.export import export_model
+
+    family, options = KINDS[kind]
+    options = dict(options)
+    config: Any = MesaConfig(TRAIN_LENGTH, head_length=8, chunk_length=40, tail_min=16, linear_window=8)
+    if method := options.pop("method", None):
+        config = chosen_method(method, TRAIN_LENGTH, MAX_TOKENS).static()
+    model = make_checkpoint(folder / "checkpoint", family)
+    return export_model(model, folder / "bundle", config, max_tokens=MAX_TOKENS, weights="copy", **options)
+
+
+def with_engines(bundle: Path, copy: Path) -> Path:
+    """A copy of the bundle with records of engines, which no TensorRT would run: loading and inspecting reads them."""
+    shutil.copytree(bundle, copy)
+    manifest = Manifest.read(copy)
+    if manifest.config.reach is not None or manifest.engines:
+        return copy
+    place = "engines/tensorrt-rtx-1.7.1.116-sm89-bucket-shared"
+    (copy / place).mkdir(parents=True)
+    graph = next(graph for graph in manifest.graphs if graph.role == "engine")
+    weights = manifest.files[manifest.weight_files[0]]
+    engines = []
+    for bucket in manifest.buckets[:2]:
+        plan = Random(bucket.chunks).randbytes(3000)
+        packed = gzip.compress(plan, mtime=0)
+        file = f"{place}/tail-{bucket.chunks}.plan.gz"
+        (copy / file).write_bytes(packed)
+        size = bucket.max_tokens
+        engines.append(
+            EngineInfo(
+                file=file,
+                bytes=len(packed),
+                sha256=hashlib.sha256(packed).hexdigest(),
+                unpacked=len(plan),
+                key=hashlib.sha256(plan).hexdigest(),
+                inputs=graph.inputs,
+                outputs=graph.outputs,
+                weights=[WeightInfo("w", weights.bytes - 1024, 1024, manifest.weight_files[0])],
+                profiles=[ProfileInfo("tail", bucket.chunks, 32, size, size)],
+                seconds=1.5,
+            )
+        )
+    built = EngineSet("tensorrt-rtx", "1.7.1.116", ["sm89"], "bucket", "shared", engines)
+    replace(manifest, engines=[built]).write(copy)
+    return copy
