@@ -24,12 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from mesart.graphs.errors import MesaError
 from mesart.runtime import MesaModel
-from mesart.scripts.cli import main as command
 from tests.fuzz.graph_changes import mutate_graph, mutate_weights
+from tests.fuzz.mesart_command import run_command
 from tests.fuzz.texts import mutate_texts, remote_code
-from tests.fuzz.values import HOSTILE_NAMES, dump, mutate_text, mutate_tree, odd_value
+from tests.fuzz.values import HOSTILE_NAMES, dump, mutate_text, mutate_tree, odd_value, once_more
 from tests.fuzz.workers import OTHER, REFUSED, SAME, Case, Fault, check_message, run_cases
 
 MANIFEST = "manifest.json"
@@ -88,7 +87,9 @@ def use(bundle: Path, uses: Uses, attempt: Attempt) -> Seen:
         seen.logits.append(attempt("extend", lambda: model.extend(ids[:TURN_TOKENS])))
         for token in ids[:2]:
             seen.logits.append(attempt("step", lambda token=token: model.step(token)))
-        seen.logits.append(attempt("batch", lambda: model.prefill([ids[:20], ids[:90]])) if not uses.specialised else None)
+        seen.logits.append(
+            attempt("batch", lambda: model.prefill([ids[:20], ids[:90]])) if not uses.specialised else None
+        )
         seen.texts.append(attempt("ends", lambda: model.eos_token_ids))
         seen.texts.append(attempt("sampling", lambda: str(model.default_sampling)))
         seen.texts.append(attempt("generate", lambda: model.generate(TEXT, 6, seed=0)))
@@ -106,35 +107,9 @@ def inspect(bundle: Path) -> None:
     Raises:
         MesaError: it was refused.
     """
-    for option in ("--verify", "--json"):
-        sys.stdout.flush()
-        start = os.fstat(1).st_size
-        status = _status(["inspect", str(bundle), option])
-        sys.stdout.flush()
-        with open("/dev/fd/1", "rb") as file:
-            file.seek(start)
-            shown = file.read().decode(errors="replace")
-        if status == 2:
-            raise MesaError("inspect refuses it")
-        if status != 0:
-            raise Fault("status", "inspect", str(status))
-        if option == "--verify":
-            for line in shown.splitlines():
-                check_message(line or " x", "inspect")
-
-
-def _status(arguments: list[str]) -> Any:
-    """Of a command; its words to standard error must be one line."""
-    sys.stderr.flush()
-    start = os.fstat(2).st_size
-    status = command(arguments)
-    sys.stderr.flush()
-    with open("/dev/fd/2", "rb") as file:
-        file.seek(start)
-        said = file.read().decode(errors="replace")
-    if status == 2:
-        check_message(said.removesuffix("\n"), arguments[0])
-    return status
+    for line in run_command(["inspect", str(bundle), "--verify"]).out.splitlines():
+        check_message(line or " x", "inspect")
+    run_command(["inspect", str(bundle), "--json"])
 
 
 class Bundles:
@@ -144,7 +119,11 @@ class Bundles:
     limit = 10.0
 
     def __init__(self, bundle: Path, backend: str = "onnxruntime", name: str = "bundles") -> None:
-        self.good, self.backend, self.name = bundle, backend, f"{name} on {backend}" if backend != "onnxruntime" else name
+        self.good, self.backend, self.name = (
+            bundle,
+            backend,
+            f"{name} on {backend}" if backend != "onnxruntime" else name,
+        )
         self.bytes: dict[str, bytes] = {}
         self.seen: dict[tuple[bool, bool], Seen] = {}
         self.specialised = False
@@ -216,35 +195,22 @@ class Bundles:
             k=rng.choice((1, 1, 1, 1, 2)),
         )
         manifest, raw = json.loads(self.bytes[MANIFEST]), False
-        moved, harmless = bundle, False
+        is_moved = False
         late: list[Callable[[], str]] = []  # after the manifest is sealed
         for kind in kinds:
             if kind == "manifest":
                 for _ in range(rng.choice((1, 1, 1, 2, 3))):
                     said.append(_mutate_manifest(case, manifest, sealed))
                 raw = raw or rng.random() < 0.12
-            elif kind == "graph":
-                used = [SYMBOLIC[self.backend], *sorted(name for name in self.bytes if name.startswith("place"))]
-                if uses.specialised:
-                    used = sorted(name for name in self.bytes if name.endswith(".onnx") and not name.startswith("model"))
-                what, outside = mutate_graph(rng, bundle, rng.choice(used))
-                said.append(what)
-                if outside and self.backend == "onnxruntime" and what.startswith("model-"):
-                    case.must_refuse = "weights outside the bundle"
-            elif kind == "weights":
-                said.append(mutate_weights(rng, bundle / rng.choice(self.weights)))
-            elif kind == "texts":
-                said.append(mutate_texts(rng, bundle))
             elif kind == "engines":
                 said.append(_mutate_engines(rng, bundle, manifest))
-            elif kind == "code":
-                said.append(remote_code(bundle))
             elif kind == "files":
                 late.append(lambda: _mutate_files(case, bundle, manifest))
+            elif kind == "whole":
+                is_moved = True
             else:
-                moved, what = _move(case, bundle)
-                harmless = len(kinds) == 1
-                said.append(what)
+                change = {"graph": self._graph, "weights": self._weights, "texts": _texts, "code": _code}[kind]
+                said.append(once_more(lambda change=change: change(case, bundle, uses), len(said) > 1))
         if sealed:
             seal_files(bundle, manifest, said)
         if "manifest" in kinds or "engines" in kinds or sealed:
@@ -257,7 +223,31 @@ class Bundles:
                 said.append(f"manifest as text: {what}")
             (bundle / MANIFEST).write_bytes(data)
         said += [what() for what in late]
-        return moved, harmless
+        if not is_moved:
+            return bundle, False
+        moved, what = _move(case, bundle)
+        said.append(what)
+        return moved, set(kinds) == {"whole"}
+
+    def _graph(self, case: Case, bundle: Path, uses: Uses) -> str:
+        used = [SYMBOLIC[self.backend], *sorted(name for name in self.bytes if name.startswith("place"))]
+        if uses.specialised:
+            used = sorted(name for name in self.bytes if name.endswith(".onnx") and not name.startswith("model"))
+        said, leaves = mutate_graph(case.rng, bundle, case.rng.choice(used))
+        if leaves and self.backend == "onnxruntime" and said.startswith("model-"):
+            case.must_refuse = "weights outside the bundle"
+        return said
+
+    def _weights(self, case: Case, bundle: Path, uses: Uses) -> str:
+        return mutate_weights(case.rng, bundle / case.rng.choice(self.weights))
+
+
+def _texts(case: Case, bundle: Path, uses: Uses) -> str:
+    return mutate_texts(case.rng, bundle)
+
+
+def _code(case: Case, bundle: Path, uses: Uses) -> str:
+    return remote_code(bundle)
 
 
 class _Probe:
@@ -303,7 +293,12 @@ def seal_files(bundle: Path, manifest: dict[str, Any], said: list[str]) -> None:
         return
     for name, info in manifest["files"].items():
         path = bundle / name if isinstance(name, str) and "\0" not in name and len(name) < 200 else bundle
-        if isinstance(info, dict) and path.is_file() and not path.is_symlink() and path.resolve().is_relative_to(bundle):
+        if (
+            isinstance(info, dict)
+            and path.is_file()
+            and not path.is_symlink()
+            and path.resolve().is_relative_to(bundle)
+        ):
             data = path.read_bytes()
             if "bytes" in info and "sha256" in info and _is_sealed(info):
                 info |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -417,7 +412,9 @@ def _mutate_files(case: Case, bundle: Path, manifest: dict[str, Any]) -> str:
         path.unlink(missing_ok=True)
         return f"{path.name} missing"
     if way == 1:
-        extra = bundle / rng.choice(("extra.txt", "model.onnx.data", ".hidden", "special_tokens_map.json", "evil.py", "é\n"))
+        extra = bundle / rng.choice(
+            ("extra.txt", "model.onnx.data", ".hidden", "special_tokens_map.json", "evil.py", "é\n")
+        )
         extra.write_bytes(rng.choice((b"", b"{}", b"import os", rng.randbytes(100))))
         return f"one more file, {extra.name!a}"
     data = path.read_bytes() if path.is_file() else b""
@@ -431,7 +428,16 @@ def _mutate_files(case: Case, bundle: Path, manifest: dict[str, Any]) -> str:
     if way in (4, 5, 6):
         twin = case.victim / path.name
         twin.write_bytes(data if way != 6 else data[:-1])
-        targets = (str(twin), f"../../victim/{path.name}", path.name, "nope", "/dev/zero", "/dev/null", "/etc/hostname", ".")
+        targets = (
+            str(twin),
+            f"../../victim/{path.name}",
+            path.name,
+            "nope",
+            "/dev/zero",
+            "/dev/null",
+            "/etc/hostname",
+            ".",
+        )
         path.symlink_to(targets[way - 4] if way < 6 else rng.choice(targets))
         return f"{path.name} links to {os.readlink(path)[-40:]}"
     if way == 7:

@@ -28,16 +28,22 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("kinds", nargs="+", choices=KINDS, help="of cases")
-    parser.add_argument("--bundle", type=Path, help="for bundles, commands: a good one (default: a small one is exported)")
+    parser.add_argument(
+        "--bundle", type=Path, help="for bundles, commands: a good one (default: a small one is exported)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, nargs="+", default=[1000], help="of each kind")
     parser.add_argument("--only", type=int, nargs="+", metavar="INDEX", help="repeat these cases, and show them")
     parser.add_argument("--backend", default="onnxruntime", help="onnxruntime, openvino, torch; several by commas")
     parser.add_argument("--kind", default="llama", help="of bundles, see golden.KINDS; several by commas")
-    parser.add_argument("--traced", type=float, default=0.05, help="share of the checkpoints that are traced and compared")
+    parser.add_argument(
+        "--traced", type=float, default=0.05, help="share of the checkpoints that are traced and compared"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cases at a time")
     parser.add_argument("--json", type=Path, help="also write every outcome there")
-    parser.add_argument("--allow", nargs="+", default=[], metavar="FOLDER", help="of a case, that may be written (home)")
+    parser.add_argument(
+        "--allow", nargs="+", default=[], metavar="FOLDER", help="of a case, that may be written (home)"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show every case")
     return parser
 
@@ -73,18 +79,11 @@ def _good_bundle(options: argparse.Namespace, folder: Path, kind: str) -> Path:
         return copy
     bundle: Path | None = options.bundle if kind == "llama" else None
     from tests.fuzz.golden import make_bundle, with_engines
+    from tests.fuzz.workers import make_in_fork
 
     if bundle is None:
         (folder / kind).mkdir()
-        if (pid := os.fork()) == 0:
-            code = 1
-            try:
-                make_bundle(folder / kind, kind)
-                code = 0
-            finally:
-                os._exit(code)
-        if os.waitpid(pid, 0)[1] != 0:
-            raise SystemExit(f"the {kind} bundle cannot be made")
+        make_in_fork(lambda: make_bundle(folder / kind, kind))
         bundle = folder / kind / "bundle"
     return with_engines(bundle, copy)
 

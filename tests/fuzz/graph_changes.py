@@ -15,7 +15,20 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.fuzz.values import HOSTILE_NAMES, dump, mutate_bytes, mutate_tree, odd_value
 
-_OPERATORS = ("Add", "MatMul", "Softmax", "Identity", "Nope", "", "Loop", "If", "Gather", "Reshape", "TensorScatter", "Relu")
+_OPERATORS = (
+    "Add",
+    "MatMul",
+    "Softmax",
+    "Identity",
+    "Nope",
+    "",
+    "Loop",
+    "If",
+    "Gather",
+    "Reshape",
+    "TensorScatter",
+    "Relu",
+)
 _SIZES = (-1, 0, 1, 2, 7, 2**31 - 1, 2**31, 2**40, 2**63 - 1, -(2**63))
 
 
@@ -88,7 +101,9 @@ def _versions(rng: Random, model: onnx.ModelProto) -> str:
         del model.opset_import[:]
         return "no opset"
     if rng.random() < 0.2:
-        model.opset_import.add(domain=rng.choice(("nope", "", "com.microsoft", "ai.onnx.ml")), version=rng.choice((0, 1, 99)))
+        model.opset_import.add(
+            domain=rng.choice(("nope", "", "com.microsoft", "ai.onnx.ml")), version=rng.choice((0, 1, 99))
+        )
         return "one more opset"
     opset = model.opset_import[rng.randrange(len(model.opset_import))]
     opset.version = rng.choice((0, 1, 6, 12, 22, 26, 30, 100, 10**4, 10**6, 2**31 - 1, 2**31, 2**62, -1))
@@ -224,7 +239,9 @@ def _external(rng: Random, model: onnx.ModelProto, folder: Path) -> tuple[str, b
     entry = fields[key]
     if key == "location":
         victim = str(folder.parents[1] / "victim" / "model.safetensors")
-        name = rng.choice((*HOSTILE_NAMES, victim, "manifest.json", "model.onnx", "nope.bin", "../victim/model.safetensors"))
+        name = rng.choice(
+            (*HOSTILE_NAMES, victim, "manifest.json", "model.onnx", "nope.bin", "../victim/model.safetensors")
+        )
         entry.value = name
         return f"location {name!a:.60}", name in (victim, "../victim/model.safetensors", "/dev/zero", "/etc/hostname")
     number = int(entry.value) if entry.value.lstrip("-").isdigit() else 0
@@ -260,7 +277,21 @@ def _offsets(rng: Random, header: dict[str, Any]) -> str:
         [start, start], None, "0", {}, [str(start), str(stop)],
     )  # fmt: skip
     shape = entry["shape"]
-    shapes: tuple[Any, ...] = (shape[::-1], [*shape, 1], shape[1:], [*shape, 0], [-s for s in shape], [2**63], [2**32, 2**32], [1.0 * s for s in shape], [], None, [True], "x", [[1]])
+    shapes: tuple[Any, ...] = (
+        shape[::-1],
+        [*shape, 1],
+        shape[1:],
+        [*shape, 0],
+        [-s for s in shape],
+        [2**63],
+        [2**32, 2**32],
+        [1.0 * s for s in shape],
+        [],
+        None,
+        [True],
+        "x",
+        [[1]],
+    )
     way = rng.randrange(6)
     if way < 3:
         entry["data_offsets"] = rng.choice(offsets)
@@ -269,12 +300,16 @@ def _offsets(rng: Random, header: dict[str, Any]) -> str:
         entry["shape"] = rng.choice(shapes)
         return f"{name}: shape {shape} -> {entry['shape']!a:.50}"
     if way == 4:
-        entry["dtype"] = rng.choice(("F16", "BF16", "F64", "I32", "U8", "NOPE", "f32", "F8_E4M3", "F4", "C64", "", 3, None))
+        entry["dtype"] = rng.choice(
+            ("F16", "BF16", "F64", "I32", "U8", "NOPE", "f32", "F8_E4M3", "F4", "C64", "", 3, None)
+        )
         return f"{name}: dtype {entry['dtype']!a}"
     if rng.random() < 0.5:
         del header[name]
         return f"{name} deleted"
-    header[rng.choice(("x", "", name + ".x", "model.layers.9.mlp.up_proj.weight", "\0", "__metadata__"))] = header.pop(name)
+    header[rng.choice(("x", "", name + ".x", "model.layers.9.mlp.up_proj.weight", "\0", "__metadata__"))] = header.pop(
+        name
+    )
     return f"{name} renamed"
 
 
@@ -285,11 +320,15 @@ def mutate_weights(rng: Random, path: Path) -> str:
     if way == 0:
         data, said = mutate_bytes(rng, data)
     elif way == 1:
-        size = rng.choice((0, 1, 2, len(data), 2**31, 2**62, 2**64 - 1, int.from_bytes(data[:8], "little") + rng.choice((-1, 1, 8))))
+        size = rng.choice(
+            (0, 1, 2, len(data), 2**31, 2**62, 2**64 - 1, int.from_bytes(data[:8], "little") + rng.choice((-1, 1, 8)))
+        )
         data, said = struct.pack("<Q", size) + data[8:], f"length of the header {size}"
     elif way == 2:
         header, body = split_safetensors(data)
-        header["__metadata__"] = rng.choice(({"format": "tf"}, {"format": 3}, {}, [], 3, {"a": {"b": 1}}, None, {"x": "y" * 10**5}))
+        header["__metadata__"] = rng.choice(
+            ({"format": "tf"}, {"format": 3}, {}, [], 3, {"a": {"b": 1}}, None, {"x": "y" * 10**5})
+        )
         data, said = join_safetensors(json.dumps(header), body), f"metadata {header['__metadata__']!a:.50}"
     elif way == 3:
         body = bytearray(data)
@@ -301,11 +340,23 @@ def mutate_weights(rng: Random, path: Path) -> str:
     elif way == 4:
         header, body = split_safetensors(data)
         text = json.dumps(header)
-        text = rng.choice((text.replace("{", "{" + text[1 : text.index("}") + 1] + ",", 1), mutate_bytes(rng, text.encode())[0].decode("latin-1"), "", "[]", "null", "{" * 100_000))
+        text = rng.choice(
+            (
+                text.replace("{", "{" + text[1 : text.index("}") + 1] + ",", 1),
+                mutate_bytes(rng, text.encode())[0].decode("latin-1"),
+                "",
+                "[]",
+                "null",
+                "{" * 100_000,
+            )
+        )
         data, said = join_safetensors(text, body), "text of the header"
     else:
         header, body = split_safetensors(data)
-        said = "; ".join((_offsets if rng.random() < 0.8 and len(header) > 2 else _header)(rng, header) for _ in range(rng.choice((1, 1, 2))))
+        said = "; ".join(
+            (_offsets if rng.random() < 0.8 and len(header) > 2 else _header)(rng, header)
+            for _ in range(rng.choice((1, 1, 2)))
+        )
         data = join_safetensors(dump(header), body)
     path.write_bytes(data)
     return f"{path.name}: {said}"
@@ -316,4 +367,3 @@ def _header(rng: Random, header: dict[str, Any]) -> str:
         header[rng.choice(("x", "__metadata__"))] = odd_value(rng)
         return "an odd field"
     return mutate_tree(rng, header)
-

@@ -8,7 +8,18 @@ from random import Random
 Template = Callable[[Random], str]
 
 _DOORS = (
-    *("cycler", "joiner", "namespace", "lipsum", "range", "dict", "raise_exception", "strftime_now", "messages", "self"),
+    *(
+        "cycler",
+        "joiner",
+        "namespace",
+        "lipsum",
+        "range",
+        "dict",
+        "raise_exception",
+        "strftime_now",
+        "messages",
+        "self",
+    ),
     *("''", "[]", "messages[0]", "loop", "caller", "bos_token", "tools", "messages.append", "''.format", "varargs"),
 )
 _STEPS = (
@@ -46,8 +57,10 @@ def _command(rng: Random) -> str:
 
 def _loops(rng: Random) -> str:
     depth, size = rng.randint(1, 5), rng.choice((100, 9000, 99_999))
-    return f"{{% for i in range({size}) %}}" * depth + rng.choice(("", "x", "{{ i }}", "{% if i %}{% endif %}")) + (
-        "{% endfor %}" * depth
+    return (
+        f"{{% for i in range({size}) %}}" * depth
+        + rng.choice(("", "x", "{{ i }}", "{% if i %}{% endif %}"))
+        + ("{% endfor %}" * depth)
     )
 
 

@@ -16,7 +16,19 @@ Tree = dict[str, Any]
 
 def _string_or_regex(rng: Random) -> Tree:
     bad = (
-        *("(a|a?)+$x", "(\\w+\\s?)+\\d", "([", "(?<=a+)b", "a{99999}", "(a{1,999}){1,999}", "\\p{Nope}", "", "(?:", "*", "\\1"),
+        *(
+            "(a|a?)+$x",
+            "(\\w+\\s?)+\\d",
+            "([",
+            "(?<=a+)b",
+            "a{99999}",
+            "(a{1,999}){1,999}",
+            "\\p{Nope}",
+            "",
+            "(?:",
+            "*",
+            "\\1",
+        ),
         *("(" * 300 + ")" * 300, "[\\x{110000}]", "(?i)(x+x+)+y", "(.*)*(.*)*(.*)*=", "\\G", "^", "$", "(?=)", "|"),
     )
     if rng.random() < 0.6:
@@ -33,10 +45,15 @@ def _replaces(rng: Random) -> list[Tree]:
 def _normalizer(rng: Random, tree: Tree) -> str:
     ways: tuple[Callable[[], Any], ...] = (
         lambda: {"type": "Sequence", "normalizers": _replaces(rng)},
-        lambda: {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * rng.choice((1, 10**4, 10**6))}] * rng.choice((1, 30))},
+        lambda: {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "a" * rng.choice((1, 10**4, 10**6))}] * rng.choice((1, 30)),
+        },
         lambda: {"type": "Replace", "pattern": _string_or_regex(rng), "content": rng.choice(STRINGS)},
         lambda: {"type": "Precompiled", "precompiled_charsmap": rng.choice(("", "AAAA", "%%%", "/" * 4000))},
-        lambda: {"type": rng.choice(("NFC", "NFKD", "Nmt", "Lowercase", "StripAccents", "Nope", "Strip", "BertNormalizer"))},
+        lambda: {
+            "type": rng.choice(("NFC", "NFKD", "Nmt", "Lowercase", "StripAccents", "Nope", "Strip", "BertNormalizer"))
+        },
         lambda: odd_value(rng),
     )
     tree["normalizer"] = rng.choice(ways)()
@@ -84,7 +101,12 @@ def _decoder(rng: Random, tree: Tree) -> str:
     ways: tuple[Any, ...] = (
         {"type": "Replace", "pattern": _string_or_regex(rng), "content": "x" * rng.choice((0, 1, 10**5, 10**7))},
         {"type": "Sequence", "decoders": _replaces(rng)},
-        {"type": "Strip", "content": rng.choice(("e", "")), "start": rng.choice((0, 1, 2**40)), "stop": rng.choice((0, 2**63))},
+        {
+            "type": "Strip",
+            "content": rng.choice(("e", "")),
+            "start": rng.choice((0, 1, 2**40)),
+            "stop": rng.choice((0, 2**63)),
+        },
         {"type": "ByteFallback"},
         {"type": "Fuse"},
         {"type": "WordPiece", "prefix": "##", "cleanup": True},
@@ -116,7 +138,12 @@ def _padding(rng: Random, tree: Tree) -> str:
             **{"pad_id": rng.choice((0, -1, 2**40)), "pad_type_id": 0, "pad_token": rng.choice(("x", 3, ""))},
         }
         return "padding"
-    tree["truncation"] = {"direction": "Right", "max_length": size, "strategy": "LongestFirst", "stride": rng.choice((0, 5))}
+    tree["truncation"] = {
+        "direction": "Right",
+        "max_length": size,
+        "strategy": "LongestFirst",
+        "stride": rng.choice((0, 5)),
+    }
     return "truncation"
 
 
@@ -225,7 +252,13 @@ KNOWN: dict[str, Callable[[Random, Tree], str]] = {
 }
 """Files with a change for each that knows what it holds."""
 
-WEIGHTS = {"tokenizer.json": 4, "chat_template.jinja": 3, "tokenizer_config.json": 2, "generation_config.json": 2, "config.json": 1}
+WEIGHTS = {
+    "tokenizer.json": 4,
+    "chat_template.jinja": 3,
+    "tokenizer_config.json": 2,
+    "generation_config.json": 2,
+    "config.json": 1,
+}
 
 
 def mutate_texts(rng: Random, folder: Path, weights: dict[str, int] | None = None) -> str:

@@ -11,7 +11,25 @@ from random import Random
 from typing import Any
 
 NUMBERS: tuple[Any, ...] = (
-    *(0, -1, 1, 2, 3, 7, 100, 2**15, 2**31 - 1, 2**31, -(2**31) - 1, 2**32, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 2**64),
+    *(
+        0,
+        -1,
+        1,
+        2,
+        3,
+        7,
+        100,
+        2**15,
+        2**31 - 1,
+        2**31,
+        -(2**31) - 1,
+        2**32,
+        2**53 + 1,
+        2**63 - 1,
+        2**63,
+        -(2**63),
+        2**64,
+    ),
     *(10**30, 10**400, 0.5, 1.5, -0.0, 1e-320, 1e308, 1e30, math.nan, math.inf, -math.inf),
 )
 STRINGS: tuple[str, ...] = (
@@ -19,7 +37,14 @@ STRINGS: tuple[str, ...] = (
     *("\x1b]0;title\x07\x1b[2J", "a" * 300, "a" * 70_000, "line\nline", "%s%n{0}{x}", "${HOME}", "<0x0A>"),
 )
 HOSTILE_NAMES: tuple[str, ...] = (
-    *("../victim/model.safetensors", "../victim/model.onnx", "../victim/new", "../../x", "./model.onnx", "a/../model.onnx"),
+    *(
+        "../victim/model.safetensors",
+        "../victim/model.onnx",
+        "../victim/new",
+        "../../x",
+        "./model.onnx",
+        "a/../model.onnx",
+    ),
     *(".", "..", "/", "", "/dev/zero", "/etc/hostname", "/proc/self/mem", "model.onnx/", "model.onnx\0", "a\\b", "-rf"),
     *("manifest.json", ".hidden", "x" * 300, "con\n", "engines/../model.onnx", "~/x", "file:///etc/hostname"),
 )
@@ -67,9 +92,13 @@ def near_value(rng: Random, value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return rng.choice((value + 1, value - 1, -value, 2 * value, value // 2, value * 1000, value + 2**32, float(value)))
+        return rng.choice(
+            (value + 1, value - 1, -value, 2 * value, value // 2, value * 1000, value + 2**32, float(value))
+        )
     if isinstance(value, float):
-        return rng.choice((-value, value * 2, value / 3, value * 1e30, math.nan, int(value) if math.isfinite(value) else 0))
+        return rng.choice(
+            (-value, value * 2, value / 3, value * 1e30, math.nan, int(value) if math.isfinite(value) else 0)
+        )
     if isinstance(value, str):
         at = rng.randint(0, len(value))
         letter = chr(rng.choice((0, 32, 46, 47, 65, 0x7F, 0xE9, 0x1F600)))
@@ -179,3 +208,13 @@ def mutate_json(rng: Random, data: bytes, also: Callable[[Random, Any], str] | N
         for _ in range(rng.choice((1, 1, 1, 2, 3)))
     ]
     return dump(tree).encode(errors="surrogatepass"), "; ".join(said)
+
+
+def once_more(change: Callable[[], str], is_changed: bool) -> str:
+    """Makes a change; of what is changed already, only if it is not too damaged for that."""
+    try:
+        return change()
+    except Exception:  # noqa: BLE001  (parsers raise many things; of a whole file it would be a fault of the harness)
+        if is_changed:
+            return "no more"
+        raise

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import re
@@ -83,16 +84,20 @@ class Outcome:
 class Case:
     """What a target gets: its folders, its random numbers, and ways to say how far it is."""
 
-    def __init__(self, folder: Path, rng: Random, send: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(
+        self, folder: Path, rng: Random, send: Callable[[Mapping[str, Any]], None], writes: Sequence[str], limit: float
+    ) -> None:
         self.folder, self.rng, self._send = folder, rng, send
         self.work, self.victim = folder / "work", folder / "victim"
         self.refusals: list[str] = []
         self.must_refuse = ""
         """Why this case has to be refused; empty if it need not be."""
+        self.may_write, self.limit = tuple(writes), limit
 
     def said(self, changes: Iterable[str]) -> None:
         """What was changed; everything before this belongs to the harness, everything behind it is the product's."""
         self._send({"said": "; ".join(changes), "files": snapshot(self.folder)})
+        self._send({"may_write": self.may_write, "limit": self.limit})
 
     def stage(self, name: str) -> None:
         """What is done next: where a process died that cannot say it itself."""
@@ -134,6 +139,7 @@ class Target(Protocol):
 def run_cases(target: Target, seed: int, indices: Iterable[int], jobs: int) -> Iterator[Outcome]:
     """Outcomes of cases as they finish; each depends on ``(seed, index)`` alone."""
     waiting, running = iter(indices), dict[int, _Child]()
+    gc.freeze()  # a collection in a child would copy the pages of all that is shared
     with selectors.DefaultSelector() as selector, tempfile.TemporaryDirectory(prefix="fuzz-") as base:
         exhausted = False
         while running or not exhausted:
@@ -163,7 +169,7 @@ class _Child:
         self.folder = Path(tempfile.mkdtemp(prefix=f"{index}-", dir=base))
         self.output = Path(tempfile.mkdtemp(prefix=f"{index}-output-", dir=base))
         self.pipe, to_parent = os.pipe()
-        self.heard: dict[str, Any] = {}
+        self.heard: dict[str, Any] = {"limit": target.limit, "may_write": target.writes}
         self.finished, self.hung, self.status, self.seconds = False, False, 0, 0.0
         self._text = b""
         self._start = self._looked = time.monotonic()
@@ -189,6 +195,10 @@ class _Child:
         for line in lines:
             self.heard.update(json.loads(line))
 
+    @property
+    def limit(self) -> float:
+        return float(self.heard["limit"])
+
     def watch(self) -> None:
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
         if pid:
@@ -199,12 +209,12 @@ class _Child:
             os.close(self.pipe)
             return
         now = time.monotonic()
-        if self.hung or now - self._start < self.target.limit or now - self._looked < 1:
+        if self.hung or now - self._start < self.limit or now - self._looked < 1:
             return
         self._looked = now
         computed, is_running = _group(self.pid)
         patience = PATIENCE if is_running or computed > (now - self._start) / 10 else 1
-        if computed > self.target.limit or now - self._start > patience * self.target.limit:
+        if computed > self.limit or now - self._start > patience * self.limit:
             self.hung = True
             os.kill(self.pid, signal.SIGUSR2)  # faulthandler writes where it is, even in compiled code
             time.sleep(0.3)
@@ -220,7 +230,7 @@ class _Child:
         base = {"index": self.index, "said": said, "seconds": self.seconds}
         fault: dict[str, str] = self.heard.get("fault") or {}
         verdict = FAULT if fault else self.heard.get("verdict", FAULT)
-        if self.hung or self.seconds > self.target.limit:
+        if self.hung or self.seconds > self.limit:
             verdict, fault = FAULT, {"kind": "hang", "place": self._where(), "detail": f"{self.seconds:.0f} s"}
         elif "verdict" not in self.heard and not fault:
             end = os.waitstatus_to_exitcode(self.status)
@@ -240,8 +250,8 @@ class _Child:
         return Outcome(**base, verdict=verdict, **fault)
 
     def _may_write(self, name: str, failed: bool) -> bool:
-        allowed = (*self.target.writes, "tmp") if failed else self.target.writes
-        return any(name == free or name.startswith(free + "/") for free in allowed)
+        allowed = (*self.heard["may_write"], *(("tmp", "work/.") if failed else ()))  # what a dead process has left
+        return any(name == free or name.startswith(free if free.endswith(".") else free + "/") for free in allowed)
 
     @staticmethod
     def _names(changed: Sequence[str]) -> str:
@@ -284,7 +294,7 @@ def _child(target: Target, key: str, folder: Path, output: Path, pipe: int) -> N
             resource.setrlimit(what, (most, most))
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR2)
-        case = Case(folder, Random(key), send)
+        case = Case(folder, Random(key), send, target.writes, target.limit)
         try:
             verdict = target.run(case)
             if case.must_refuse and not case.refusals:
@@ -313,6 +323,22 @@ def _redirect(output: Path) -> None:
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  (open as long as the process is)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+
+
+def make_in_fork(make: Callable[[], object]) -> None:
+    """Calls ``make`` in a process of its own, whose threads end with it."""
+    sys.stdout.flush()
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            make()
+            code = 0
+        except BaseException:  # noqa: BLE001  (shown; the process ends in any case)
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if os.waitpid(pid, 0)[1] != 0:
+        raise RuntimeError("what the cases begin from cannot be made")
 
 
 def _group(leader: int) -> tuple[float, bool]:
@@ -405,7 +431,9 @@ class Summary:
             groups.setdefault((outcome.verdict, outcome.kind, outcome.place), []).append(outcome)
         for (verdict, kind, place), found in sorted(groups.items(), key=lambda item: -len(item[1])):
             indices = " ".join(str(outcome.index) for outcome in found[:8])
-            lines.append(f"  {len(found):5d}  {verdict} {kind} at {place}  [{indices}{' ...' if len(found) > 8 else ''}]")
+            lines.append(
+                f"  {len(found):5d}  {verdict} {kind} at {place}  [{indices}{' ...' if len(found) > 8 else ''}]"
+            )
             lines.append(f"         {found[0].detail[:150]!a} after {found[0].said[:150]!a}")
         return "\n".join(lines)
 
@@ -426,6 +454,10 @@ def campaign(
             print(outcome, flush=True)
         if time.monotonic() - told > every:
             told = time.monotonic()
-            print(f"{target.name}: {len(summary.outcomes)} cases, {len(summary.faults)} faults", file=sys.stderr, flush=True)
+            print(
+                f"{target.name}: {len(summary.outcomes)} cases, {len(summary.faults)} faults",
+                file=sys.stderr,
+                flush=True,
+            )
     summary.seconds = time.monotonic() - start
     return summary
