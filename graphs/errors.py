@@ -24,7 +24,7 @@ def first_line(error: BaseException) -> str:
 def telling_line(error: BaseException) -> str:
     """The line of an OpenVINO error that gives its reason: the last one that is no position in OpenVINO's source."""
     lines = [line for line in _lines(error) if not _SOURCE_POSITION.search(line)]
-    return lines[-1].removeprefix("-- ") if lines else type(error).__name__
+    return lines[-1].removeprefix("-- ") if lines else first_line(error)
 
 
 def _lines(error: BaseException) -> list[str]:

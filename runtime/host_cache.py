@@ -167,7 +167,7 @@ class HostCache:
                 if token is not None:
                     here = np.array([token.position], np.int64)
                     self._write(row, token.slot, [k[place] for k in keys], [v[place] for v in values], here)
-        return np.concatenate([logits for logits, _, _ in parts])
+        return parts[0][0] if len(parts) == 1 else np.concatenate([logits for logits, _, _ in parts])
 
     def _step(
         self, tokens: Sequence[NextToken | None], rows: range, *, last: bool
@@ -260,13 +260,12 @@ class HostCache:
             padding = ((0, 0), (0, size - new))
             ids, positions = np.pad(ids, padding), np.pad(positions, padding)
             scales = np.pad(scales, padding, constant_values=1)
-        causal = np.triu(np.full((size, size), MASKED), 1) if size > 1 else np.zeros((1, 1), np.float32)
         feeds: dict[str, Array] = {
             "input_ids": ids,
             "position_ids": positions,
             "past_mask": past_mask,
             "past_position_ids": past_positions,
-            "new_mask": np.broadcast_to(causal, (batch, 1, size, size)).copy(),
+            "new_mask": _causal(batch, size),
             "query_scale": scales[:, None, :, None],
             "logits_at": np.array(wanted if wanted is not None else [new - 1], np.int64),
             **past,
@@ -314,6 +313,13 @@ def _of_shape(array: Array | None, shape: tuple[int, ...], name: str, role: Role
             "is not this bundle's, or the engine is out of memory; export again, or use fewer rows or shorter prompts"
         )
     return array
+
+
+def _causal(batch: int, size: int) -> NDArray[np.float32]:
+    """The mask of new tokens among themselves, ``[B, 1, S, S]``."""
+    if size == 1:
+        return np.zeros((batch, 1, 1, 1), np.float32)  # of every step
+    return np.broadcast_to(np.triu(np.full((size, size), MASKED), 1), (batch, 1, size, size)).copy()
 
 
 def _past_feeds(keys: list[Array], values: list[Array]) -> dict[str, Array]:

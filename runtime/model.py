@@ -188,9 +188,10 @@ class MesaModel:
             column = np.asarray(token).reshape(-1, 1)
         tokens = self._prompts(column)
         with self._alone() as executor:
-            self._require_rows(len(tokens))
+            executor.require_cache()
             if not executor.rows[0].tokens:
                 raise MesaError("step needs a prompt in the cache; call prefill first")
+            self._require_rows(len(tokens))
             return executor.step([row[0] for row in tokens])[:, None]
 
     @contextmanager
@@ -414,6 +415,8 @@ class MesaModel:
         self.executor.require_cache()
         live = len(self.executor.rows)
         if rows != live:
+            if not self.executor.rows[0].tokens:
+                raise MesaError("the cache is empty; call prefill first with a batch")
             raise MesaError(f"the cache holds {live} prompts, got tokens for {rows}")
 
 

@@ -117,9 +117,18 @@ class TestPrompt:
         with pytest.raises(MesaError, match="345 tokens is longer than the largest bucket of this bundle, 344 tokens;"
                            " export again with --max-tokens 345"):  # fmt: skip
             model.prefill([3] * 345)
-        model.prefill([3] * 300)
-        with pytest.raises(MesaError, match="export again with --max-tokens 350"):
-            model.extend([3] * 50)
+
+    def test_a_first_turn_that_is_too_long(self, bundle):
+        """Appended to nothing, it is a first prompt."""
+        with (
+            MesaModel.load(bundle(), "torch", verify=False) as fresh,
+            pytest.raises(MesaError, match="export again with --max-tokens 345"),
+        ):
+            fresh.extend([3] * 345)
+
+    def test_a_million_tokens(self, model):
+        with pytest.raises(MesaError, match="export again with --max-tokens 1000000"):
+            model.prefill(np.full(10**6, 3))
 
     def test_step_without_a_prompt(self, model):
         with pytest.raises(MesaError, match="call prefill first"):
@@ -141,6 +150,34 @@ class TestPrompt:
             pytest.raises(MesaError, match="all_logits") as error,
         ):
             model.prefill([3, 4, 5], all_logits=True)
+        one_line(error)
+
+    @pytest.mark.parametrize("token", ["x", 2.5, None, {}, [[1], [2, 3]], 10**30, b"ab", True], ids=repr)
+    def test_a_step_by_no_token(self, model, token):
+        model.prefill([3, 4])
+        with pytest.raises(MesaError, match="token ids must be integers") as error:
+            model.step(token)
+        one_line(error)
+
+    @pytest.mark.parametrize("prompt", [[1, [2, 3]], [[1, [2]], [3]], {3: 4}, 10**30, "text", [10**30]], ids=repr)
+    def test_prompts_that_numpy_makes_nothing_of(self, model, prompt):
+        for call in (model.prefill, lambda ids: next(model.generate_ids(ids, 2))):
+            with pytest.raises(MesaError, match="token ids must be integers") as error:
+                call(prompt)
+            one_line(error)
+
+    @pytest.mark.parametrize("prompt", [[1.5], [None], 5.5, None, b"text", ["text", 3], [[3, 4], [5, 6]]], ids=repr)
+    def test_no_text(self, model, prompt):
+        with pytest.raises(
+            MesaError, match="token ids must be integers|a batch is a list of texts|one list of tok"
+        ) as error:
+            model.generate(prompt, 2)
+        one_line(error)
+
+    @pytest.mark.parametrize("count", [2.5, "3", True, None, [3]], ids=repr)
+    def test_no_number_of_new_tokens(self, model, count):
+        with pytest.raises(MesaError, match="max_new_tokens is .*; it must be a whole number") as error:
+            model.generate([3, 4], count)
         one_line(error)
 
     @pytest.mark.parametrize("count", [0, -1])
