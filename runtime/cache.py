@@ -132,7 +132,9 @@ def require_keys(arrays: Iterable[Array], role: str, manifest: Manifest) -> None
 
     In float32 and bfloat16 numbers of 2**64 or more are refused too: the score of such a key overflows.
     """
-    if not all(map(_usable, arrays)):
+    with np.errstate(over="ignore", invalid="ignore"):
+        usable = all(map(_usable, arrays))
+    if not usable:
         raise broken_numbers("NaN or infinite numbers in the keys or values", role, manifest)
 
 

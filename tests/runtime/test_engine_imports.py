@@ -29,8 +29,12 @@ assert not asked, asked
 
 def environment(home: Path) -> dict[str, str]:
     """One whose home, caches and settings all lie in an empty folder, and that is no test of a continuous integration."""
-    folders = {name: str(home / name) for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")}
-    plain = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL", "HF_HOME")}
+    folders = {
+        name: str(home / name) for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
+    }
+    plain = {
+        name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL", "HF_HOME")
+    }
     return {**plain, **folders, "HOME": str(home), "TMPDIR": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -76,7 +80,10 @@ with MesaModel.load(sys.argv[1], sys.argv[2], threads=2, verify=False) as model:
     assert (model.prefill([3, 4, 5]) == want).all()
 """
     with subprocess.Popen(
-        [sys.executable, "-c", code, os.fspath(bundle()), backend], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code, os.fspath(bundle()), backend],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         try:
             output, _ = process.communicate(timeout=60)

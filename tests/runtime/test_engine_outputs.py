@@ -58,7 +58,9 @@ class TestEveryOutput:
         assert f"has no output '{name}'" in refused(lambda: model.step(5))
         assert model.lengths == [100]
 
-    @pytest.mark.parametrize("change", [lambda x: x[:, :0], lambda x: np.repeat(x, 2, axis=-2), lambda x: x[..., :-1], lambda x: x[0]])
+    @pytest.mark.parametrize(
+        "change", [lambda x: x[:, :0], lambda x: np.repeat(x, 2, axis=-2), lambda x: x[..., :-1], lambda x: x[0]]
+    )
     def test_has_the_shape_that_was_asked_for(self, model, answer, name, change):
         model.prefill(IDS)
         answer(name, change)
@@ -95,7 +97,15 @@ def test_moved_keys_have_their_shape(model, monkeypatch):
 class TestKeys:
     """Numbers of every storage type: bfloat16 lies as its bits in uint16."""
 
-    BITS = {"one": 0x3F80, "minus two": 0xC000, "2**63": 0x5F00, "2**64": 0x5F80, "inf": 0x7F80, "-inf": 0xFF80, "nan": 0x7FC1}
+    BITS = {
+        "one": 0x3F80,
+        "minus two": 0xC000,
+        "2**63": 0x5F00,
+        "2**64": 0x5F80,
+        "inf": 0x7F80,
+        "-inf": 0xFF80,
+        "nan": 0x7FC1,
+    }
 
     @pytest.mark.parametrize("name", BITS)
     def test_bfloat16_and_float32(self, model, name):
@@ -177,7 +187,11 @@ with MesaModel.load(sys.argv[1], sys.argv[2], threads=1, verify=False) as model:
     assert (model.prefill(ids) == first).all()
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, os.fspath(bundle()), backend], check=False, capture_output=True, timeout=120, text=True
+        [sys.executable, "-c", code, os.fspath(bundle()), backend],
+        check=False,
+        capture_output=True,
+        timeout=120,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("one line: ")
