@@ -10,9 +10,9 @@ from mesart.graphs.errors import first_line, telling_line
 OPENVINO = {
     """Exception from src/inference/src/cpp/core.cpp:84:
 Exception from src/inference/src/model_reader.cpp:148:
-Unable to read the model: "b/g.onnx" Please check that model format: ".onnx" is supported and the model is correct.
+Unable to read the model: "b/g.onnx" Please check that the model is correct.
 
-""": 'Unable to read the model: "b/g.onnx" Please check that model format: ".onnx" is supported and the model is correct.',
+""": 'Unable to read the model: "b/g.onnx" Please check that the model is correct.',
     """Exception from src/inference/src/cpp/core.cpp:84:
 Check 'util::directory_exists(path) || util::file_exists(path)' failed at src/frontends/common/src/frontend.cpp:117:
 FrontEnd API failed with GeneralFailure:

