@@ -229,6 +229,27 @@ class TestEqualsTheReference:
             turn = tokens(20, seed=2)
             assert difference(model.extend(turn), reference.extend(turn)) < CLOSE
 
+    def test_texts_that_outgrow_short_frequencies(self, engine_bundle, gpu, checkpoint, mesa_config):
+        """LongRoPE: one row passes 32 tokens in a step, which fails at first, and then another in a turn."""
+        reference = TorchReference(checkpoint("longrope"), mesa_config)
+        rows = [tokens(31), tokens(10, seed=1)]
+        with MesaModel.load(engine_bundle("bucket", "shared", "longrope", 64), "tensorrt-rtx") as model:
+            model.prefill(rows)
+            for token in (3, 4, 5):
+                rows = [[*row, token] for row in rows]
+                if len(rows[0]) == 33:
+                    gpu.refuse = lambda role: role == "tail"
+                    with pytest.raises(MesaError, match="the kernel gave up"):
+                        model.step([token, token])
+                    gpu.refuse = lambda role: False
+                logits = model.step([token, token])
+                for row, text in enumerate(rows):
+                    assert difference(logits[row : row + 1], reference.prefill(text)) < CLOSE
+            turns = [tokens(5, seed=2), tokens(40, seed=3)]
+            last = model.extend(turns)
+            for row, (text, turn) in enumerate(zip(rows, turns, strict=True)):
+                assert difference(last[row : row + 1], reference.prefill([*text, *turn])) < CLOSE
+
     def test_the_other_flavour(self, copied, gpu, reference):
         change(copied, flavour="tensorrt")
         with MesaModel.load(copied, "tensorrt") as model:
