@@ -24,9 +24,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from mesart.evaluation.arguments import require_lengths, require_whole
+from mesart.evaluation.progress import progress_bar
 from mesart.graphs import MesaConfig, MesaError, Plan
 from mesart.graphs.manifest import Manifest
 from mesart.runtime import backend_names, present_backends
@@ -166,7 +165,9 @@ def run_bench(
     common = {"bundle": str(folder), "threads": count, "new_tokens": new_tokens, "repeat": repeat}
     common["trust_remote_code"] = trust_remote_code
     rows: list[Row] = []
-    with tqdm(total=len(wanted) * (len(systems) + transformers), desc="bench", unit="run", disable=not progress) as bar:
+    with progress_bar(
+        total=len(wanted) * (len(systems) + transformers), desc="bench", unit="run", disable=not progress
+    ) as bar:
         if transformers:
             bar.set_postfix_str("which dtype is faster in transformers")
             plain = _best_transformers(common, manifest)

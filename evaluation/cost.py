@@ -16,13 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tqdm import tqdm
-
 from mesart.evaluation.arguments import require_lengths, require_number, require_whole
 from mesart.evaluation.bench import ProcessError, process_error, run_process
 from mesart.evaluation.bench_worker import peak_memory
 from mesart.evaluation.journal import Journal
 from mesart.evaluation.methods import METHODS
+from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import table, times, versions
 from mesart.evaluation.suite import chosen_method, fingerprint
 from mesart.graphs.config import MesaConfig
@@ -138,7 +137,7 @@ def run_cost(
     rows: list[CostRow] = []
     complete = True
     try:
-        with tqdm(total=len(sizes) * len(names), unit="cell", desc="cost", disable=not progress) as bar:
+        with progress_bar(total=len(sizes) * len(names), unit="cell", desc="cost", disable=not progress) as bar:
             for length in sizes:
                 for name in names:
                     bar.set_postfix_str(f"{name}, {length} tokens")

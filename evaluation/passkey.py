@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mesart.graphs.errors import MesaError
+
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there."
@@ -30,6 +32,7 @@ Filler = Literal["standard", "random"]
 PromptSplit = Literal["train", "eval"]
 
 _EXCERPT_CHARACTERS = (80, 800)  # the shortest and longest excerpt of random filler
+_MISSES = 10_000  # excerpts without a word, after which a text has none worth looking for
 _WORD = re.compile(r"\s*\S+")
 
 
@@ -123,12 +126,19 @@ def passkey_prompt(
 def _random_pieces(text: str, rng: random.Random) -> Iterator[str]:
     """Excerpts from random places, each starting at a word, in the spaces and line breaks of the original."""
     shortest, longest = _EXCERPT_CHARACTERS
-    while True:
+    misses = 0
+    while misses < _MISSES:
+        misses += 1
         size = rng.randint(shortest, longest)
         start = rng.randrange(max(1, len(text) - size))
         words = text[start : start + size].split(maxsplit=1)  # the first word is likely cut in two
         if len(words) == 2:
+            misses = 0
             yield " " + words[1]
+    raise MesaError(
+        f"the text for random filler has next to no words between spaces: {_MISSES} excerpts of up to {longest} "
+        "characters held none; give another text"
+    )
 
 
 def _fill(pieces: Iterator[str], room: int, encode: Encode, *, cut: bool) -> tuple[str, list[int]]:

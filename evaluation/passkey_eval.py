@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Final, cast, get_args
 
-from tqdm import tqdm
-
 from mesart.evaluation.arguments import require_lengths, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.passkey import Filler, PasskeyPrompt, minimum_length, passkey_prompt, prompt_rng
+from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import table, times, to_json, wilson_interval
 from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, System, open_systems
 from mesart.graphs.config import MesaConfig
@@ -182,7 +181,7 @@ def run_passkey(
         total = prompts * len(names) * sum(length for length, _, _ in grid)
         try:
             # In tokens, not prompts: the time that is left is then guessed well.
-            with tqdm(total=total, unit="tok", unit_scale=True, desc="passkey", disable=not progress) as bar:
+            with progress_bar(total=total, unit="tok", unit_scale=True, desc="passkey", disable=not progress) as bar:
                 for length, filler, depth in grid:
                     batch = [maker.prompt(length, filler, depth, index, prompts) for index in range(prompts)]
                     for name in names:

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from mesart.evaluation.arguments import require_lengths, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
+from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import Z95, table, times, to_json
 from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, open_systems
 from mesart.graphs.config import MesaConfig
@@ -169,7 +168,7 @@ def run_perplexity(
         try:
             # In tokens, not texts: the time that is left is then guessed well.
             total = len(ends) * len(opened.systems) * sum(chosen)
-            with tqdm(total=total, unit="tok", unit_scale=True, desc="perplexity", disable=not progress) as bar:
+            with progress_bar(total=total, unit="tok", unit_scale=True, desc="perplexity", disable=not progress) as bar:
                 for length in chosen:
                     for name, system in opened.systems.items():
                         bar.set_postfix_str(f"{name}, {length} tokens")

@@ -23,14 +23,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from tqdm import tqdm
-
 from mesart.evaluation.arguments import require_device, require_lengths, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.journal import Journal, Key
 from mesart.evaluation.methods import METHODS, Method, make_method
 from mesart.evaluation.output import require_folder
 from mesart.evaluation.perplexity import places_in
+from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import versions
 from mesart.evaluation.systems import CheckpointModel, System
 from mesart.evaluation.tasks import Task, Writer, find_task
@@ -95,7 +94,8 @@ class Settings:
         for name in ("prompts", "places", "scored"):
             require_whole(name, getattr(self, name))
         require_seed(self.seed)
-        require_device(self.device)
+        if self.device != "cpu":  # PyTorch is slow to import
+            require_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,9 @@ def _run(waiting: Sequence[_Job], jobs: int, settings: Settings, progress: bool)
         return job.cell.length * (settings.places if job.cell.task == PERPLEXITY else settings.prompts)
 
     total = sum(map(tokens, waiting))
-    with tqdm(total=total, unit="tok", unit_scale=True, desc="suite", disable=not progress or not waiting) as bar:
+    with progress_bar(
+        total=total, unit="tok", unit_scale=True, desc="suite", disable=not progress or not waiting
+    ) as bar:
         if jobs == 1 or len(waiting) == 1:
             for job in waiting:
                 bar.set_postfix_str(f"{job.cell.method}, {job.cell.task}, {job.cell.length} tokens")

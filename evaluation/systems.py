@@ -406,7 +406,7 @@ def _checkpoint_tokenizer(source: Source, model: Any, trust_remote_code: bool) -
             # Never left out: transformers would ask on standard input whether to run the checkpoint's Python code.
             tokenizer = AutoTokenizer.from_pretrained(os.fspath(source), trust_remote_code=trust_remote_code)
             tokenizer.save_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # tokenizers and transformers raise anything on files that they cannot read
             raise MesaError(
                 f"{source} has no tokenizer that transformers can load; put its tokenizer.json there"
             ) from error

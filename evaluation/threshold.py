@@ -40,12 +40,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mesart.evaluation.arguments import require_number, require_seed, require_whole
 from mesart.evaluation.held_out import held_out_text
 from mesart.evaluation.passkey_eval import PromptMaker, ask
 from mesart.evaluation.perplexity import places_in
+from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import Z95, table, versions, wilson_interval
 from mesart.evaluation.systems import CheckpointModel, OpenSystems, Origin, Source, Subject, stretched
 from mesart.graphs.config import MesaConfig
@@ -318,7 +318,7 @@ def probe_threshold(
 
     with (
         stretched(model, max_tokens),
-        tqdm(
+        progress_bar(
             total=places * (sum(window) + len(runners) * sum(lengths)),
             unit="tok",
             unit_scale=True,
@@ -464,7 +464,7 @@ def _tapped(module: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tens
 
 
 def _watch(
-    runner: Runner, texts: _Texts, lengths: Sequence[int], layers: Sequence[int], tokens: int, bar: tqdm[Any]
+    runner: Runner, texts: _Texts, lengths: Sequence[int], layers: Sequence[int], tokens: int, bar: Any
 ) -> tuple[Array, Array]:
     """Means over the last tokens of each text: hidden states ``[N, P, L, H]``, losses ``[N, P]``."""
     import torch  # noqa: PLC0415

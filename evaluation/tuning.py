@@ -20,13 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from tqdm import tqdm
-
 from mesart.evaluation.arguments import require_lengths, require_number, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.journal import Journal, Key
 from mesart.evaluation.passkey_eval import PromptMaker, ask
 from mesart.evaluation.perplexity import places_in
+from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import Z95, table, times, to_json, versions, wilson_interval
 from mesart.evaluation.suite import fingerprint
 from mesart.evaluation.systems import CheckpointModel, MesaBundle, MesaReference, OpenSystems, Source, Subject, System
@@ -330,7 +329,7 @@ def tune(
     def in_time(share: float) -> bool:
         return seconds is None or time.monotonic() - clock < share * seconds
 
-    with tqdm(total=evaluations, unit="config", desc="tune", disable=not progress) as bar:
+    with progress_bar(total=evaluations, unit="config", desc="tune", disable=not progress) as bar:
 
         def attempt(config: MesaConfig) -> Tried | None:
             if config not in tried:
@@ -427,7 +426,7 @@ def sensitivity(
     rows: list[SensitivityRow] = []
     base: dict[int, Measured] = {}
     complete = True
-    with tqdm(total=len(asked), unit="value", desc="sensitivity", disable=not progress) as bar:
+    with progress_bar(total=len(asked), unit="value", desc="sensitivity", disable=not progress) as bar:
         try:
             for name, value in asked:
                 bar.set_postfix_str(f"{name} {'' if value is None else _value(value)}".strip())

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
 
 from mesart.evaluation.arguments import require_seed, require_whole
+from mesart.evaluation.progress import progress_bar
 from mesart.graphs import MesaConfig, MesaError, Plan, Span, TorchReference
 from mesart.graphs.manifest import Manifest, Quantisation
 from mesart.graphs.plan import Bucket
@@ -170,7 +170,7 @@ def validate(
     graphs = graphs or (("engines",) if backend.startswith("tensorrt") else ("symbolic", "specialised"))
     runs = [(bucket, which) for bucket in chosen for which in graphs]
     expected: dict[int, list[tuple[list[Piece], list[Piece]]]] = {}
-    with tqdm(total=len(runs), desc="validate", unit="run", disable=not progress) as bar:
+    with progress_bar(total=len(runs), desc="validate", unit="run", disable=not progress) as bar:
         for which in graphs:
             with MesaModel.load(
                 folder,
