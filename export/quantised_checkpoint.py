@@ -56,25 +56,28 @@ def read_scheme(source: str, config: Any) -> Scheme | None:
         config: the model's; its ``quantization_config`` counts.
 
     Raises:
-        MesaError: a scheme that export cannot read, by its name.
+        MesaError: a scheme that export cannot read, by its name, or a field of another kind than it must be.
     """
     given = getattr(config, "quantization_config", None)
     if given is None:
         return None
-    fields: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
-    name = str(fields.get("quant_method"))
+    if hasattr(given, "to_dict"):
+        given = given.to_dict()
+    fields = _object(source, "quantization_config", given)
+    name = f"{fields.get('quant_method')!s:.40}"
     layout: type[_Layout] | None = None
     less_one = False
     if name == "compressed-tensors":
         return _read_compressed_tensors(source, fields)
     if name in ("gptq", "awq"):
         known = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}[name]
-        form = str(next((fields[k] for k in ("checkpoint_format", "format", "version") if fields.get(k)), known[0]))
-        if form.lower() in known:
+        given_form = next((fields[k] for k in ("checkpoint_format", "format", "version") if fields.get(k)), known[0])
+        form = f"{given_form!s:.40}".lower()
+        if form in known:
             layout, less_one = (_Gptq, form == "gptq") if name == "gptq" else (_Awq, False)
         name = f"{name}, {form}"
     elif name == "auto-round":
-        form = str(fields.get("packing_format"))
+        form = f"{fields.get('packing_format')!s:.40}"
         layout = {
             "auto_round": _Gptq,
             "auto_round:gptqmodel": _Gptq,
@@ -89,9 +92,10 @@ def read_scheme(source: str, config: Any) -> Scheme | None:
 
 
 def _read_compressed_tensors(source: str, fields: dict[str, Any]) -> Scheme:
-    groups = list((fields.get("config_groups") or {}).values())
+    named = _object(source, "quantization_config.config_groups", fields.get("config_groups") or {})
+    groups = [_object(source, f"quantization_config.config_groups.{key}", group) for key, group in named.items()]
     form = fields.get("format")
-    name = f"compressed-tensors, {form}"
+    name = f"compressed-tensors, {form!s:.40}"
     if form != "pack-quantized":
         raise _unreadable(source, name)
     for part in ("kv_cache_scheme", "transform_config"):
@@ -99,27 +103,34 @@ def _read_compressed_tensors(source: str, fields: dict[str, Any]) -> Scheme:
             raise _unreadable(source, f"{name} with a {part}")
     if any(group.get(part) for group in groups for part in ("input_activations", "output_activations")):
         raise _unreadable(source, f"{name} with activations")
-    weights = [group.get("weights") or {} for group in groups]
-    kinds = {(w.get("type"), w.get("num_bits"), w.get("strategy"), w.get("group_size")) for w in weights}
-    if len(kinds) != 1:
-        raise _unreadable(source, f"{name}, {len(kinds)} kinds of weights")
-    kind, bits, strategy, group_size = kinds.pop()
+    weights = [_object(source, "the weights of a group", group.get("weights") or {}) for group in groups]
+    kinds = [[w.get(field) for field in ("type", "num_bits", "strategy", "group_size")] for w in weights]
+    if not kinds or any(kind != kinds[0] for kind in kinds):
+        raise _unreadable(source, f"{name}, {'several' if kinds else 'no'} kinds of weights")
+    kind, bits, strategy, group_size = kinds[0]
     if kind != "int" or strategy not in ("group", "channel"):
-        raise _unreadable(source, f"{name}, {kind}, a scale for each {strategy}")
+        raise _unreadable(source, f"{name}, {kind!s:.40}, a scale for each {strategy!s:.40}")
     return _scheme(source, name, _CompressedTensors, bits, group_size if strategy == "group" else None)
 
 
 def _scheme(
     source: str, name: str, layout: type[_Layout], bits: Any, group_size: Any, *, less_one: bool = False
 ) -> Scheme:
-    if bits not in SCHEMES.values() or (layout is _Awq and bits != 4):
-        raise _unreadable(source, f"{name}, {bits} bits")
-    group_size = None if group_size in (None, -1) else group_size
-    if group_size is not None and group_size not in GROUP_SIZES:
+    if type(bits) is not int or bits not in SCHEMES.values() or (layout is _Awq and bits != 4):
+        raise _unreadable(source, f"{name}, {bits!s:.40} bits")
+    group_size = None if group_size is None or group_size == -1 else group_size
+    if group_size is not None and (type(group_size) is not int or group_size not in GROUP_SIZES):
         raise MesaError(
-            f"{source} is quantised in groups of {group_size} inputs; engines take {', '.join(map(str, GROUP_SIZES))}"
+            f"{source} is quantised in groups of {group_size!s:.40} inputs; engines take "
+            f"{', '.join(map(str, GROUP_SIZES))}"
         )
     return Scheme(name, layout, bits, group_size, less_one)
+
+
+def _object(source: str, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise MesaError(f"{source}/config.json: {name} is {value!r:.40}; it must be an object")
+    return value
 
 
 def _unreadable(source: str, name: str) -> MesaError:
@@ -143,14 +154,22 @@ class _Layout(ABC):
     """Last parts of the names of tensors; those that must be there, the numbers first."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     GROUP_INDEX: ClassVar[str]
+    SCALES: ClassVar[str] = "scales"
+    """The part of floating point numbers; the others are whole ones, int32 where several are in one."""
+    VECTORS: ClassVar[tuple[str, ...]] = ("g_idx", "weight_g_idx", "weight_shape")
+    """Parts of one axis, of any whole numbers; the others have two."""
 
     def __init__(
         self, name: str, scheme: Scheme, parts: Mapping[str, Stored], read: Callable[[Stored], Tensor]
     ) -> None:
-        self.name, self._scheme, self._parts, self._read = name, scheme, parts, read
+        self.name, self._scheme, self.parts, self._read = name, scheme, parts, read
+
+    def contradiction(self) -> str:
+        """What is wrong with parts that contradict each other, where :attr:`shape` does not follow from one of them."""
+        return ""
 
     def _part(self, name: str) -> Tensor:
-        return self._read(self._parts[name])
+        return self._read(self.parts[name])
 
     def _unpack(self, packed: Tensor) -> Tensor:
         """int32 ``[..., k]`` to uint8 ``[..., k * n]``."""
@@ -176,7 +195,7 @@ class _Layout(ABC):
 
     def group_index(self) -> Tensor | None:
         """The group of each input, ``[in]``, if it is stored."""
-        return self._part(self.GROUP_INDEX) if self.GROUP_INDEX in self._parts else None
+        return self._part(self.GROUP_INDEX) if self.GROUP_INDEX in self.parts else None
 
 
 class _Gptq(_Layout):
@@ -188,7 +207,7 @@ class _Gptq(_Layout):
 
     @property
     def shape(self) -> tuple[int, int]:
-        words, outputs = self._parts["qweight"].shape
+        words, outputs = self.parts["qweight"].shape
         return outputs, words * 32 // self._scheme.bits
 
     def numbers(self) -> Tensor:
@@ -213,7 +232,7 @@ class _Awq(_Layout):
 
     @property
     def shape(self) -> tuple[int, int]:
-        inputs, words = self._parts["qweight"].shape
+        inputs, words = self.parts["qweight"].shape
         return words * 8, inputs
 
     def numbers(self) -> Tensor:
@@ -234,8 +253,16 @@ class _CompressedTensors(_Layout):
     """As compressed-tensors and llm-compressor write it; its numbers have a sign, and are packed with it added."""
 
     PARTS = ("weight_packed", "weight_scale", "weight_shape")
+    SCALES = "weight_scale"
     OPTIONAL = ("weight_zero_point", "weight_g_idx")
     GROUP_INDEX = "weight_g_idx"
+
+    def contradiction(self) -> str:
+        packed, bits = self.parts["weight_packed"].shape, self._scheme.bits
+        shape = self._part("weight_shape").tolist()
+        if len(shape) != 2 or min(shape) < 1 or packed != (shape[0], -(-shape[1] * bits // 32)):
+            return f"weight_packed is {[*packed]}, which is no weight of {shape} (weight_shape) in {bits} bits"
+        return ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -249,9 +276,9 @@ class _CompressedTensors(_Layout):
         return self._part("weight_scale").t()
 
     def zeros(self) -> Tensor:
-        if "weight_zero_point" not in self._parts:
+        if "weight_zero_point" not in self.parts:
             middle = 1 << (self._scheme.bits - 1)
-            return torch.full(self._parts["weight_scale"].shape[::-1], middle, dtype=torch.uint8)
+            return torch.full(self.parts["weight_scale"].shape[::-1], middle, dtype=torch.uint8)
         return self._unpack(self._part("weight_zero_point").t())[:, : self.shape[0]]
 
 
@@ -324,11 +351,31 @@ def open_packed(
             if parts[part] not in tensors:
                 raise MesaError(f"{source} lacks {parts[part]}; is the download complete?")
         weight = layout(name, scheme, {k: tensors[full] for k, full in parts.items() if full in tensors}, read)
+        _check_parts(source, weight)
         _check(source, weight, scheme)
         weights[f"{name}.weight"] = weight
     symmetric = all(bool((weight.zeros() == 1 << (scheme.bits - 1)).all()) for weight in weights.values())
     how = Quantisation(f"int{scheme.bits}", scheme.bits, scheme.group_size, symmetric)
     return how, {name: Repacked(weight, how) for name, weight in weights.items()}
+
+
+def _check_parts(source: Path, weight: _Layout) -> None:
+    """Refuses parts of another dtype or number of axes than the scheme writes."""
+    for part, stored in weight.parts.items():
+        dtype, axes = stored.dtype, 1 if part in weight.VECTORS else 2
+        if part == weight.SCALES:
+            fits, wanted = dtype is not None and dtype.is_floating_point, "floating point numbers"
+        elif part in weight.VECTORS:
+            fits, wanted = dtype in (torch.int32, torch.int64), "whole numbers"
+        else:
+            fits, wanted = dtype == torch.int32, "int32"
+        if not fits or len(stored.shape) != axes or 0 in stored.shape:
+            kind = f"{str(dtype).removeprefix('torch.')} {[*stored.shape]}"
+            raise MesaError(
+                f"{source}: {weight.name}.{part} is {kind}; it must be {wanted} of {axes} ax{'e' if axes > 1 else 'i'}s"
+            )
+    if wrong := weight.contradiction():
+        raise MesaError(f"{source}: {weight.name}: {wrong}")
 
 
 def _check(source: Path, weight: _Layout, scheme: Scheme) -> None:

@@ -117,7 +117,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     for tensor in tensors:
         if tensor.offset != end:
             kind = "a hole before" if tensor.offset > end else "an overlap at"
-            _refuse(file, f"{kind} {tensor.name}, which begins at {tensor.offset - 8 - length} of the data")
+            _refuse(file, f"{kind} {tensor.name!r:.200}, which begins at {tensor.offset - 8 - length} of the data")
         end += tensor.bytes
     if end != size:
         _refuse(file, f"it has {size} bytes instead of {end}")
@@ -160,17 +160,17 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
 def _stored(file: Path, name: str, info: Any, begin: int) -> Stored:
     """A tensor, from its entry in the header; ``begin``: where the data begins in the file."""
     if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
-        _refuse(file, f"{name} must have a dtype, a shape and data_offsets")
+        _refuse(file, f"{name!r:.200} must have a dtype, a shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        _refuse(file, f"{name} has the unknown dtype {dtype!r:.40}")
+        _refuse(file, f"{name!r:.200} has the unknown dtype {dtype!r:.40}")
     if not _whole_numbers(shape):
-        _refuse(file, f"{name} has the shape {shape!r:.80}")
+        _refuse(file, f"{name!r:.200} has the shape {shape!r:.80}")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _refuse(file, f"{name} has the data_offsets {offsets!r:.80}")
+        _refuse(file, f"{name!r:.200} has the data_offsets {offsets!r:.80}")
     bits, (start, stop) = _BITS[dtype] * math.prod(shape), offsets
     if bits % 8 or bits // 8 != stop - start:
-        _refuse(file, f"{name} takes {stop - start} bytes, which its shape {shape!r:.80} of {dtype} does not")
+        _refuse(file, f"{name!r:.200} takes {stop - start} bytes, which its shape {shape!r:.80} of {dtype} does not")
     return Stored(file, name, begin + start, stop - start, DTYPES.get(dtype), tuple(shape))
 
 

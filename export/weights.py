@@ -7,6 +7,7 @@ is looked up in the checkpoint's headers by name, shape and dtype.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,8 +94,11 @@ def open_network(
         if scheme is not None:
             raise MesaError(
                 f"{checkpoint} is quantised ({scheme.name}) and lacks weights that {type(module).__name__} has, "
-                f"or has them under other names ({difference}); give the checkpoint that it was made from"
+                f"or has them under other names (it {difference}); give the checkpoint that it was made from"
             )
+        if sum(map(math.prod, shapes.values())) < sum(p.numel() for p in module.parameters()):
+            # No conversion makes numbers; transformers would draw the missing ones at random, which may take for ever.
+            raise MesaError(f"{checkpoint} {difference}; is it complete, and of this config?")
         # transformers builds some weights from others (experts), or knows their old names; or some are missing.
         if weights.pickled:
             raise MesaError(
@@ -145,13 +149,14 @@ def _first_difference(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) 
     alike: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         alike.setdefault(id(parameter), []).extend(_names(module, name))
+    lacking = None
     for name, parameter in module.named_parameters():
         found = next((shapes[alias] for alias in alike[id(parameter)] if alias in shapes), None)
         if found is None:
-            return f"lacks {name}"
-        if tuple(found) != tuple(parameter.shape):
-            return f"has {name} as {[*found]} instead of {[*parameter.shape]}"
-    return "has other weights"
+            lacking = lacking or name
+        elif tuple(found) != tuple(parameter.shape):
+            return f"has the wrong shape for the weight {name}: {[*found]} instead of {[*parameter.shape]}"
+    return f"lacks the weight {lacking}"
 
 
 def _check_dtypes(module: nn.Module, stored: Mapping[str, Stored]) -> None:

@@ -47,7 +47,7 @@ def read_object(path: Path, most_bytes: int, *, finite: bool = False) -> dict[st
 
 def _check(path: Path, value: Any, *, finite: bool, place: str = "", depth: int = 0) -> None:
     def refuse(what: str) -> NoReturn:
-        raise MesaError(f"{path}: {place.lstrip('.')[:100] or 'the object'} is {what}")
+        raise MesaError(f"{path}: {ascii(place)[1:-1].lstrip('.')[:100] or 'the object'} is {what}")
 
     if depth > _DEEPEST:
         refuse("nested too deep")
