@@ -9,6 +9,7 @@ from mesart.graphs.bundle_files import BundleFiles
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest, Role
 from mesart.runtime.backends import Array, Backend, Graph
+from mesart.runtime.external_data import check_locations
 
 GRANULE = 64
 """Slots by which a cache grows where the graph leaves its length free."""
@@ -144,7 +145,9 @@ class _GraphFiles:
 
     def open(self, file: str) -> Graph:
         with self._files.unchanged(file, *self._manifest.weight_files, *self._code()):
-            return self._backend.open(self._files.folder / file, self._infos.get(file))
+            path = self._files.folder / file
+            check_locations(path, self._manifest.weight_files)
+            return self._backend.open(path, self._infos.get(file))
 
     def require_weights(self, role: Role) -> None:
         """Weights are mapped from their files, so whoever writes into them changes the model; asked once a prompt."""
