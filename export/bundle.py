@@ -16,13 +16,16 @@ from transformers import AutoTokenizer
 
 from mesart.export.calibrate import calibrated
 from mesart.export.checkpoint import TOKENIZER_FILES, check_checkpoint, local_folder
-from mesart.export.folders import atomic, check_target, require_space
+from mesart.export.contents import bundle_entries
+from mesart.export.disk import explained, require_space, write_new
+from mesart.export.folders import atomic, check_target, require_apart, require_own
 from mesart.export.forms import with_attention
 from mesart.export.places import place_of_layers
 from mesart.export.quantise import EXPERT, check_groups, choose_quantisation, quantise_products
 from mesart.export.quantised_checkpoint import read_scheme
 from mesart.export.rotary_operator import with_rotary_operator
 from mesart.export.specialise import specialise
+from mesart.export.stage import real_place, staged
 from mesart.export.trace import no_collection, trace_place, trace_roles
 from mesart.export.weights import WeightFiles, WeightMode, open_network
 from mesart.graphs.baseline import BaselineConfig
@@ -67,7 +70,7 @@ def export_model(
     *,
     max_tokens: int | None = None,
     dtype: str = "float32",
-    weights: WeightMode = "link",
+    weights: WeightMode = "auto",
     quantise: str | None = None,
     group_size: int | None = None,
     symmetric: bool = True,
@@ -87,8 +90,10 @@ def export_model(
         config: chosen from the model's config if left out, see :class:`~mesart.graphs.MesaConfig`.
         max_tokens: the longest prompt, in tokens; 16 times the trained length if left out.
         dtype: of weights, cache and computation: float32, float16 or bfloat16.
-        weights: leave the checkpoint's weights in its files and link to them (hard links: the bundle survives the
-            checkpoint's deletion) where they have the dtype, or copy all of them.
+        weights: ``auto`` leaves the weights that have the dtype in files like the checkpoint's: clones, where the
+            file system has such, or copies, up to 1 GiB; larger ones are hard links, which survive the
+            checkpoint's deletion, but not that somebody writes into its files. ``link``: always hard links; ``copy``:
+            all weights in one file of the bundle's own.
         quantise: store the weights of linear layers as ``int8`` or ``int4``; whatever else has ``dtype`` keeps it.
         group_size: inputs of a layer that share a scale; if left out, 32 for int4 and all of them for int8.
         symmetric: without zero points, which TensorRT refuses.
@@ -109,7 +114,15 @@ def export_model(
     """
     say = report or (lambda line: None)
     target = Path(output)
-    check_target(target, MANIFEST_FILE, "bundle", force=force)
+    check_target(
+        output,
+        MANIFEST_FILE,
+        "bundle",
+        force=force,
+        entries=bundle_entries,
+        keep=[Path(model)] if os.path.isdir(model) else [],
+        report=say,
+    )
     config = (config or MesaConfig()).for_model(model)
     limit = max_tokens if max_tokens is not None else 16 * config.train_length
     buckets = buckets_up_to(config.up_to(limit) if isinstance(config, BaselineConfig) else config, limit)
@@ -129,6 +142,7 @@ def export_model(
     if (calibrate is None) != (calibration_text is None):
         raise MesaError("a calibration is a method and a text; give --calibrate with --calibration-text")
     source = local_folder(model)
+    require_apart(target, source)
     network = open_network(source, dtype, checked, say, trust_remote_code=trust_remote_code)
     if quantisation is None:
         quantisation = network.quantisation
@@ -144,7 +158,11 @@ def export_model(
             tokens = config.train_length
             say(f"calibrating {model} by {calibrate}, on {tokens} tokens at a time")
             how = quantisation
-            with calibrated(source, target.parent, how, calibrate, calibration_text, tokens, checked) as made:
+            with (
+                explained(target),
+                staged(real_place(target), MANIFEST_FILE) as stage,
+                calibrated(source, stage.folder, how, calibrate, calibration_text, tokens, checked) as made,
+            ):
                 return export_model(
                     made,
                     output,
@@ -156,13 +174,19 @@ def export_model(
                     progress=progress,
                     report=report,
                 )
+
+    def accept(replaced: Path) -> None:
+        if not force:  # which may have become another while the model was traced
+            require_own(replaced, target, MANIFEST_FILE, "bundle", bundle_entries)
+
     graph_bytes = _GRAPH_BYTES * (2 * len(buckets) + 4)
     with (
         no_collection(),
-        atomic(target, "bundle", graph_bytes) as folder,
+        atomic(target, "bundle", graph_bytes, accept=accept) as folder,
         closing(WeightFiles(network, folder, weights, quantisation)) as files,
     ):
-        require_space(target.parent, "bundle", graph_bytes + files.bytes_to_write)
+        require_space(folder, "bundle", graph_bytes + files.bytes_to_write)
+        files.bring()
         say(f"tracing {model} in {dtype}")
         with user_data(f"{model} cannot be traced"):  # models fail in the middle of their code on odd configs
             graphs = _trace(network.module, config, buckets)
@@ -174,7 +198,7 @@ def export_model(
         places = files.write(progress=progress)
         for file, graph in graphs.files.items():
             _attach(graph, folder, places)
-            ir.save(graph, folder / file)
+            write_new(folder / file, ir.to_proto(graph).SerializeToString())
         _write_texts(source, network.module, folder, trust_remote_code=trust_remote_code)
         weight_infos = files.infos()
         others = sorted(path for path in folder.iterdir() if path.name not in weight_infos)
@@ -196,7 +220,13 @@ def export_model(
             weight_files=list(weight_infos),
             quantisation=quantisation,
         )
-        (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        write_new(folder / MANIFEST_FILE, manifest.to_json())
+        shared = files.shared
+    if shared:
+        say(
+            f"{len(shared)} weight files are the checkpoint's own (hard links): deleting the checkpoint is safe, but "
+            "writing into its files in place changes the bundle too; --weights copy keeps them apart"
+        )
     say(f"wrote {target}")
     return target
 

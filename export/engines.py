@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import gzip
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,13 @@ from typing import Any
 import onnx_ir as ir
 from tqdm import tqdm
 
+from mesart.export.contents import BUILD_LOG, read_log, timing_file
+from mesart.export.disk import explained, replace_file, require_no_link
 from mesart.export.engine_graphs import EngineShapes, engine_graph, engine_shapes
 from mesart.export.engine_memory import estimate, require_fit
 from mesart.export.fp8 import computed_products, count_products
 from mesart.export.gpus import Gpu, local_gpu, parse_gpus
-from mesart.export.tensorrt_builder import NoKernelError, Plan, TensorRtBuilder
+from mesart.export.tensorrt_builder import NoKernelError, Plan, Progress, TensorRtBuilder
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import (
     ENGINES_FOLDER,
@@ -42,7 +43,11 @@ from mesart.graphs.manifest import (
 )
 from mesart.graphs.plan import Bucket
 
-LOG_FILE = "build.jsonl"
+_QUIET_SECONDS = 30.0
+"""Between two lines of progress in a file, where a terminal has one line that changes."""
+
+_APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""To a file of the bundle's own: through no link, and waiting for nobody at the other end of a pipe."""
 
 Report = Callable[[str], None]
 
@@ -93,8 +98,10 @@ def build_engines(
     check_fp8(manifest, targets)
     buckets = buckets_for(manifest, max_tokens)
     capabilities = list(dict.fromkeys(gpu.capability for gpu in targets))
-    engines_folder = folder / ENGINES_FOLDER
-    builder = TensorRtBuilder(flavour, capabilities, engines_folder / f"{flavour}.timing")
+    timing = timing_file(flavour)
+    for file in (BUILD_LOG, timing):
+        require_no_link(folder, file)
+    builder = TensorRtBuilder(flavour, capabilities, folder / timing)
     engines = engine_shapes(manifest, layout, buckets)
     memory = estimate(folder, manifest, engines, weights)
     say(f"device memory at run time: about {memory[-1]}")
@@ -103,9 +110,11 @@ def build_engines(
             if gpu.memory is not None:
                 require_fit(need, gpu.memory, gpu.name)
     name = "-".join([flavour, builder.version, *capabilities, layout, weights])
-    with _clear_disk_errors(engines_folder):
-        (engines_folder / name).mkdir(parents=True, exist_ok=True)
-        log = _Log(engines_folder / LOG_FILE)
+    place = folder / ENGINES_FOLDER / name
+    require_no_link(folder, f"{ENGINES_FOLDER}/{name}")
+    with explained(folder / ENGINES_FOLDER, also="the engines built so far are kept, build again"):
+        place.mkdir(parents=True, exist_ok=True)
+        log = _Log(folder / BUILD_LOG)
         with tqdm(total=len(engines), desc="build", unit="engine", disable=not progress) as bar:
             infos = [_build(folder, manifest, builder, shapes, weights, name, log, bar, say) for shapes in engines]
         built = EngineSet(flavour, builder.version, capabilities, layout, weights, infos)
@@ -201,9 +210,7 @@ def _build(
         say(f"{shapes.name}: unchanged")
         return known
 
-    def show(phase: str, done: int, steps: int) -> None:
-        bar.set_postfix_str(f"{shapes.name}: {phase} {done}/{steps}", refresh=not bar.disable and is_due(bar))
-
+    show = ticker(bar, shapes.name)
     start = time.monotonic()
     try:
         try:
@@ -238,10 +245,19 @@ def _profiles(shapes: EngineShapes) -> list[dict[str, list[int]]]:
     return [{"columns": [profile.columns]} for profile in shapes.profiles]
 
 
-def is_due(bar: Any) -> bool:
-    """TensorRT reports more often than anyone can read."""
-    due: bool = time.time() - bar.last_print_t > bar.mininterval
-    return due
+def ticker(bar: Any, name: str) -> Progress:
+    """Shows the phases of a build behind a bar, as often as anyone can read: TensorRT reports more often than that."""
+    shown = time.monotonic()
+    pause = bar.mininterval if not bar.disable and bar.fp.isatty() else _QUIET_SECONDS
+
+    def show(phase: str, done: int, steps: int) -> None:
+        nonlocal shown
+        due = not bar.disable and time.monotonic() - shown > pause
+        if due:
+            shown = time.monotonic()
+        bar.set_postfix_str(f"{name}: {phase} {done}/{steps}", refresh=due)
+
+    return show
 
 
 def _key(onnx: bytes, manifest: Manifest, shapes: EngineShapes, target: str) -> str:
@@ -261,12 +277,7 @@ def _write(
 ) -> EngineInfo:
     path = bundle / file
     packed = gzip.compress(plan.data, compresslevel=3, mtime=0)
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_bytes(packed)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, packed)
     names = {weight.name for weight in shared}
     return EngineInfo(
         file=file,
@@ -290,19 +301,24 @@ class _Log:
 
     def find(self, file: str, key: str) -> EngineInfo | None:
         """The latest entry of a file, if it was made from the same things."""
-        if not self._path.is_file():
-            return None
-        for line in reversed(self._path.read_text(encoding="utf-8").splitlines()):
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a killed build has left unfinished
-                info = engine_info(json.loads(line)["engine"])
+        for entry in reversed(read_log(self._path)):
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, MesaError):  # no entry of ours
+                info = engine_info(entry["engine"])
                 if info.file == file:
                     return info if info.key == key else None
         return None
 
     def append(self, info: EngineInfo, version: str) -> None:
         entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "tensorrt": version, "engine": dataclasses.asdict(info)}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        line = json.dumps(entry).encode() + b"\n"
+        with open(os.open(self._path, _APPEND, 0o666), "r+b", buffering=0) as file:
+            if os.fstat(file.fileno()).st_nlink > 1:
+                raise MesaError(f"{self._path} is also another file (a hard link), which is not ours; delete it")
+            end = file.seek(0, os.SEEK_END)
+            if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+                line = b"\n" + line  # the last one was torn
+            while line:
+                line = line[file.write(line) :]
 
 
 def _record(bundle: Path, built: EngineSet) -> None:
@@ -310,16 +326,6 @@ def _record(bundle: Path, built: EngineSet) -> None:
     manifest = Manifest.read(bundle)  # anew: another build may have finished meanwhile
     others = [other for other in manifest.engines if replace(other, engines=[]) != replace(built, engines=[])]
     replace(manifest, engines=[built, *others]).write(bundle)
-
-
-@contextlib.contextmanager
-def _clear_disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MesaError(f"the disk is full: {folder}; the engines built so far are kept, build again") from error
-        raise MesaError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 __all__ = ["build_engines"]

@@ -187,7 +187,7 @@ def write_file(path: Path, tensors: Mapping[str, Pending], progress: Callable[[i
     """Writes a safetensors file tensor by tensor.
 
     Args:
-        path: the file.
+        path: the file, which is not there yet.
         tensors: by name.
         progress: called with the bytes of each tensor once it is written.
     """
@@ -205,7 +205,7 @@ def write_file(path: Path, tensors: Mapping[str, Pending], progress: Callable[[i
         offset += tensor.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
+    with path.open("xb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             made = tensors[name].make().detach().to(tensors[name].dtype).contiguous()

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx
 
+from mesart.export.disk import replace_file
 from mesart.graphs.errors import MesaError, first_line
 from mesart.graphs.manifest import Flavour, TensorInfo
 
@@ -127,7 +128,7 @@ class TensorRtBuilder:
             self._require_kernel()
             raise MesaError(f"TensorRT {self.version} cannot build the engine: {first_line_of(self._logger.errors)}")
         if not self._rtx:
-            self._timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+            replace_file(self._timing_cache, bytes(config.get_timing_cache().serialize()))
         fixed = profiles[0] if profiles else {}
         inputs = [self._tensor(network.get_input(i), fixed) for i in range(network.num_inputs)]
         outputs = [self._tensor(network.get_output(i), fixed) for i in range(network.num_outputs)]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,8 +24,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from tqdm import tqdm
 
-from mesart.export.engines import Report, buckets_for, check_brain, check_dtype, find_targets, is_due
-from mesart.export.folders import atomic, check_target, link_or_copy
+from mesart.export.copies import link_or_copy
+from mesart.export.disk import write_new
+from mesart.export.engines import Report, buckets_for, check_brain, check_dtype, find_targets, ticker
+from mesart.export.folders import atomic, check_target, require_own
 from mesart.export.gpus import local_gpu
 from mesart.export.specialise import specialise
 from mesart.export.tensorrt_builder import NoKernelError, TensorRtBuilder
@@ -37,7 +39,9 @@ from mesart.graphs.manifest import MANIFEST_FILE, GraphInfo, Manifest, TensorInf
 TritonEngine = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 
 MARKER_FILE = ".mesart-triton"
-"""In a repository that this module wrote, and may therefore replace."""
+"""In a repository that this module wrote, and may therefore replace: a JSON list of its files."""
+
+KIND = "Triton repository of mesart"
 
 VERSION = "1"
 """The one version of each model, which is the name of its folder."""
@@ -107,9 +111,7 @@ def export_triton_repository(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise MesaError(f"{name!r} cannot name a model; use letters, digits, '_', '-' and '.'")
     manifest = Manifest.read(source)
-    if target.resolve() == source.resolve():
-        raise MesaError(f"{target} is the bundle itself; give another output folder")
-    check_target(target, MARKER_FILE, "Triton repository of mesart", force=force)
+    check_target(output, MARKER_FILE, KIND, force=force, entries=repository_entries, keep=[source], report=say)
     if isinstance(manifest.config, BaselineConfig):
         raise MesaError(
             f"{source} holds {manifest.config.method}, exported to compare Mesa with; a Triton repository serves "
@@ -118,7 +120,13 @@ def export_triton_repository(
     manifest.verify(source)
     graphs = _graphs(manifest, max_tokens)
     capabilities = _capabilities(manifest, engine, gpus)
-    with atomic(target, "repository", _needed_bytes(source, target, manifest, graphs, engine)) as folder:
+
+    def accept(replaced: Path) -> None:
+        if not force:  # which may have become another meanwhile
+            require_own(replaced, target, MARKER_FILE, KIND, repository_entries)
+
+    needed = _needed_bytes(source, target, manifest, graphs, engine)
+    with atomic(target, "repository", needed, marker=MARKER_FILE, accept=accept) as folder:
         copy = _write_text_model(folder, name, source, manifest)
         timing = folder / "timing"
         builder = TensorRtBuilder(engine, capabilities, timing) if engine != "onnxruntime" else None
@@ -136,10 +144,27 @@ def export_triton_repository(
         note = (
             "" if builder is None else f" They are plans of {engine} {builder.version} for {', '.join(capabilities)}."
         )
-        (folder / "README.txt").write_text(_readme(name, models, note), encoding="utf-8")
-        (folder / MARKER_FILE).touch()
+        write_new(folder / "README.txt", _readme(name, models, note))
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        write_new(folder / MARKER_FILE, json.dumps([*files, MARKER_FILE], indent=1))
     say(f"wrote {target}: {name} and {len(models)} models of graphs")
     return target
+
+
+def repository_entries(repository: Path) -> Collection[str]:
+    """The files of a repository, by their paths in it.
+
+    Raises:
+        MesaError: it does not say which those are; earlier versions wrote no list.
+    """
+    path = repository / MARKER_FILE
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MesaError(f"{path} holds no list of files") from error
+    if not isinstance(names, list):
+        raise MesaError(f"{path} holds no list of files")
+    return {name for name in names if isinstance(name, str)}
 
 
 def _graphs(manifest: Manifest, max_tokens: int | None) -> list[GraphInfo]:
@@ -186,9 +211,7 @@ def _write_plan_model(
 ) -> Path:
     """Builds a plan; returns its file."""
 
-    def show(phase: str, done: int, steps: int) -> None:
-        bar.set_postfix_str(f"{model.name}: {phase} {done}/{steps}", refresh=not bar.disable and is_due(bar))
-
+    show = ticker(bar, model.name)
     onnx = ir.to_proto(_static_graph(bundle, graph, manifest)).SerializeToString(deterministic=True)
     try:
         plan = builder.build(onnx, bundle, [], show)
@@ -203,7 +226,7 @@ def _write_plan_model(
     except MesaError as error:
         raise MesaError(f"{model.name}: {error}") from error
     file = _version_folder(model) / "model.plan"
-    file.write_bytes(plan.data)
+    write_new(file, plan.data)
     _write_config(model, "tensorrt_plan", file.name, plan.inputs, plan.outputs, "KIND_GPU")
     return file
 
@@ -241,7 +264,7 @@ def _write_text_model(folder: Path, name: str, bundle: Path, manifest: Manifest)
     copy = version / BUNDLE_FOLDER
     for file in (MANIFEST_FILE, *manifest.files, *(info.file for info in engines)):
         link_or_copy(bundle / file, copy / file)
-    (version / MODEL_FILE).write_text(MODEL, encoding="utf-8")
+    write_new(version / MODEL_FILE, MODEL)
     inputs = [_entry(key, kind, [size], optional=optional) for key, kind, size, optional in _TEXT_INPUTS]
     lines = [
         f"name: {json.dumps(name)}",
@@ -282,7 +305,7 @@ def _write_config(
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    write_new(path, "\n".join([*lines, ""]))
 
 
 def _common(kind: str) -> list[str]:

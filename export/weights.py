@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 
 from mesart.export.checkpoint import load_model
 from mesart.export.checkpoint_weights import CheckpointWeights, open_weights
-from mesart.export.folders import link_or_copy
+from mesart.export.copies import Way, bring
 from mesart.export.model_sizes import check_sizes_against
 from mesart.export.quantise import PackedParts, quantise, quantised_bytes
 from mesart.export.quantise import pending as pending_parts
@@ -34,9 +34,17 @@ from mesart.graphs.manifest import WEIGHTS_FILE, FileInfo, Quantisation, sha256
 from mesart.graphs.torch_weights import expert_weights, match_weights
 from mesart.graphs.user_data import user_data
 
-WeightMode = Literal["link", "copy"]
+WeightMode = Literal["auto", "link", "copy"]
 """``link``: a weight that the checkpoint holds in the asked dtype stays in its file, which the bundle links to (hard,
-or copies to another file system); the others are converted. ``copy``: all go into one file of the bundle's own."""
+or copies to another file system); the others are converted. ``auto``: the same, but with files of the bundle's own
+where they cost nothing (clones, in file systems that have them) or little (copies of up to :data:`SMALL_BYTES`), so
+that whoever writes into the checkpoint's files later does not change the bundle. ``copy``: all weights go into
+one file."""
+
+SMALL_BYTES = 1 << 30
+"""Of checkpoint files together that ``auto`` copies: a second or two, while the model is traced."""
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.safetensors")
 
 
 @dataclass
@@ -224,6 +232,25 @@ def _check_biases(
             raise MesaError(f"{checkpoint} has {name}, which {type(module).__name__} has not; is it of this config?")
 
 
+def name_files(files: Iterable[Path]) -> dict[Path, str]:
+    """Names in a bundle for files of a checkpoint: their own, if nothing else in the bundle can have such a name.
+
+    Files in several folders may have one name, and an index may call a file what it likes: ``model.onnx``, say. Names
+    that differ in upper and lower case only are one name in some file systems.
+    """
+    names: dict[Path, str] = {}
+    taken = {WEIGHTS_FILE}
+    for file in files:
+        stem = re.sub(r"[^A-Za-z0-9._-]", "_", file.name.removesuffix(".safetensors"))[:80]
+        name, number = file.name if _PLAIN_NAME.fullmatch(file.name) else f"checkpoint-{stem}.safetensors", 1
+        while name.lower() in taken:
+            name = f"checkpoint-{stem}{f'-{number}' if number > 1 else ''}.safetensors"
+            number += 1
+        taken.add(name.lower())
+        names[file] = name
+    return names
+
+
 class WeightFiles:
     """The weight files of a bundle that is being written.
 
@@ -249,27 +276,34 @@ class WeightFiles:
         self._names = {parameter.data_ptr(): name for name, parameter in self._parameters.items()}
         self._tables: dict[str, Tensor] = {}
         self._linked: dict[str, Stored] = {}
-        if mode == "link" and network.stored is not None and how is None:
+        if mode != "copy" and network.stored is not None and how is None:
             self._linked = {
                 name: stored
                 for name, parameter in self._parameters.items()
                 if (stored := network.stored[name]).dtype == parameter.dtype and stored.offset >= 0
             }
-        self._files = {file: self._file_name(file) for file in {stored.file: None for stored in self._linked.values()}}
-        self._hashes: dict[str, Future[str]] = {}
+        self._files = name_files(dict.fromkeys(stored.file for stored in self._linked.values()))
+        small = sum(file.stat().st_size for file in self._files) <= SMALL_BYTES
+        self._ways: tuple[Way, ...] = ("link",) if mode == "link" else ("clone",) if small else ("clone", "link")
+        self._brought: dict[str, Future[tuple[Way, str]]] = {}
         self._threads = ThreadPoolExecutor(1)
-        for file, name in self._files.items():  # hashed while the model is traced
-            self._hashes[name] = self._threads.submit(sha256, file)
 
-    @staticmethod
-    def _file_name(file: Path) -> str:
-        return file.name if file.name != WEIGHTS_FILE else f"checkpoint-{file.name}"
+    def bring(self) -> None:
+        """Begins to link or copy the checkpoint's files, and to hash them: in a thread, while the model is traced."""
+        for file, name in self._files.items():
+            self._brought[name] = self._threads.submit(bring, file, self._folder / name, self._ways)
+
+    @property
+    def shared(self) -> list[str]:
+        """The bundle's files that are the checkpoint's own, once :meth:`write` is done."""
+        return [name for name, brought in self._brought.items() if brought.result()[0] == "link"]
 
     @property
     def bytes_to_write(self) -> int:
         """About how much disk they take: a hard link takes none, but may not be possible."""
         own = sum(self._bytes(name, p) for name, p in self._parameters.items() if name not in self._linked)
-        return own + sum(f.stat().st_size for f in self._files if f.stat().st_dev != self._folder.stat().st_dev)
+        device = None if "link" not in self._ways else self._folder.stat().st_dev
+        return own + sum(info.st_size for info in map(Path.stat, self._files) if info.st_dev != device)
 
     def _bytes(self, name: str, parameter: Tensor) -> int:
         whole = parameter.numel() * parameter.element_size()
@@ -332,10 +366,24 @@ class WeightFiles:
             total=total, desc="weights", unit="B", unit_scale=True, disable=not progress or total < 1 << 28
         ) as bar:
             write_file(path, pending, bar.update)
-        for file, name in self._files.items():
-            link_or_copy(file, self._folder / name)
         places = {name: (WEIGHTS_FILE, stored.offset, stored.bytes) for name, stored in read_header(path).items()}
+        return places | self._linked_places()
+
+    def _linked_places(self) -> dict[str, tuple[str, int, int]]:
+        """Where the weights lie that stayed in the checkpoint's files.
+
+        Raises:
+            MesaError: a file has become another since the export began.
+        """
+        headers = {}
+        for file, name in self._files.items():
+            self._brought[name].result()
+            headers[file] = read_header(self._folder / name)
+        places = {}
         for name, stored in self._linked.items():
+            found = headers[stored.file].get(stored.name)
+            if found is None or replace(found, file=stored.file) != stored:
+                raise MesaError(f"{stored.file} was changed while it was exported; export again")
             places[name] = (self._files[stored.file], stored.offset, stored.bytes)
         return places
 
@@ -360,7 +408,7 @@ class WeightFiles:
         infos = {}
         for name in [*self._files.values(), WEIGHTS_FILE]:
             path = self._folder / name
-            digest = self._hashes[name].result() if name in self._hashes else sha256(path)
+            digest = self._brought[name].result()[1] if name in self._brought else sha256(path)
             infos[name] = FileInfo(path.stat().st_size, digest)
         return infos
 
@@ -372,4 +420,4 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-__all__ = ["Network", "WeightFiles", "WeightMode", "open_network"]
+__all__ = ["SMALL_BYTES", "Network", "WeightFiles", "WeightMode", "name_files", "open_network"]

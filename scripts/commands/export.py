@@ -40,9 +40,9 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--weights",
-        choices=("link", "copy"),
-        default="link",
-        help="link to the checkpoint's files, or copy them",
+        choices=("auto", "link", "copy"),
+        default="auto",
+        help="files of the bundle's own if that costs little, else hard links (auto); hard links; one file for all",
     )
     parser.add_argument(
         "--quantise", type=filled, metavar="SCHEME", help="int8, int4 or fp8, for the weights of linear layers"

@@ -19,7 +19,9 @@ from mesart.graphs import MesaError
 HUGE = 10**5000
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.0, 1.5, "2", None, True, float("nan"), 2**31, 2**70, pytest.param(HUGE, id="huge")])
+@pytest.mark.parametrize(
+    "value", [0, -1, 1.0, 1.5, "2", None, True, float("nan"), 2**31, 2**70, pytest.param(HUGE, id="huge")]
+)
 def test_whole_numbers(value: Any) -> None:
     with pytest.raises(MesaError, match="the number of prompts is .*; it must be a whole number, at least 1"):
         require_whole("prompts", value)

@@ -1,0 +1,96 @@
+"""A file under a second name: a clone, a hard link or a copy; never over anything that is there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+from typing import Literal
+
+from mesart.graphs.manifest import sha256
+
+Way = Literal["clone", "link", "copy"]
+"""``clone``: a file of its own, whose blocks are shared until either is written to (Btrfs, XFS, ...); takes no time and
+no space. ``link``: one file under two names. ``copy``: a file of its own."""
+
+_FICLONE = 0x40049409
+"""The ioctl of Linux: this file becomes a clone of that one."""
+
+_NO_LINK = (
+    *(errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS),
+    *(errno.EPERM, errno.EACCES),  # a file system without links, or a file of another user (protected_hardlinks)
+)
+"""These say that there can be no hard link, where a copy may do; anything else is an error of the copy too."""
+
+_BLOCK_BYTES = 4 << 20
+"""Copied and hashed at a time."""
+
+
+def bring(source: Path, target: Path, ways: tuple[Way, ...]) -> tuple[Way, str]:
+    """Gives a file a second name, in the first of some ways that is possible.
+
+    Args:
+        source: the file; a link, as hub caches hold them, stands for what it links to.
+        target: a name that nothing has yet.
+        ways: the last of them is ``copy``, or is taken to be.
+
+    Returns:
+        The way, and the SHA-256 of the file, hexadecimal: of what ``target`` holds.
+
+    Raises:
+        FileExistsError: ``target`` is there, as a file or a link.
+        OSError: it cannot be read or written.
+    """
+    real = source.resolve()
+    if "clone" in ways and _clone(real, target):
+        return "clone", sha256(target)
+    if "link" in ways and _link(real, target):
+        return "link", sha256(target)
+    return "copy", _copy(real, target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy where there can be none; makes the folder. See :func:`bring`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    real = source.resolve()
+    if not _link(real, target):
+        _copy(real, target)
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        return False
+    return True
+
+
+def _clone(source: Path, target: Path) -> bool:
+    with source.open("rb") as read, target.open("xb") as write:
+        try:
+            fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
+        except OSError:  # file systems that cannot say so in many ways
+            target.unlink()
+            return False
+    return True
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copies to a new file; returns the SHA-256 of what was written, which is thus read once."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    with source.open("rb", buffering=0) as read, target.open("xb", buffering=0) as write:
+        while count := read.readinto(block):
+            digest.update(block[:count])
+            done = 0
+            while done < count:
+                done += write.write(block[done:count])
+        os.fsync(write.fileno())  # now, while the model is traced, and not at the end
+    return digest.hexdigest()
+
+
+__all__ = ["Way", "bring", "link_or_copy"]
