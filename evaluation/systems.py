@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import MesaError
+from mesart.graphs.generation import GENERATION_FILE
 from mesart.graphs.manifest import MANIFEST_FILE, Manifest
 from mesart.graphs.plan import Plan
 from mesart.runtime.load import read_texts
@@ -396,23 +396,15 @@ def _open_checkpoint(
 
 def _checkpoint_tokenizer(source: Source, model: Any, trust_remote_code: bool) -> Tokenizer:
     """The tokenizer as an export would write it: transformers repairs old files, and finds those of a hub id."""
-    from transformers import AutoTokenizer  # noqa: PLC0415
+    from mesart.export.texts import tokenizer_files  # noqa: PLC0415  (needs torch)
 
-    with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)  # it names the end of text, as does the next
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
-        try:
-            # Never left out: transformers would ask on standard input whether to run the checkpoint's Python code.
-            tokenizer = AutoTokenizer.from_pretrained(os.fspath(source), trust_remote_code=trust_remote_code)
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # tokenizers and transformers raise anything on files that they cannot read
-            raise MesaError(
-                f"{source} has no tokenizer that transformers can load; put its tokenizer.json there"
-            ) from error
-        if not (Path(folder) / "tokenizer.json").is_file():
-            raise MesaError(f"{source} has no fast tokenizer (tokenizer.json); convert it with transformers first")
-        return Tokenizer(folder)
+    files = {
+        "config.json": model.config.to_json_string().encode(),
+        **tokenizer_files(source, trust_remote_code=trust_remote_code),
+    }
+    if getattr(model, "generation_config", None) is not None:
+        files[GENERATION_FILE] = model.generation_config.to_json_string().encode()
+    return Tokenizer.of(files, source)
 
 
 def _needs_torch(what: str, error: ImportError) -> MesaError:

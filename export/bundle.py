@@ -12,10 +12,9 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from mesart.export.calibrate import calibrated
-from mesart.export.checkpoint import TOKENIZER_FILES, check_checkpoint, local_folder
+from mesart.export.checkpoint import check_checkpoint, local_folder
 from mesart.export.contents import bundle_entries
 from mesart.export.disk import explained, require_space, write_new
 from mesart.export.folders import atomic, check_target, require_apart, require_own
@@ -26,11 +25,12 @@ from mesart.export.quantised_checkpoint import read_scheme
 from mesart.export.rotary_operator import with_rotary_operator
 from mesart.export.specialise import specialise
 from mesart.export.stage import real_place, staged
+from mesart.export.texts import read_texts
 from mesart.export.trace import no_collection, trace_place, trace_roles
 from mesart.export.weights import WeightFiles, WeightMode, open_network
 from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import (
     DTYPES,
     ENGINE_FILE,
@@ -143,6 +143,7 @@ def export_model(
         raise MesaError("a calibration is a method and a text; give --calibrate with --calibration-text")
     source = local_folder(model)
     require_apart(target, source)
+    texts = read_texts(source, checked, say, trust_remote_code=trust_remote_code)
     network = open_network(source, dtype, checked, say, trust_remote_code=trust_remote_code)
     if quantisation is None:
         quantisation = network.quantisation
@@ -199,7 +200,7 @@ def export_model(
         for file, graph in graphs.files.items():
             _attach(graph, folder, places)
             write_new(folder / file, ir.to_proto(graph).SerializeToString())
-        _write_texts(source, network.module, folder, trust_remote_code=trust_remote_code)
+        texts.write(folder, network.module)
         weight_infos = files.infos()
         others = sorted(path for path in folder.iterdir() if path.name not in weight_infos)
         manifest = Manifest(
@@ -343,27 +344,6 @@ def _tensor(value: ir.Value) -> TensorInfo:
         for dim in value.shape
     ]
     return TensorInfo(value.name, value.dtype.name.lower(), shape)
-
-
-def _write_texts(model: Path, network: Any, folder: Path, *, trust_remote_code: bool) -> None:
-    """The model's config, generation config and tokenizer, written by transformers.
-
-    Saved anew instead of copied: transformers repairs old tokenizer files while it reads them, and the runtime, which
-    has no transformers, must find them repaired.
-    """
-    network.config.save_pretrained(folder)
-    if getattr(network, "generation_config", None) is not None:
-        network.generation_config.save_pretrained(folder)
-    source = os.fspath(model)
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in TOKENIZER_FILES):
-        return  # driven by token ids
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise MesaError(f"{source} has a tokenizer that cannot be loaded: {first_line(error)}") from error
-    tokenizer.save_pretrained(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise MesaError(f"{source} has no fast tokenizer (tokenizer.json); convert it with transformers first")
 
 
 __all__ = ["Report", "export_model"]

@@ -50,9 +50,6 @@ _RUNNING: Final = (
 """Fields of a config that say how somebody ran the model, not what it computes. transformers obeys some of them: it
 wants a package that is not there, or fetches a kernel from the hub."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
-"""A checkpoint that has one of these has a tokenizer."""
-
 
 def check_checkpoint(checkpoint: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
     """The config of a checkpoint that looks usable; its weights, which may be quantised, are not looked at.
@@ -248,4 +245,4 @@ def _wanted(name: str) -> tuple[str | None, list[str]]:
     return info.sha, [*_HUB_TEXTS, *map(glob.escape, weights)]
 
 
-__all__ = ["TOKENIZER_FILES", "check_checkpoint", "load_config", "load_model", "local_folder", "note_untied"]
+__all__ = ["check_checkpoint", "load_config", "load_model", "local_folder", "note_untied"]

@@ -25,7 +25,7 @@ from mesart.runtime.executor import Executor
 from mesart.runtime.load import load_cache, read_texts, require_digest
 from mesart.runtime.sampling import Sampler, SamplingConfig
 from mesart.runtime.stream import TextStream
-from mesart.runtime.text import Tokenizer, configured_eos_ids
+from mesart.runtime.text import Tokenizer, configured_eos_ids, default_sampling
 from mesart.runtime.text_files import TEXT_FILES
 
 Logits: TypeAlias = NDArray[np.float32]
@@ -144,7 +144,7 @@ class MesaModel:
     @cached_property
     def default_sampling(self) -> SamplingConfig:
         """What ``generation_config.json`` asks for; greedy if there is none."""
-        return SamplingConfig.from_generation_config(self._texts.json("generation_config.json"))
+        return default_sampling(self._texts)
 
     @property
     def max_tokens(self) -> int:

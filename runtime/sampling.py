@@ -6,117 +6,18 @@ draw. Each works on the tokens that are left, so that nothing sorts a whole voca
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from collections.abc import Sequence
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.generation import SamplingConfig, SamplingError
 
 Logits: TypeAlias = NDArray[np.float32]
 TokenIds: TypeAlias = NDArray[np.int64]
 
-_MIN_TEMPERATURE: Final = 1e-6  # below it, dividing logits by it may overflow float32
 _FIRST_GUESS: Final = 1024  # how many tokens top-p sorts at first: a trained model's nucleus is seldom larger
-
-# What transformers also reads from generation_config.json, with the value that changes nothing.
-_NOT_SUPPORTED: Final[Mapping[str, Any]] = {
-    "num_beams": 1,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "bad_words_ids": [],
-    "suppress_tokens": [],
-    "begin_suppress_tokens": [],
-    "sequence_bias": {},
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": 1,
-    "watermarking_config": None,
-}
-_NOT_SUPPORTED_WHEN_SAMPLING: Final[Mapping[str, Any]] = {
-    "top_h": None,
-    "typical_p": 1,
-    "epsilon_cutoff": 0,
-    "eta_cutoff": 0,
-}
-
-
-class SamplingError(MesaError, ValueError):
-    """A sampling option out of range, or logits that no token can be chosen from."""
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How the next token is chosen. The defaults choose the most likely one (greedy).
-
-    ================== ================================ =======================================================
-    field              range                            meaning
-    ================== ================================ =======================================================
-    temperature        0, or at least 1e-6              logits are divided by it; 0 is greedy
-    top_k              at least 0                       keep the k most likely tokens; 0 keeps all
-    top_p              0 to 1                           keep the fewest tokens whose probabilities reach it
-    min_p              0 to 1                           keep tokens at least this likely, relative to the best one
-    repetition_penalty more than 0                      above 1, tokens of the history become less likely
-    seed               at least 0, or None              None: a fresh one each time
-    ================== ================================ =======================================================
-
-    Raises:
-        SamplingError: a value out of its range (also a ``ValueError``).
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        warm = _is_number(self.temperature) and (self.temperature == 0 or self.temperature >= _MIN_TEMPERATURE)
-        _require(warm, "temperature", self.temperature, f"0 (greedy) or at least {_MIN_TEMPERATURE}")
-        _require(_is_whole(self.top_k), "top_k", self.top_k, "a whole number, 0 (keeps every token) or more")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            _require(_is_number(value) and 0 <= value <= 1, name, value, "between 0 and 1")
-        positive = _is_number(self.repetition_penalty) and self.repetition_penalty > 0
-        _require(positive, "repetition_penalty", self.repetition_penalty, "more than 0; 1 changes nothing")
-        _require(self.seed is None or _is_whole(self.seed), "seed", self.seed, "a whole number, 0 or more, or None")
-
-    @classmethod
-    def from_generation_config(cls, values: Mapping[str, Any], seed: int | None = None) -> SamplingConfig:
-        """Read the content of a ``generation_config.json`` as transformers' ``generate`` does.
-
-        ``do_sample`` absent or false means greedy; sampling without a ``top_k`` gets transformers' default of 50. Warns
-        of an option that would change the text and that is not supported here.
-
-        Raises:
-            SamplingError: a value out of its range.
-        """
-        sample = bool(values.get("do_sample"))
-        for name, neutral in {**_NOT_SUPPORTED, **(_NOT_SUPPORTED_WHEN_SAMPLING if sample else {})}.items():
-            if values.get(name) not in (None, neutral):
-                warnings.warn(f"{name}={values[name]!r} of the generation config is not supported", stacklevel=2)
-
-        def value(name: str, default: float) -> Any:
-            found = values.get(name)
-            return default if found is None else found
-
-        penalty = value("repetition_penalty", 1.0)
-        if not sample:
-            return cls(repetition_penalty=penalty, seed=seed)
-        return cls(
-            temperature=value("temperature", 1.0),
-            top_k=value("top_k", 50),
-            top_p=value("top_p", 1.0),
-            min_p=value("min_p", 0.0),
-            repetition_penalty=penalty,
-            seed=seed,
-        )
 
 
 class Sampler:
@@ -243,14 +144,4 @@ def _check_finite(scores: Logits) -> None:
     raise SamplingError("every logit is -inf: no token is left to choose")
 
 
-def _require(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise SamplingError(f"{name} is {value}; it must be {allowed}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and bool(value >= 0)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.number) and bool(np.isfinite(value))
+__all__ = ["Sampler", "SamplingConfig", "SamplingError"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Final
 
+from mesart.graphs.errors import MesaError
 from mesart.runtime.text import Tokenizer
 
+_FIRST_MARK: Final = "\ud800"  # lone surrogates are in no text that a tokenizer decodes
+_LAST_MARK: Final = "\udfff"
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"  # what decoders print for bytes that are no character (yet)
 
 # Tokens decoded together with a new one: how a token reads can depend on those before it (the space that begins a text
@@ -16,11 +19,17 @@ _CONTEXT: Final = 4
 _WINDOW: Final = 3 * _CONTEXT  # trimmed to _CONTEXT when it gets this long
 
 
+class StopError(MesaError, ValueError):
+    """A stop string that cannot be looked for."""
+
+
 class TextStream:
     """Turns generated ids into text that can be shown at once.
 
     All pieces together are the text that decoding all ids at once gives, cut at the first stop string: the one that is
     complete first. The work for a token does not depend on the length of the text.
+
+    A stop string may be a special token, or hold some: they are looked for, though no text shows them.
 
     One difference is meant: where byte-fallback pieces (``<0xE4>``) form no valid UTF-8, decoding at once also replaces
     the valid characters of the same run of pieces; here they have been shown by then.
@@ -33,25 +42,34 @@ class TextStream:
 
     Attributes:
         stopped: a stop string was found; what comes after it is ignored.
+
+    Raises:
+        StopError: a stop string is empty, or no text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), context: Sequence[int] = ()) -> None:
         self._detokenizer = _Detokenizer(tokenizer, context)
-        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in self._stop:
-            raise ValueError("a stop string is empty; it must have at least one character")
+        stops = _checked(stop)
+        self._marks = _marks(tokenizer, stops)
+        contents = {tokenizer.token(index) or "": mark for index, mark in self._marks.items()}
+        # A special token may also be written in ordinary ones, so both forms are looked for.
+        self._stop = tuple(dict.fromkeys((*stops, *(_marked(text, contents) for text in stops))))
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that one more token makes safe to show; often empty."""
-        return "" if self.stopped else self._until_stop(self._detokenizer.push(int(token_id)))
+        if self.stopped:
+            return ""
+        mark = self._marks.get(int(token_id))
+        text = self._detokenizer.push(int(token_id)) if mark is None else self._detokenizer.flush() + mark
+        return _unmarked(self._until_stop(text))
 
     def flush(self) -> str:
         """The rest of the text, once no token follows: an incomplete character becomes U+FFFD."""
         text = "" if self.stopped else self._until_stop(self._detokenizer.flush())
         held, self._held = self._held, ""
-        return text + held
+        return _unmarked(text + held)
 
     def _until_stop(self, text: str) -> str:
         text = self._held + text
@@ -137,3 +155,31 @@ def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` with which ``stop`` begins."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+
+
+def _checked(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in stops:
+        if not isinstance(text, str):
+            raise StopError(f"a stop string is {text!r:.60}, which is no text")
+        if not text:
+            raise StopError("a stop string is empty; it must have at least one character")
+        if any(_FIRST_MARK <= character <= _LAST_MARK for character in text):
+            raise StopError(f"the stop string {text!r:.60} is not valid Unicode (a lone surrogate)")
+    return stops
+
+
+def _marks(tokenizer: Tokenizer, stops: Sequence[str]) -> dict[int, str]:
+    """A character that no text has for each special token in the stop strings, by the token's id."""
+    ids = [index for text, index in tokenizer.special_texts.items() if text and any(text in stop for stop in stops)]
+    return {index: chr(ord(_FIRST_MARK) + i) for i, index in enumerate(ids[: ord(_LAST_MARK) - ord(_FIRST_MARK)])}
+
+
+def _marked(text: str, marks: Mapping[str, str]) -> str:
+    for content in sorted(marks, key=len, reverse=True):  # one may be part of another
+        text = text.replace(content, marks[content])
+    return text
+
+
+def _unmarked(text: str) -> str:
+    return "".join(c for c in text if not _FIRST_MARK <= c <= _LAST_MARK) if not text.isascii() else text

@@ -2,33 +2,33 @@
 
 A bundle keeps the checkpoint's own files; they are read here as transformers reads them:
 
-============================ ===================================================================
-``tokenizer.json``           the tokenizer itself
-``tokenizer_config.json``    named special tokens, tokens to add, the chat template of older files
-``special_tokens_map.json``  named special tokens of older files
-``chat_template.jinja``      the chat template
-``generation_config.json``   the end-of-text ids; else ``config.json``, else the tokenizer's own
-============================ ===================================================================
+================================ ===================================================================
+``tokenizer.json``               the tokenizer itself
+``tokenizer_config.json``        named special tokens, tokens to add, the chat templates of older files
+``special_tokens_map.json``      named special tokens of older files
+``chat_template.jinja``          the chat template
+``additional_chat_templates/``   further ones, ``NAME.jinja``; a bundle has them in ``tokenizer_config.json``
+``generation_config.json``       the end-of-text ids; else ``config.json``, else the tokenizer's own
+================================ ===================================================================
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from functools import cached_property
+from functools import lru_cache
 from os import PathLike
 from typing import Any, Final
 
-import jinja2
 import tokenizers
-from jinja2 import ext, nodes
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 
 from mesart.graphs.errors import MesaError
-from mesart.runtime.text_files import TextFiles
+from mesart.graphs.generation import GENERATION_FILE, SamplingConfig, eos_ids
+from mesart.graphs.user_data import user_data
+from mesart.runtime.chat_template import ChatTemplate
+from mesart.runtime.text_files import MORE_TEMPLATES, TextFiles, type_name
+from mesart.runtime.tokenizer_limits import Limits, within_seconds
 
 # Tokens that are missing from tokenizer.json get their ids in this order, as transformers gives them.
 _NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -36,17 +36,22 @@ _NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 # Names under which a message may carry its reasoning; templates read the first two.
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 
+_SETTINGS: Final = "tokenizer_config.json"
+_TOKENIZER: Final = "tokenizer.json"
+_CONFIG: Final = "config.json"
+
 
 class Tokenizer:
-    """The tokenizer of a bundle or a checkpoint folder.
+    """The tokenizer of a bundle or a checkpoint folder. Its files are read when it is made, and not again.
 
     Attributes:
         special_tokens: the named special tokens, e.g. ``{"bos_token": "<s>"}``.
+        special_texts: every special token's text to its id.
         special_ids: ids that ``decode`` leaves out by default.
         byte_ids: id of each byte-fallback piece (``<0x0A>``) to its byte; empty where the tokenizer has none.
         eos_token_ids: any of them ends the text.
         vocab_size: number of ids, added tokens included.
-        chat_template: Jinja source of ``apply_chat_template``; ``None`` without one.
+        chat_templates: Jinja sources for ``apply_chat_template``, by name; often one, called ``default``, or none.
 
     Raises:
         MesaError: no ``tokenizer.json``, or one of the files is damaged.
@@ -64,25 +69,28 @@ class Tokenizer:
 
     def _load(self, files: TextFiles) -> None:
         self._folder = files.where
-        self._settings = _read_settings(files)
-        self._tokenizer = _read_tokenizer(files)
-        padding = self._tokenizer.padding
-        if padding is not None:
-            self._settings.setdefault("pad_token", padding["pad_token"])
-        # Set by training scripts and saved by accident: a prompt would be cut, or grow.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens"))
-        named = _named_special_tokens(self._settings)
-        _add_missing_tokens(self._tokenizer, self._settings, named)
-
-        self.chat_template: str | None = self._template_source(files)
+        settings = _read_settings(files)
+        self._tokenizer, self._limits = _read_tokenizer(files)
+        where = f"{files.where / _SETTINGS} does not fit {_TOKENIZER}"
+        with user_data(where):
+            padding = self._tokenizer.padding
+            if padding is not None:
+                settings.setdefault("pad_token", padding["pad_token"])
+            # Set by training scripts and saved by accident: a prompt would be cut, or grow.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = settings["split_special_tokens"]
+            named = _named_special_tokens(settings)
+            _add_missing_tokens(self._tokenizer, settings, named)
+            added = self._tokenizer.get_added_tokens_decoder()
+            self.byte_ids: dict[int, int] = _byte_ids(self._tokenizer)
+            self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.chat_templates: dict[str, str] = _chat_templates(files, settings)
         self.special_tokens: dict[str, str] = {name: token.content for name, token in named.items()}
-        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_texts: dict[str, int] = {token.content: index for index, token in added.items() if token.special}
         self.special_ids: frozenset[int] = frozenset(index for index, token in added.items() if token.special)
-        self.byte_ids: dict[int, int] = _byte_ids(self._tokenizer)
-        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.eos_token_ids: tuple[int, ...] = configured_eos_ids(files) or self._named_ids("eos_token")
+        self._compiled = lru_cache(ChatTemplate)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, never cut and never padded.
@@ -93,28 +101,46 @@ class Tokenizer:
                 from ``apply_chat_template``: templates write those tokens themselves.
 
         Raises:
-            MesaError: the text is not valid Unicode (a lone surrogate).
+            MesaError: the text is not valid Unicode (a lone surrogate), or the tokenizer fails at it or takes for ever.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"a text is expected, got {type(text).__name__}")
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError as error:
-            if not isinstance(text, str):
-                raise
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
             raise MesaError("the text is not valid Unicode (a lone surrogate): is its file UTF-8?") from error
+        what = f"the tokenizer of {self._folder}"
+        seconds = self._limits.seconds_for(text, what)
+        # A batch of one: unlike encode, it leaves other threads running. And it keeps no offsets: half the time.
+        batch = lambda: self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)  # noqa: E731
+        with user_data(f"{what} cannot read this text"):
+            return list(within_seconds(seconds, what, batch)[0].ids)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; ids that the tokenizer does not know have none."""
-        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
+        """Text of token ids; ids that the tokenizer does not know have none.
+
+        Raises:
+            MesaError: the tokenizer fails at them.
+        """
+        known = [int(index) for index in ids]
+        with user_data(f"the tokenizer of {self._folder} cannot decode these ids"):
+            return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
 
     def has_text(self, token_id: int) -> bool:
         """Whether ``decode`` reads this id: it is neither special nor unknown (models pad their vocabulary)."""
-        return token_id not in self.special_ids and self._tokenizer.id_to_token(token_id) is not None
+        return token_id not in self.special_ids and self.token(token_id) is not None
+
+    def token(self, token_id: int) -> str | None:
+        """A token as the vocabulary has it; ``None`` for an id that the tokenizer does not know."""
+        known: str | None = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+        return known
 
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
         **variables: Any,
     ) -> str:
         """A conversation as the text that the model was trained on. Encode it with ``add_special_tokens=False``.
@@ -123,46 +149,45 @@ class Tokenizer:
             messages: such as ``{"role": "user", "content": "Hello"}``.
             add_generation_prompt: end with the opening of the assistant's turn.
             tools: JSON schemas of the tools that the model may call.
+            template: a name of ``chat_templates``; if left out, ``tool_use`` with tools, where there is one, else
+                ``default``, as transformers chooses.
             variables: what else this template reads, e.g. ``enable_thinking=False``.
 
         Raises:
-            MesaError: no template, no messages, messages that are no plain JSON, or the template refuses them.
+            MesaError: no template, no messages, messages that are no plain JSON, or the template refuses them, takes
+                too long or makes too much of them.
         """
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+            raise MesaError('a chat is a list of messages such as {"role": "user", "content": "Hello"}')
         values = {**self.special_tokens, "documents": None, **variables, "tools": tools, "messages": list(messages)}
-        values = _plain(values)
-        if not messages or not all(isinstance(message, dict) for message in values["messages"]):
+        values, size = _plain(values)
+        if not values["messages"] or not all(isinstance(message, dict) for message in values["messages"]):
             raise MesaError('a chat needs at least one message such as {"role": "user", "content": "Hello"}')
         values["messages"] = [_normalised(message) for message in values["messages"]]
-        try:
-            return self._chat_template.render(values, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())  # a template may raise whole paragraphs
-            raise MesaError(f"the chat template cannot render these messages: {reason}") from error
+        source = self._choose_template(template, has_tools=tools is not None)
+        compiled = self._compiled(source, str(self._folder))
+        return compiled.render({**values, "add_generation_prompt": add_generation_prompt}, size)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether ``apply_chat_template`` can work."""
-        return self.chat_template is not None
+        return bool(self.chat_templates)
 
-    @cached_property
-    def _chat_template(self) -> jinja2.Template:
-        source = self.chat_template
-        if source is None:
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the template for a chat without tools; ``None`` without one."""
+        return self.chat_templates.get("default")
+
+    def _choose_template(self, name: str | None, *, has_tools: bool) -> str:
+        there = self.chat_templates
+        if not there:
             raise MesaError(
                 f"{self._folder} has no chat template: put the model's chat_template.jinja there, or give plain text"
             )
-        try:
-            return _template_environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise MesaError(f"the chat template of {self._folder} is damaged: line {error.lineno}: {error}") from error
-
-    def _template_source(self, files: TextFiles) -> str | None:
-        if "chat_template.jinja" in files:
-            return files.text("chat_template.jinja")
-        source = self._settings.get("chat_template")
-        if isinstance(source, list):  # several, by name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        return source
+        name = name or ("tool_use" if has_tools and "tool_use" in there else "default")
+        if name not in there:
+            raise MesaError(f"{self._folder} has no chat template {name!r}; there are {', '.join(sorted(there))}")
+        return there[name]
 
     def _named_ids(self, name: str) -> tuple[int, ...]:
         token = self.special_tokens.get(name)
@@ -174,38 +199,84 @@ def configured_eos_ids(files: TextFiles) -> tuple[int, ...]:
     """End-of-text ids of ``generation_config.json``, else of ``config.json``; empty where neither has any.
 
     Raises:
-        MesaError: a file is damaged.
+        MesaError: a file is damaged, or the ids are no token ids.
     """
-    config = files.json("config.json")
-    for values in (files.json("generation_config.json"), config, config.get("text_config") or {}):
-        found = values.get("eos_token_id")
-        if found is not None:
-            return tuple(dict.fromkeys(found if isinstance(found, list) else [found]))
-    return ()
+    where, config = str(files.where / _CONFIG), files.json(_CONFIG)
+    text = config.get("text_config") or {}
+    if not isinstance(text, dict):
+        raise MesaError(f"{where}: text_config is {type_name(text)}; an object is expected")
+    return (
+        eos_ids(files.json(GENERATION_FILE), str(files.where / GENERATION_FILE))
+        or eos_ids(config, where)
+        or eos_ids(text, where)
+    )
 
 
-def _read_tokenizer(files: TextFiles) -> tokenizers.Tokenizer:
-    path = files.where / "tokenizer.json"
-    if path.name not in files:
+def default_sampling(files: TextFiles) -> SamplingConfig:
+    """What ``generation_config.json`` asks for; greedy if there is none.
+
+    Raises:
+        MesaError: the file is damaged, or a setting out of its range.
+    """
+    values = files.json(GENERATION_FILE)
+    try:
+        return SamplingConfig.from_generation_config(values)
+    except MesaError as error:
+        raise MesaError(f"{files.where / GENERATION_FILE}: {error}") from error
+
+
+def _read_tokenizer(files: TextFiles) -> tuple[tokenizers.Tokenizer, Limits]:
+    path = files.where / _TOKENIZER
+    if _TOKENIZER not in files:
         raise MesaError(
             f"{path} is missing: save the model's tokenizer there (transformers' AutoTokenizer, save_pretrained), "
             "or give token ids instead of text"
         )
-    try:
-        return tokenizers.Tokenizer.from_buffer(files.contents[path.name])
-    except Exception as error:  # the library raises nothing narrower
-        raise MesaError(f"{path} is damaged: {error}") from error
+    limits = Limits.of(files.json(_TOKENIZER), str(path))
+    with user_data(f"{path} is damaged"):
+        return tokenizers.Tokenizer.from_buffer(files.contents[_TOKENIZER]), limits
 
 
 def _read_settings(files: TextFiles) -> dict[str, Any]:
-    settings = files.json("tokenizer_config.json")
+    settings = files.json(_SETTINGS)
     if "added_tokens_decoder" not in settings:  # written before 2023: the special tokens have a file of their own
         settings.update(files.json("special_tokens_map.json"))
     if not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens", None) or []
-    if isinstance(settings["extra_special_tokens"], dict):  # named ones, of a model that also hears or sees
+    extra = settings["extra_special_tokens"]
+    if isinstance(extra, dict):  # named ones, of a model that also hears or sees
         settings.update(settings.pop("extra_special_tokens"))
+    where = files.where / _SETTINGS
+    if not isinstance(extra, dict | list):
+        raise MesaError(f"{where}: extra_special_tokens is {type_name(extra)}; a list or an object is expected")
+    split = settings["split_special_tokens"] = settings.get("split_special_tokens") or False
+    if not isinstance(split, bool):
+        raise MesaError(f"{where}: split_special_tokens is {type_name(split)}; true or false is expected")
+    _check_tokens(settings, str(where), named=extra if isinstance(extra, dict) else {})
     return settings
+
+
+def _check_tokens(settings: Mapping[str, Any], where: str, named: Mapping[str, Any]) -> None:
+    """Every token of the settings is a string, or an object with its content."""
+    tokens = {name: settings[name] for name in _NAMED if settings.get(name) is not None} | dict(named)
+    tokens |= {f"extra_special_tokens[{i}]": it for i, it in enumerate(settings.get("extra_special_tokens", []))}
+    added = settings.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict):
+        raise MesaError(f"{where}: added_tokens_decoder is {type_name(added)}; an object is expected")
+    for index, token in added.items():
+        if not (index.isdecimal() and len(index) < 11):
+            raise MesaError(f"{where}: added_tokens_decoder has the key {index[:40]!r}; a token id is expected")
+        if not isinstance(token, dict):
+            raise MesaError(f"{where}: added_tokens_decoder[{index}] is {type_name(token)}; an object is expected")
+    tokens |= {f"added_tokens_decoder[{index}]": token for index, token in added.items()}
+    tokens |= {name: it for name, it in settings.items() if name.endswith("_token") and isinstance(it, dict)}
+    for name, token in tokens.items():
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str):
+            found = (
+                type_name(token) if not isinstance(token, dict) else f"an object whose content is {type_name(content)}"
+            )
+            raise MesaError(f"{where}: {name} is {found}; a string, or an object with its content, is expected")
 
 
 def _named_special_tokens(settings: Mapping[str, Any]) -> dict[str, AddedToken]:
@@ -229,7 +300,8 @@ def _add_missing_tokens(
     same = {repr(token) for token in known}
     special = {token.content for token in named.values()}
     missing = []
-    for _, fields in sorted((int(index), fields) for index, fields in settings.get("added_tokens_decoder", {}).items()):
+    decoder = settings.get("added_tokens_decoder") or {}
+    for _, fields in sorted(((int(index), fields) for index, fields in decoder.items()), key=lambda item: item[0]):
         token = AddedToken(**fields)
         if repr(token) not in same:
             token.special = token.special or token.content in special
@@ -250,13 +322,40 @@ def _byte_ids(tokenizer: tokenizers.Tokenizer) -> dict[int, int]:
     return {index: byte for index, byte in ids.items() if index is not None}
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of JSON types only: a template comes with a checkpoint, and must see no object that it could call."""
+def _chat_templates(files: TextFiles, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Sources by name. Files come before settings, as for transformers."""
+    where = files.where / _SETTINGS
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        if not all(isinstance(entry, dict) and {"name", "template"} <= {*entry} for entry in found):
+            raise MesaError(f"{where}: chat_template is a list; objects with name and template are expected in it")
+        found = {entry["name"] if isinstance(entry["name"], str) else "": entry["template"] for entry in found}
+    elif isinstance(found, str):
+        found = {"default": found}
+    elif found is None:
+        found = {}
+    if not isinstance(found, dict) or not all(isinstance(source, str) for source in found.values()):
+        what = "has a template that is no string" if isinstance(found, dict | list) else f"is {type_name(found)}"
+        raise MesaError(f"{where}: chat_template {what}; a string, or strings by name, is expected")
+    more = {name: name.removeprefix(f"{MORE_TEMPLATES}/").removesuffix(".jinja") for name in files.contents}
+    of_files = {short: files.text(name) for name, short in more.items() if name.startswith(f"{MORE_TEMPLATES}/")}
+    of_files["default"] = files.text("chat_template.jinja")
+    written = {name: source for name, source in of_files.items() if source is not None}
+    return written or found
+
+
+def _plain(values: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """A copy of JSON types only, and its length as JSON: a template comes with a checkpoint, and must see no object
+    that it could call."""
+    what = "messages, tools and variables of a chat template must be plain JSON"
     try:
-        copy: dict[str, Any] = json.loads(json.dumps(values))
+        text = json.dumps(values)
+        copy: dict[str, Any] = json.loads(text)
+    except RecursionError as error:
+        raise MesaError(f"{what}, and these are nested too deeply") from error
     except (TypeError, ValueError) as error:
-        raise MesaError(f"messages, tools and variables of a chat template must be plain JSON: {error}") from error
-    return copy
+        raise MesaError(f"{what}: {error}") from error
+    return copy, len(text)
 
 
 def _normalised(message: dict[str, Any]) -> dict[str, Any]:
@@ -266,48 +365,3 @@ def _normalised(message: dict[str, Any]) -> dict[str, Any]:
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
-
-
-class _Generation(ext.Extension):
-    """``{% generation %}``: marks the assistant's text for training; here it only passes it through."""
-
-    tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _template_environment() -> ImmutableSandboxedEnvironment:
-    """The environment for which the templates on the hub are written: that of transformers."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.globals["dict"] = _dict
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own escapes HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _dict(*arguments: Any, **items: Any) -> dict[Any, Any]:
-    return dict(*arguments, **items)  # a function: the type itself leads out of the sandbox

@@ -72,12 +72,7 @@ class Checkpoints:
     def prepare(self) -> None:
         # Imported here, so that no case has to.
         import torch
-        import transformers.models.llama.modeling_llama
         from safetensors.torch import load
-
-        import mesart.evaluation.suite
-        import mesart.export  # noqa: F401
-        import mesart.runtime
 
         torch.set_num_threads(1)
         make_in_fork(lambda: make_checkpoint(self.folder))
@@ -325,7 +320,7 @@ def _compare(folder: Path, out: Path, options: Sequence[str]) -> str:
     ids = [3, 9, 44, 5, 60, 17, 250, 9, 9, 100]
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    except BaseException as error:  # noqa: BLE001  (whatever it is, transformers does not take it)
+    except BaseException as error:
         raise Fault("exported what transformers refuses", type(error).__name__, str(error)[:200]) from error
     vocabulary = int(model.config.get_text_config().vocab_size)
     ids = [token % vocabulary for token in ids]

@@ -160,12 +160,6 @@ class Commands:
 
     def prepare(self) -> None:
         # Imported here, so that no case has to.
-        import transformers.models.llama.modeling_llama
-
-        import mesart.evaluation.suite
-        import mesart.evaluation.validate
-        import mesart.export  # noqa: F401
-        import mesart.runtime
 
         if not self.folder.exists():
             make_in_fork(lambda: make_checkpoint(self.folder))

@@ -24,7 +24,7 @@ from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest
 from tests.fuzz.golden import make_bundle, make_checkpoint
 from tests.fuzz.mesart_command import leave_out_tracing, run_command
-from tests.fuzz.workers import REFUSED, SAME, Case, Fault, differences, make_in_fork, snapshot
+from tests.fuzz.workers import SAME, Case, Fault, differences, make_in_fork, snapshot
 
 CHANGES = (
     "os.rename",
@@ -51,11 +51,6 @@ class Kills:
         self.folder = folder
 
     def prepare(self) -> None:
-        import transformers.models.llama.modeling_llama
-
-        import mesart.evaluation.suite
-        import mesart.export  # noqa: F401
-        import mesart.export.engines
 
         make_in_fork(lambda: make_checkpoint(self.folder / "checkpoint"))
         make_in_fork(lambda: make_bundle(self.folder / "half", options={"dtype": "float16"}, max_tokens=104))

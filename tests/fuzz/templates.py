@@ -47,7 +47,7 @@ def _command(rng: Random) -> str:
         f"{{{{ lipsum.__globals__['os'].system('{command}') }}}}",
         f"{{{{ (''|attr('__class__')).__base__.__subclasses__()[{rng.randrange(400)}]('{command}', shell=True) }}}}",
         f"{{{{ raise_exception.__globals__.__builtins__.__import__('os').system('{command}') }}}}",
-        f"{{{{ ('{{0.__class__.__init__.__globals__[os]}}').format(messages) }}}}",
+        "{{ ('{0.__class__.__init__.__globals__[os]}').format(messages) }}",
         f"{{{{ namespace.__init__.__globals__['__builtins__']['exec'](\"import os; os.system('{command}')\") }}}}",
         "{% set x = messages.__iter__ %}{{ x.__self__.__class__ }}",
         "{{ ['{0.__class__.__mro__}']|map('format', messages)|list }}",
@@ -77,7 +77,7 @@ def _large(rng: Random) -> str:
     size = _size(rng)
     ways = (
         f"'x' * {size}", f"[0] * {size}", f"'x'|center({size})", f"'%{size}d' % 1", f"'%.{size}f' % 1.5", f"'{{:>{size}}}'.format(1)",
-        f"range({size})|length", f"range({size})|list|length", f"10 ** {size}", f"10 ** 10 ** {rng.randint(3, 12)}", f"(10 ** 5000)|string",
+        f"range({size})|length", f"range({size})|list|length", f"10 ** {size}", f"10 ** 10 ** {rng.randint(3, 12)}", "(10 ** 5000)|string",
         f"lipsum({size})", f"'x'|indent({size})", f"('a' * 99999)|replace('', 'b' * {min(size, 99_999)})|length", f"'x'.ljust({size})",
         f"'x'.zfill({size})", f"('a' * 99999).join('a' * {min(size, 99_999)})", f"('\\t' * 999).expandtabs({size})", f"'x'|wordwrap({-size})",
         f"[1]|batch({size}, 'x')|list", f"range(9)|slice({size})|list", f"1 / {size} ** 200", f"2 ** 0.5 ** {-size}", f"1 % ({size} - {size})",

@@ -134,8 +134,12 @@ def _padding(rng: Random, tree: Tree) -> str:
     if rng.random() < 0.5:
         strategy = rng.choice(({"Fixed": size}, "BatchLongest", {"Nope": 1}))
         tree["padding"] = {
-            **{"strategy": strategy, "direction": "Right", "pad_to_multiple_of": rng.choice((None, 0, 8, 2**40))},
-            **{"pad_id": rng.choice((0, -1, 2**40)), "pad_type_id": 0, "pad_token": rng.choice(("x", 3, ""))},
+            "strategy": strategy,
+            "direction": "Right",
+            "pad_to_multiple_of": rng.choice((None, 0, 8, 2**40)),
+            "pad_id": rng.choice((0, -1, 2**40)),
+            "pad_type_id": 0,
+            "pad_token": rng.choice(("x", 3, "")),
         }
         return "padding"
     tree["truncation"] = {

@@ -214,7 +214,7 @@ def once_more(change: Callable[[], str], is_changed: bool) -> str:
     """Makes a change; of what is changed already, only if it is not too damaged for that."""
     try:
         return change()
-    except Exception:  # noqa: BLE001  (parsers raise many things; of a whole file it would be a fault of the harness)
+    except Exception:
         if is_changed:
             return "no more"
         raise
