@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bundle", type=Path, help="for bundles, commands: a good one (default: a small one is exported)"
     )
+    parser.add_argument("--half", type=Path, help="for kills: a good float16 bundle (default: a small one is exported)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, nargs="+", default=[1000], help="of each kind")
     parser.add_argument("--only", type=int, nargs="+", metavar="INDEX", help="repeat these cases, and show them")
@@ -69,7 +70,7 @@ def targets(options: argparse.Namespace, folder: Path) -> Any:
     if "kills" in counts:
         from tests.fuzz.kills import Kills
 
-        yield Kills(folder / "kills"), counts["kills"]
+        yield Kills(folder / "kills", options.half), counts["kills"]
 
 
 def _good_bundle(options: argparse.Namespace, folder: Path, kind: str) -> Path:

@@ -8,6 +8,7 @@ The options are found by walking the command's own parser, so that a new one is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -286,7 +287,8 @@ def _parser() -> argparse.ArgumentParser:
 
     argparse.ArgumentParser.parse_args = catch  # type: ignore[method-assign, assignment]
     try:
-        main(["inspect", "nowhere"])
+        with contextlib.suppress(KeyboardInterrupt):
+            main(["inspect", "nowhere"])
     finally:
         argparse.ArgumentParser.parse_args = parse  # type: ignore[method-assign]
     return found[0]

@@ -212,13 +212,16 @@ class _Child:
         if self.hung or now - self._start < self.limit or now - self._looked < 1:
             return
         self._looked = now
-        computed, is_running = _group(self.pid)
+        family = _family(self.pid).values()
+        computed, is_running = sum(seconds for seconds, _ in family), any(runs for _, runs in family)
         patience = PATIENCE if is_running or computed > (now - self._start) / 10 else 1
         if computed > self.limit or now - self._start > patience * self.limit:
             self.hung = True
             os.kill(self.pid, signal.SIGUSR2)  # faulthandler writes where it is, even in compiled code
             time.sleep(0.3)
-            self._kill()
+            for pid in _family(self.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -341,9 +344,10 @@ def make_in_fork(make: Callable[[], object]) -> None:
         raise RuntimeError("what the cases begin from cannot be made")
 
 
-def _group(leader: int) -> tuple[float, bool]:
-    """Seconds that a process group has computed, and whether any of it is computing now."""
-    ticks, is_running = 0, False
+def _family(leader: int) -> dict[int, tuple[float, bool]]:
+    """A process and all that come from it, whatever session they are in: seconds computed, and whether it computes now."""
+    parents: dict[int, int] = {}
+    states: dict[int, tuple[float, bool]] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -351,10 +355,13 @@ def _group(leader: int) -> tuple[float, bool]:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue  # it has ended
-        if int(fields[2]) == leader:
-            ticks += int(fields[11]) + int(fields[12])
-            is_running = is_running or fields[0] in "RD"
-    return ticks / os.sysconf("SC_CLK_TCK"), is_running
+        parents[int(entry.name)] = int(fields[1])
+        ticks = int(fields[11]) + int(fields[12])
+        states[int(entry.name)] = ticks / os.sysconf("SC_CLK_TCK"), fields[0] in "RD"
+    family = {leader}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return {pid: states[pid] for pid in family if pid in states}
 
 
 def snapshot(folder: Path) -> Files:
