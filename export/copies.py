@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Literal
 
@@ -69,8 +70,14 @@ def _link(source: Path, target: Path) -> bool:
     return True
 
 
+def _create(target: Path, source: FileIO) -> FileIO:
+    """A new file that nobody may read who may not read the source."""
+    mode = os.fstat(source.fileno()).st_mode & 0o666
+    return FileIO(target, "x", opener=lambda path, flags: os.open(path, flags, mode))
+
+
 def _clone(source: Path, target: Path) -> bool:
-    with source.open("rb") as read, target.open("xb") as write:
+    with source.open("rb", buffering=0) as read, _create(target, read) as write:
         try:
             fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
         except OSError:  # file systems that cannot say so in many ways
@@ -83,7 +90,7 @@ def _copy(source: Path, target: Path) -> str:
     """Copies to a new file; returns the SHA-256 of what was written, which is thus read once."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(_BLOCK_BYTES))
-    with source.open("rb", buffering=0) as read, target.open("xb", buffering=0) as write:
+    with source.open("rb", buffering=0) as read, _create(target, read) as write:
         while count := read.readinto(block):
             digest.update(block[:count])
             done = 0

@@ -52,7 +52,9 @@ def check_target(
         for folder in keep:
             require_apart(target, folder)
         clear_leftovers(target, marker, report)
-        if not os.path.lexists(target):
+        try:
+            target.lstat()
+        except (FileNotFoundError, NotADirectoryError):
             return
         if not target.exists():
             raise MesaError(

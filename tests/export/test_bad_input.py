@@ -205,6 +205,19 @@ class TestOutput:
         (work / "file").write_text("ten years")
         refused(checkpoint("tied_llama"), work, "file", output=work / "file" / "bundle")
 
+    @pytest.mark.parametrize("force", [False, True])
+    def test_the_checkpoint_is_never_overwritten(self, work, checkpoint_copy, force):
+        source = work / "checkpoint"
+        shutil.copytree(checkpoint_copy, source)
+        for output in (source, work, source / "out"):
+            refused(source, work, "the source", output=output, force=force)
+
+    def test_no_name_at_all(self, work, checkpoint, monkeypatch):
+        """It would mean the working folder, with --force too."""
+        monkeypatch.chdir(work)
+        (work / "thesis.txt").write_text("ten years")
+        refused(checkpoint("tied_llama"), work, "'' is no name of a folder", output="", force=True)
+
     def test_too_little_space_is_noticed_before_the_work(self, work, checkpoint, monkeypatch):
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, 1 << 30, 1 << 20))
@@ -261,12 +274,12 @@ class TestAllOrNothing:
         rename = Path.rename
 
         def refuse_the_new_one(self: Path, target: Path) -> Path:
-            if ".partial" in self.name:
+            if self.name == "new":
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return rename(self, target)
 
         monkeypatch.setattr(Path, "rename", refuse_the_new_one)
-        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        with pytest.raises(MesaError, match=f"cannot write .*: {os.strerror(errno.EIO)}"):
             export_model(checkpoint("tied_llama"), work / "bundle", dtype="float16")
         assert contents(work) == before
 
@@ -284,10 +297,8 @@ class TestAllOrNothing:
         assert (work / "bundle" / MANIFEST_FILE).is_file()
 
 
-def test_a_killed_export_leaves_nothing_that_loads(work, checkpoint):
-    """The process is killed when all but the manifest is written; the bundle that was there stays."""
-    (work / "bundle").mkdir()
-    (work / "bundle" / MANIFEST_FILE).write_text("the old one")
+def test_a_killed_export_leaves_nothing_that_loads(work, checkpoint, monkeypatch):
+    """The process is killed when all but the manifest is written; the next export clears what it has left."""
     code = """
 import os, signal, sys
 from mesart.export import bundle
@@ -299,7 +310,12 @@ bundle.export_model(sys.argv[1], sys.argv[2])
     arguments = [os.fspath(checkpoint("tied_llama")), os.fspath(work / "bundle")]
     killed = subprocess.run([sys.executable, "-c", code, *arguments], check=False, timeout=300, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert (work / "bundle" / MANIFEST_FILE).read_text() == "the old one"
-    (left,) = (path for path in work.iterdir() if path.name != "bundle")
+    (left,) = work.iterdir()
     with pytest.raises(MesaError, match="is no bundle"):
         Manifest.read(left)
+    monkeypatch.setattr(bundle_module, "_trace", fail_with(RuntimeError("later")))
+    lines: list[str] = []
+    with pytest.raises(RuntimeError, match="later"):
+        export_model(checkpoint("tied_llama"), work / "bundle", report=lines.append)
+    assert any(f"removed {left}" in line for line in lines)
+    assert not list(work.iterdir())

@@ -377,9 +377,25 @@ class TestRefusals:
         def full(*_: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(Path, "write_bytes", full)
+        monkeypatch.setattr("mesart.export.engines.replace_file", full)
         assert "the disk is full" in self.refused(copy, gpus="sm89")
         assert not list(copy.rglob("*.partial"))
+
+    @pytest.mark.parametrize("place", ["engines", "engines/build.jsonl", "engines/tensorrt-rtx.timing", "set"])
+    def test_links_that_a_bundle_brings(self, copy, tmp_path, place):
+        """They could lead to any file of the user's."""
+        version = pytest.importorskip("tensorrt_rtx").__version__
+        name = f"engines/tensorrt-rtx-{version}-sm89-bucket-shared" if place == "set" else place
+        victims = tmp_path / "victims"
+        victims.mkdir()
+        (victims / "file").write_text("ten years")
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).symlink_to(victims if place in ("engines", "set") else victims / "file")
+        text = self.refused(copy, gpus="sm89")
+        assert f"{copy / name} is a link" in text
+        assert "cp -rL" in text
+        assert [path.name for path in victims.iterdir()] == ["file"]
+        assert (victims / "file").read_text() == "ten years"
 
     def test_a_head_size_without_a_kernel(self, bundle, tmp_path):
         narrow = Path(shutil.copytree(bundle("tied_llama", "bfloat16"), tmp_path / "narrow"))
@@ -407,3 +423,49 @@ def test_a_missing_engine_names_the_command():
     empty = EngineSet("tensorrt-rtx", "1.7", ["sm89"], "bucket", "shared", list[EngineInfo]())
     with pytest.raises(MesaError, match="no engine for the tail of 4 chunks; run `mesart build`"):
         empty.find("tail", 4)
+
+
+class TestLog:
+    """The log of a build, which a full disk or a killed build may leave torn."""
+
+    @pytest.fixture
+    def info(self) -> EngineInfo:
+        return EngineInfo("engines/a.plan.gz", 1, "", 1, "key", [], [], [], [], 0.1)
+
+    def test_torn_lines(self, tmp_path, info):
+        path = tmp_path / "build.jsonl"
+        path.write_bytes(b'[1]\n{"engine": []}\n{"engine": {"file": "x"}}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"time": "20')
+        log = engines._Log(path)
+        assert log.find(info.file, "key") is None
+        log.append(info, "1")
+        log.append(info, "1")
+        assert log.find(info.file, "key") == info
+        assert len(path.read_bytes().splitlines()) == 8
+        assert log.find(info.file, "another") is None
+
+    def test_it_is_a_file_of_the_bundles_own(self, tmp_path, info):
+        (tmp_path / "victim").write_text("ten years")
+        os.link(tmp_path / "victim", tmp_path / "hard")
+        (tmp_path / "link").symlink_to("victim")
+        os.mkfifo(tmp_path / "pipe")
+        for name in ("hard", "link", "pipe"):
+            assert engines._Log(tmp_path / name).find(info.file, "key") is None
+            with pytest.raises((MesaError, OSError)):
+                engines._Log(tmp_path / name).append(info, "1")
+        assert (tmp_path / "victim").read_text() == "ten years"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_no_flood(monkeypatch, terminal):
+    """A file gets a line now and then, a terminal a line that changes."""
+    now = 0.0
+    text = io.StringIO()
+    monkeypatch.setattr(text, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(engines.time, "monotonic", lambda: now)
+    with tqdm(total=1, file=text) as bar:
+        show = engines.ticker(bar, "tail-0")
+        for step in range(1000):
+            now += 0.03
+            show("phase", step, 1000)
+    shown = text.getvalue().count("tail-0")
+    assert shown == pytest.approx(250, abs=2) if terminal else shown <= 2

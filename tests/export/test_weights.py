@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from mesart.export import bundle as bundle_module
 from mesart.export import export_model
 from mesart.export.safetensors_file import Pending, read_header, write_file
+from mesart.export.weights import WeightFiles
+from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import WEIGHTS_FILE, Manifest
 from mesart.graphs.role import RoleModule
 from mesart.graphs.torch_graph import load_bundle_model
@@ -57,9 +59,27 @@ def shard(folder: Path, weights: dict[str, torch.Tensor]) -> list[str]:
 
 
 @pytest.mark.usefixtures("no_graphs")
+class TestAuto:
+    def test_writing_into_the_checkpoint_does_not_change_the_bundle(self, checkpoint_copy, tmp_path):
+        bundle = export_model(checkpoint_copy, tmp_path / "bundle")
+        file = checkpoint_copy / "model.safetensors"
+        with file.open("r+b") as stream:  # in place, as cp does
+            stream.write(bytes(file.stat().st_size))
+        Manifest.read(bundle).verify(bundle)
+
+    def test_large_files_are_linked(self, checkpoint_copy, tmp_path, monkeypatch):
+        monkeypatch.setattr("mesart.export.weights.SMALL_BYTES", 1000)
+        monkeypatch.setattr("mesart.export.copies._clone", lambda source, target: False)
+        bundle = export_model(checkpoint_copy, tmp_path / "bundle")
+        assert (bundle / "model.safetensors").samefile(checkpoint_copy / "model.safetensors")
+
+
+@pytest.mark.usefixtures("no_graphs")
 class TestLink:
     def test_the_files_are_the_checkpoints_own(self, checkpoint_copy, original, tmp_path):
-        bundle = export_model(checkpoint_copy, tmp_path / "bundle")
+        lines: list[str] = []
+        bundle = export_model(checkpoint_copy, tmp_path / "bundle", weights="link", report=lines.append)
+        assert sum("1 weight files are the checkpoint's own (hard links)" in line for line in lines) == 1
         linked = bundle / "model.safetensors"
         assert linked.stat().st_ino == (checkpoint_copy / "model.safetensors").stat().st_ino
         assert Manifest.read(bundle).weight_files == ["model.safetensors", WEIGHTS_FILE]
@@ -74,6 +94,34 @@ class TestLink:
         assert Manifest.read(bundle).weight_files == [*files, WEIGHTS_FILE]
         assert same(bundle, original)
 
+    def test_shards_of_one_name(self, checkpoint_copy, original, tmp_path):
+        """Neither may be written over the other, nor through its link into the checkpoint."""
+        files = shard(checkpoint_copy, original)
+        index = checkpoint_copy / "model.safetensors.index.json"
+        text = index.read_text()
+        for i, file in enumerate(files):
+            (checkpoint_copy / f"part{i}").mkdir()
+            (checkpoint_copy / file).rename(checkpoint_copy / f"part{i}" / "model.safetensors")
+            text = text.replace(file, f"part{i}/model.safetensors")
+        index.write_text(text)
+        before = {path: path.read_bytes() for path in checkpoint_copy.rglob("*.safetensors")}
+        for mode in ("auto", "link"):
+            bundle = export_model(checkpoint_copy, tmp_path / mode, weights=mode)
+            names = ["model.safetensors", "checkpoint-model.safetensors", WEIGHTS_FILE]
+            assert Manifest.read(bundle).weight_files == names
+            assert same(bundle, original)
+        assert before == {path: path.read_bytes() for path in checkpoint_copy.rglob("*.safetensors")}
+
+    def test_a_checkpoint_that_is_changed_meanwhile(self, checkpoint_copy, original, tmp_path, monkeypatch):
+        def change() -> None:
+            del original["model.norm.weight"]
+            save_file(original, checkpoint_copy / "model.safetensors", {"format": "pt"})
+
+        bring = WeightFiles.bring
+        monkeypatch.setattr(WeightFiles, "bring", lambda self: (change(), bring(self)))
+        with pytest.raises(MesaError, match="was changed while it was exported"):
+            export_model(checkpoint_copy, tmp_path / "bundle")
+
     def test_symbolic_links_as_in_the_hub_cache(self, checkpoint_copy, original, tmp_path):
         blob = tmp_path / "blob"
         (checkpoint_copy / "model.safetensors").rename(blob)
@@ -87,7 +135,9 @@ class TestLink:
             raise OSError(18, "Invalid cross-device link")
 
         monkeypatch.setattr("os.link", refuse)
-        bundle = export_model(checkpoint_copy, tmp_path / "bundle")
+        lines: list[str] = []
+        bundle = export_model(checkpoint_copy, tmp_path / "bundle", weights="link", report=lines.append)
+        assert not any("hard link" in line for line in lines)
         assert (bundle / "model.safetensors").stat().st_nlink == 1
         assert same(bundle, original)
 
