@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tqdm import tqdm
 
-from mesart.export import build_engines, export_model, gpus
+from mesart.export import build_engines, engines, export_model, gpus
 from mesart.export.engine_graphs import engine_graph, engine_shapes
 from mesart.export.engine_memory import estimate
 from mesart.export.tensorrt_builder import TensorRtBuilder
@@ -434,7 +437,9 @@ class TestLog:
 
     def test_torn_lines(self, tmp_path, info):
         path = tmp_path / "build.jsonl"
-        path.write_bytes(b'[1]\n{"engine": []}\n{"engine": {"file": "x"}}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"time": "20')
+        path.write_bytes(
+            b'[1]\n{"engine": []}\n{"engine": {"file": "x"}}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"time": "20'
+        )
         log = engines._Log(path)
         assert log.find(info.file, "key") is None
         log.append(info, "1")

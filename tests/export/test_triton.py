@@ -479,7 +479,7 @@ class TestRefusals:
         def full(*_: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(Path, "write_bytes", full)
+        monkeypatch.setattr("mesart.export.triton.write_new", full)
         assert "the disk is full" in self.refused(wide, tmp_path, "tensorrt-rtx", gpus="sm89")
 
 
@@ -497,8 +497,12 @@ class TestOutput:
         export(bundle(), output, max_tokens=10, name="again")
         assert "again" in names(output)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        (output / "again" / "notes").write_text("a day")
+        with pytest.raises(MesaError, match="holds again/notes, which is not the Triton repository of mesart's"):
+            export(bundle(), output, max_tokens=10)
+        assert (output / "again" / "notes").is_file()
 
     def test_the_bundle_is_never_replaced(self, bundle_copy):
-        with pytest.raises(MesaError, match="is the bundle itself"):
+        with pytest.raises(MesaError, match="is the source, .*, itself"):
             export(bundle_copy, bundle_copy, force=True)
         Manifest.read(bundle_copy).verify(bundle_copy)
