@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from mesart.evaluation.validate import Validation, validate
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import MANIFEST_FILE, Manifest, sha256
+from mesart.graphs.manifest import FileInfo, Manifest, sha256
 from mesart.runtime.host_cache import HostCache
 
 BUCKETS = [0, 3]
@@ -58,9 +59,9 @@ def _with_weight(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) 
     weights = load_file(folder / file)
     change(weights)
     save_file(weights, folder / file, metadata={"format": "pt"})
-    manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    manifest["files"][file]["sha256"] = sha256(folder / file)
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    manifest = Manifest.read(folder)
+    info = FileInfo((folder / file).stat().st_size, sha256(folder / file))
+    replace(manifest, files={**manifest.files, file: info}).write(folder)
 
 
 def _check(folder: Path, checkpoint: Path) -> Validation:

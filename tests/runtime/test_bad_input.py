@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -199,11 +200,11 @@ class TestPrompt:
                 call()
 
     def test_no_tokenizer(self, bundle_copy):
-        manifest = json.loads((bundle_copy / MANIFEST_FILE).read_text())
-        for name in [name for name in manifest["files"] if "token" in name]:
-            del manifest["files"][name]
+        manifest = Manifest.read(bundle_copy)
+        kept = {name: info for name, info in manifest.files.items() if "token" not in name}
+        for name in manifest.files.keys() - kept.keys():
             (bundle_copy / name).unlink()
-        (bundle_copy / MANIFEST_FILE).write_text(json.dumps(manifest))
+        replace(manifest, files=kept).write(bundle_copy)
         with MesaModel.load(bundle_copy, "torch") as model:
             assert len(list(model.generate_ids([[3, 4]], 3))) == 3  # driven by ids it needs none
             with pytest.raises(MesaError, match=r"tokenizer\.json") as error:
