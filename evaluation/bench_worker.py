@@ -109,7 +109,9 @@ def require_cuda_provider() -> None:
     Raises:
         MesaError: it is not installed, or does not load.
     """
-    import onnxruntime  # noqa: PLC0415  (only where it is asked for)
+    from mesart.runtime.engine_imports import import_onnxruntime  # noqa: PLC0415  (only where it is asked for)
+
+    onnxruntime = import_onnxruntime()
 
     name = "CUDAExecutionProvider"
     if name not in onnxruntime.get_available_providers():

@@ -319,7 +319,8 @@ def _causal(batch: int, size: int) -> NDArray[np.float32]:
     """The mask of new tokens among themselves, ``[B, 1, S, S]``."""
     if size == 1:
         return np.zeros((batch, 1, 1, 1), np.float32)  # of every step
-    return np.broadcast_to(np.triu(np.full((size, size), MASKED), 1), (batch, 1, size, size)).copy()
+    mask: NDArray[np.float32] = np.triu(np.full((size, size), MASKED), 1)
+    return mask[None, None].repeat(batch, axis=0)
 
 
 def _past_feeds(keys: list[Array], values: list[Array]) -> dict[str, Array]:

@@ -146,7 +146,7 @@ class TestOpenVinoThatComputesNothing:
 
     def test_a_prompt_of_the_same_length(self, lazy):
         first = lazy.prefill(IDS[:30])
-        graph: Any = lazy.executor.cache._graphs._graph  # type: ignore[attr-defined]
+        graph: Any = lazy.executor.cache._graphs._graph
         request, graph._request = graph._request, self.Idle(graph._request)
         for _ in range(2):
             assert "OpenVINO computed nothing in model.onnx" in refused(lambda: lazy.prefill(IDS[30:60]))
@@ -157,7 +157,7 @@ class TestOpenVinoThatComputesNothing:
         lazy.prefill(IDS)
         expected = lazy.extend(IDS)
         lazy.prefill(IDS)
-        (place,) = set(lazy.executor.cache._places.values())  # type: ignore[attr-defined]
+        (place,) = set(lazy.executor.cache._places.values())
         request, place._request = place._request, self.Idle(place._request)
         assert "OpenVINO computed nothing in place.onnx" in refused(lambda: lazy.extend(IDS))
         place._request = request

@@ -101,14 +101,11 @@ class TestAnySequenceOfCalls:
                 call(model)
                 done.append(call)
             except Failure:
-                if kind == "append":  # as far as it had come
-                    done.append(lambda m, lengths=tuple(model.lengths), ids=ids: self.partly(m, ids, lengths))
-                elif kind == "generate":
-                    done = (
-                        []
-                        if model.lengths == [0]
-                        else [lambda m, n=tuple(model.lengths), ids=ids: self.partly(m, ids, n, new=True)]
-                    )
+                lengths = tuple(model.lengths)
+                if kind in ("prefill", "generate"):
+                    done = [self.up_to(kind, ids, lengths)] if any(lengths) else []
+                elif kind == "append":  # as far as it had come
+                    done.append(self.up_to(kind, ids, lengths))
             finally:
                 fail.left = None
         if not done:
@@ -135,13 +132,17 @@ class TestAnySequenceOfCalls:
         return calls[kind]
 
     @staticmethod
-    def partly(model: MesaModel, ids: list[list[int]], lengths: tuple[int, ...], *, new: bool = False) -> None:
+    def up_to(kind: str, ids: list[list[int]], lengths: tuple[int, ...]) -> Callable[[MesaModel], Any]:
         """A generation up to that many tokens in the cache: its next token was chosen, and never fed."""
-        if not new and tuple(model.lengths) == lengths:
-            return  # it failed before its first token
-        for _ in model.generate_ids(ids, 3, append=not new):
-            if tuple(model.lengths) == lengths:
-                return
+
+        def generate(model: MesaModel) -> None:
+            if kind == "append" and tuple(model.lengths) == lengths:
+                return  # it failed before its first token
+            for _ in model.generate_ids(ids, 3, append=kind == "append"):
+                if tuple(model.lengths) == lengths:
+                    return
+
+        return generate
 
 
 class TestGenerations:
