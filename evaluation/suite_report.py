@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mesart.evaluation.output import write_file
+from mesart.evaluation.output import WriteError, write_file
 from mesart.evaluation.report import Z95, table, times, versions, wilson_interval
 from mesart.evaluation.suite import PERPLEXITY, Cell, ModelInfo, Outcome, SuiteResult
 from mesart.evaluation.tasks import find_task
@@ -136,6 +136,8 @@ def write_report(result: SuiteResult, folder: str | os.PathLike[str]) -> None:
         links = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
         write_file(place / "README.md", f"# Methods side by side\n\n{links}\n\n{tables(result)}")
         write_file(place / "results.json", to_json(result))
+    except WriteError:  # it names the file
+        raise
     except OSError as error:
         raise MesaError(f"{place} cannot be written: {error.strerror or error}") from error
 
