@@ -106,7 +106,7 @@ def _unicode(name: str, text: str) -> str:
     """An argument, in which Python keeps bytes that the locale has no characters for as lone surrogates."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise MesaError(f"{name} is no UTF-8 text: {error.reason}") from error
 
 

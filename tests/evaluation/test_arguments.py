@@ -50,7 +50,6 @@ def test_seeds_and_lengths() -> None:
             require_seed(wrong)
     require_lengths(None)
     require_lengths([1, 2])
-    require_lengths(np.array([1, 2]))
     for lengths in ([], [0], [1, -3], [1.5]):
         with pytest.raises(MesaError, match="length"):
             require_lengths(lengths)
