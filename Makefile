@@ -2,16 +2,19 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+SEED ?= $(shell date +%j)
+CASES ?= 10000
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv demo test lint paper clean
+.PHONY: help venv demo test fuzz lint paper clean
 
 help:
 	@echo "make demo   the demo model finds a passkey far past its training window"
 	@echo "make test   all tests                        (WORKERS=$(WORKERS) processes, PYTEST_ARGS=...)"
+	@echo "make fuzz   hostile and damaged bundles, checkpoints, command lines; kills; a soak   (SEED=..., CASES=... bundles)"
 	@echo "make lint   ruff and mypy --strict"
 	@echo "make paper  every method side by side, into docs/results (goes on where it was)"
 	@echo "make venv   only the virtual environment     (PYTHON=$(PYTHON))"
@@ -36,6 +39,15 @@ demo: $(INSTALLED)
 # One thread for each process: the models are small, and the processes share the cores.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations 10 $(PYTEST_ARGS)
+
+# CASES bundles, half as many checkpoints, and fewer of what takes longer; the seed is printed, and each fault's index.
+fuzz: $(INSTALLED)
+	@echo "seed $(SEED)"
+	$(BIN)/python -m tests.fuzz bundles --seed $(SEED) --cases $(CASES) --kind llama,llama,positions,ring,int4 \
+		--backend onnxruntime,onnxruntime,onnxruntime,openvino,torch
+	$(BIN)/python -m tests.fuzz checkpoints commands kills --seed $(SEED) --traced 0.05 \
+		--cases $$(($(CASES) / 2)) $$(($(CASES) / 5)) $$(($(CASES) / 20))
+	$(BIN)/python -m tests.fuzz.soak --minutes 5 --seed $(SEED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -86,7 +87,7 @@ def use(bundle: Path, uses: Uses, attempt: Attempt) -> Seen:
         seen.logits.append(attempt("prefill", lambda: model.prefill(ids)))
         seen.logits.append(attempt("extend", lambda: model.extend(ids[:TURN_TOKENS])))
         for token in ids[:2]:
-            seen.logits.append(attempt("step", lambda token=token: model.step(token)))
+            seen.logits.append(attempt("step", partial(model.step, token)))
         seen.logits.append(
             attempt("batch", lambda: model.prefill([ids[:20], ids[:90]])) if not uses.specialised else None
         )
@@ -210,7 +211,7 @@ class Bundles:
                 is_moved = True
             else:
                 change = {"graph": self._graph, "weights": self._weights, "texts": _texts, "code": _code}[kind]
-                said.append(once_more(lambda change=change: change(case, bundle, uses), len(said) > 1))
+                said.append(once_more(partial(change, case, bundle, uses), len(said) > 1))
         if sealed:
             seal_files(bundle, manifest, said)
         if "manifest" in kinds or "engines" in kinds or sealed:

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def targets(options: argparse.Namespace, folder: Path) -> Any:
-    """The targets of a run, each with its number of cases; an export needs torch, so that is imported only when needed."""
+    """The targets of a run, each with its number of cases; what needs torch is imported only then."""
     counts = dict(zip(options.kinds, options.cases + options.cases[-1:] * len(options.kinds), strict=False))
     if "bundles" in counts:
         from tests.fuzz.bundles import Bundles

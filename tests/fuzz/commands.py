@@ -33,14 +33,16 @@ SMALL: dict[Verb, tuple[str, ...]] = {
     ("bench",): ("--lengths", "40", "--new-tokens", "2", "--no-transformers", "--backends", "onnxruntime"),
     ("eval", "passkey"): ("--lengths", "64", "--prompts", "1", "--backend", "onnxruntime", "--fillers", "random"),
     ("eval", "perplexity"): ("--lengths", "64", "--places", "1", "--tokens", "2", "--backend", "onnxruntime"),
-    ("eval", "suite"): ("--methods", "origin", "--tasks", "perplexity", "--lengths", "64", "--prompts", "1", "--places", "1"),
+    ("eval", "suite"): ("--methods", "origin", "--tasks", "perplexity", "--lengths", "64", "--prompts", "1",
+        "--places", "1"),
     ("eval", "cost"): ("--methods", "origin", "--lengths", "64", "--repeat", "1", "--new-tokens", "1"),
     ("eval", "threshold"): ("--places", "2", "--tokens", "2", "--max-tokens", "80"),
-    ("tune",): ("--lengths", "96", "--prompts", "1", "--places", "1", "--evaluations", "1", "--final-prompts", "1", "--final-places", "1", "--finalists", "1", "--backend", "onnxruntime"),
+    ("tune",): ("--lengths", "96", "--prompts", "1", "--places", "1", "--evaluations", "1", "--final-prompts", "1",
+        "--final-places", "1", "--finalists", "1", "--backend", "onnxruntime"),
 }  # fmt: skip
 """Options that keep the work of each verb small; what is given behind them counts."""
 
-OFTEN = {("generate",): 8, ("export",): 8, ("inspect",): 3, ("build",): 2}
+OFTEN: dict[Verb, int] = {("generate",): 8, ("export",): 8, ("inspect",): 3, ("build",): 2}
 WORK = (
     "prompts",
     "places",
@@ -195,7 +197,7 @@ class Commands:
         """Those that the verb needs, right ones mostly, and a few odd ones."""
         parser = self.verbs[verb]
         groups = {id(a): group for group in parser._mutually_exclusive_groups for a in group._group_actions}
-        arguments: list[str] = list(SMALL.get(verb, ())) if rng.random() < 0.95 else []
+        arguments: list[str] = list(SMALL[verb] if verb in SMALL else ()) if rng.random() < 0.95 else []
         served: set[int] = set()
         behind: list[str] = []
         for action in parser._actions:
@@ -261,7 +263,7 @@ class Commands:
 def _number(action: argparse.Action) -> type | None:
     """int or float for an option that is a number; a parser may have functions of its own that check it."""
     if action.type in (int, float):
-        return action.type  # type: ignore[return-value]
+        return action.type
     if not callable(action.type):
         return None
     for text, kind in (("1", int), ("0.5", float)):
@@ -285,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         found.append(self)
         raise KeyboardInterrupt  # which the command takes for its user's wish
 
-    argparse.ArgumentParser.parse_args = catch  # type: ignore[method-assign, assignment]
+    argparse.ArgumentParser.parse_args = catch  # type: ignore[method-assign]
     try:
         with contextlib.suppress(KeyboardInterrupt):
             main(["inspect", "nowhere"])

@@ -272,8 +272,10 @@ def _offsets(rng: Random, header: dict[str, Any]) -> str:
     entry = header[name]
     start, stop = entry["data_offsets"]
     offsets: tuple[Any, ...] = (
-        [start + 4, stop + 4], [start - 4, stop - 4], [start, stop - 4], [start, stop + 4], [stop, start], list(header[other]["data_offsets"]),
-        [-1000, stop - start - 1000], [float(start), float(stop)], [start, 2**63], [2**64, 2**64 + 4], [start], [start, stop, stop], [True, stop],
+        [start + 4, stop + 4], [start - 4, stop - 4], [start, stop - 4], [start, stop + 4], [stop, start],
+        list(header[other]["data_offsets"]),
+        [-1000, stop - start - 1000], [float(start), float(stop)], [start, 2**63], [2**64, 2**64 + 4], [start],
+        [start, stop, stop], [True, stop],
         [start, start], None, "0", {}, [str(start), str(stop)],
     )  # fmt: skip
     shape = entry["shape"]
@@ -331,12 +333,12 @@ def mutate_weights(rng: Random, path: Path) -> str:
         )
         data, said = join_safetensors(json.dumps(header), body), f"metadata {header['__metadata__']!a:.50}"
     elif way == 3:
-        body = bytearray(data)
-        count = min(rng.choice((4, 4000, 40_000)), len(body) // 2)
-        at = rng.randrange(len(body) // 2, len(body) - count + 1) // 4 * 4
+        changed = bytearray(data)
+        count = min(rng.choice((4, 4000, 40_000)), len(data) // 2)
+        at = rng.randrange(len(data) // 2, len(data) - count + 1) // 4 * 4
         number = rng.choice((float("nan"), float("inf"), 0.0, 1e30))
-        body[at : at + count] = np.full(count // 4 + 1, number, np.float32).tobytes()[:count]
-        data, said = bytes(body), f"{count} bytes of {number}"
+        changed[at : at + count] = np.full(count // 4 + 1, number, np.float32).tobytes()[:count]
+        data, said = bytes(changed), f"{count} bytes of {number}"
     elif way == 4:
         header, body = split_safetensors(data)
         text = json.dumps(header)

@@ -34,8 +34,8 @@ def run_command(arguments: Sequence[str], *, statuses: Sequence[int] = (0, 2)) -
     starts = [_flushed(number) for number in (1, 2)]
     try:
         status: Any = main(list(arguments))
-    except SystemExit as error:  # argparse
-        status = error.code
+    except SystemExit as end:  # argparse
+        status = end.code
     out, err = (_read(number, start) for number, start in zip((1, 2), starts, strict=True))
     verb = arguments[0] if arguments else "mesart"
     if "Traceback (most recent call last)" in err:
@@ -44,14 +44,12 @@ def run_command(arguments: Sequence[str], *, statuses: Sequence[int] = (0, 2)) -
         raise Fault(f"status {status!r}", verb, err.strip()[-300:])
     if status == 2:
         last = err.rstrip("\n").rpartition("\n")[2]
-        error = MesaError(last)
-        error.__traceback__ = None
         if not last.startswith(PREFIX) and ": error: " not in last:  # argparse names the command
             raise Fault("status 2 without an error", verb, err.strip()[-300:])
         if err.count(PREFIX) > 1:
             raise Fault("message of several lines or none", verb, err.strip()[-300:])
         check_message(last, verb)
-        raise error
+        raise MesaError(last)
     return Ran(int(status or 0), out, err)
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -39,7 +40,7 @@ ROOM = 24 << 20
 @contextmanager
 def _wrapped_graphs(run: Callable[[Any, Any], Any]) -> Iterator[None]:
     """Graphs that are opened meanwhile are run by ``run(graph, feeds)``."""
-    classes = (OnnxRuntimeBackend, OpenVinoBackend)
+    classes: tuple[Any, ...] = (OnnxRuntimeBackend, OpenVinoBackend)
     opens = [one.open for one in classes]
 
     def wrap(open_graph: Any) -> Any:
@@ -50,12 +51,12 @@ def _wrapped_graphs(run: Callable[[Any, Any], Any]) -> Iterator[None]:
         return wrapped
 
     for one in classes:
-        one.open = wrap(one.open)  # type: ignore[method-assign]
+        one.open = wrap(one.open)
     try:
         yield
     finally:
         for one, before in zip(classes, opens, strict=True):
-            one.open = before  # type: ignore[method-assign]
+            one.open = before
 
 
 @dataclass
@@ -123,7 +124,7 @@ class Soak:
                 return
             tokens = [self.rng.randrange(self.vocabulary) for _ in self.rows]
             after = [[*row, token] for row, token in zip(self.rows, tokens, strict=True)]
-            self._changing(lambda tokens=tokens: self.model.step(tokens), after)
+            self._changing(partial(self.model.step, tokens), after)
 
     def generate(self) -> None:
         """Text with stops and options; what was generated cannot be told from outside, so a prompt follows."""
@@ -143,7 +144,7 @@ class Soak:
         """A generator that is left half way; it must not go on in the next prompt's cache."""
         prompt = self._ids(self._length())
         self.rows = None
-        stream = self.model.generate_ids([prompt], 20)
+        stream: Any = self.model.generate_ids([prompt], 20)
         begun = self.rng.choice((0, 1, 3))
         with self._refusals():
             for _ in range(begun):
@@ -216,11 +217,13 @@ class Soak:
         self.prefill()
 
     def compare(self) -> None:
-        """The next token's logits are those of a model that has seen the same prompt, turns and steps, and no failure."""
+        """The next token's logits are those of a model that has seen the same prompt, turns and steps, no failure."""
         if self.rows is None or max(map(len, self.rows)) > self.longest:
             return
         token = self.rng.randrange(self.vocabulary)
-        got = self._changing(lambda: self.model.step([token] * len(self.rows or [])), [[*row, token] for row in self.rows])
+        got = self._changing(
+            lambda: self.model.step([token] * len(self.rows or [])), [[*row, token] for row in self.rows]
+        )
         if got is None:
             return
         for index, (prompt, *others) in enumerate(self.history):
@@ -229,7 +232,9 @@ class Soak:
                 wanted = self.fresh.extend(part) if isinstance(part, list) else self.fresh.step(part)
             self._equal(got[index, -1], wanted[0, -1])
 
-    def _changing(self, do: Callable[[], Any], after: list[list[int]], *, is_prompt: bool = False, is_turn: bool = False) -> Any:
+    def _changing(
+        self, do: Callable[[], Any], after: list[list[int]], *, is_prompt: bool = False, is_turn: bool = False
+    ) -> Any:
         """Logits, or ``None`` if it was refused or failed; notes what each row now is."""
         before = self.rows
         try:
@@ -304,9 +309,8 @@ def soak(bundle: Path, seconds: float, seed: int, backend: str = "onnxruntime", 
         for index in itertools.count():
             try:
                 state.act()
-            except BaseException as error:
-                error.add_note(f"at action {index} of seed {seed}: {state.counts}")
-                raise
+            except Exception as error:
+                raise AssertionError(f"action {index} of seed {seed}, after {state.counts}: {error!r}") from error
             now = time.monotonic() - start
             if not warm and now > seconds / 3:
                 gc.collect()

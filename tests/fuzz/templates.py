@@ -69,19 +69,25 @@ def _doubling(rng: Random) -> str:
     again = rng.choice(("ns.x + ns.x", "ns.x * 2", "ns.x ~ ns.x", "(ns.x, ns.x)", "[ns.x, ns.x]|list"))
     return (
         f"{{% set ns = namespace(x={start}) %}}{{% for i in range({rng.choice((20, 40, 60, 3000))}) %}}"
-        f"{{% set ns.x = {again} %}}{{% endfor %}}{{{{ ns.x{rng.choice(('', '|length', '|string|length', '|tojson'))} }}}}"
+        f"{{% set ns.x = {again} %}}{{% endfor %}}{{{{ ns.x{rng.choice(('', '|length', '|string', '|tojson'))} }}}}"
     )
 
 
 def _large(rng: Random) -> str:
     size = _size(rng)
     ways = (
-        f"'x' * {size}", f"[0] * {size}", f"'x'|center({size})", f"'%{size}d' % 1", f"'%.{size}f' % 1.5", f"'{{:>{size}}}'.format(1)",
-        f"range({size})|length", f"range({size})|list|length", f"10 ** {size}", f"10 ** 10 ** {rng.randint(3, 12)}", "(10 ** 5000)|string",
-        f"lipsum({size})", f"'x'|indent({size})", f"('a' * 99999)|replace('', 'b' * {min(size, 99_999)})|length", f"'x'.ljust({size})",
-        f"'x'.zfill({size})", f"('a' * 99999).join('a' * {min(size, 99_999)})", f"('\\t' * 999).expandtabs({size})", f"'x'|wordwrap({-size})",
-        f"[1]|batch({size}, 'x')|list", f"range(9)|slice({size})|list", f"1 / {size} ** 200", f"2 ** 0.5 ** {-size}", f"1 % ({size} - {size})",
-        f"strftime_now('%Y' * {min(size, 10**6)})", f"('x' * {min(size, 10**8)})|urlize", f"{size}|round({size})", f"'x'|truncate({-size})",
+        f"'x' * {size}", f"[0] * {size}", f"'x'|center({size})", f"'%{size}d' % 1", f"'%.{size}f' % 1.5",
+        f"'{{:>{size}}}'.format(1)",
+        f"range({size})|length", f"range({size})|list|length", f"10 ** {size}", f"10 ** 10 ** {rng.randint(3, 12)}",
+        "(10 ** 5000)|string",
+        f"lipsum({size})", f"'x'|indent({size})", f"('a' * 99999)|replace('', 'b' * {min(size, 99_999)})|length",
+        f"'x'.ljust({size})",
+        f"'x'.zfill({size})", f"('a' * 99999).join('a' * {min(size, 99_999)})", f"('\\t' * 999).expandtabs({size})",
+        f"'x'|wordwrap({-size})",
+        f"[1]|batch({size}, 'x')|list", f"range(9)|slice({size})|list", f"1 / {size} ** 200", f"2 ** 0.5 ** {-size}",
+        f"1 % ({size} - {size})",
+        f"strftime_now('%Y' * {min(size, 10**6)})", f"('x' * {min(size, 10**8)})|urlize", f"{size}|round({size})",
+        f"'x'|truncate({-size})",
         f"'1' * {min(size, 10**6)}|int", f"('1' * {min(size, 10**6)})|int", f"'\\u{rng.randrange(0xD800, 0xDFFF):x}'",
     )  # fmt: skip
     return "{{ " + rng.choice(ways) + " }}"
@@ -109,19 +115,32 @@ def _nested(rng: Random) -> str:
 
 def _types(rng: Random) -> str:
     ways = (
-        "{{ nope.x.y }}", "{{ 1 / 0 }}", "{{ raise_exception({}) }}", "{{ raise_exception('a\\nb\\x1b[2J') }}", "{{ strftime_now(3) }}",
-        "{{ [1, 'a']|sort }}", "{{ {}|dictsort(by='x') }}", "{{ messages|first|items|next }}", "{{ messages.__aiter__() }}",
-        "{{ messages|map('nope')|list }}", "{{ messages|groupby('role', 3) }}", "{{ 'x'|int('y', 99) }}", "{{ messages|sum }}",
-        "{{ messages|join(attribute=3) }}", "{{ messages|tojson(indent='x') }}", "{{ messages|tojson(separators=3) }}", "{{ 'é'|format(*messages) }}",
-        "{{ messages[99].content }}", "{{ messages['x'] }}", "{{ messages|random }}", "{{ ''|random }}", "{{ ''|first }}", "{{ {}|xmlattr(3) }}",
-        "{{ messages|map(attribute='a.b.c.__class__')|list }}", "{{ 'x'|filesizeformat }}", "{{ undefined() }}", "{{ messages() }}",
-        "{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{% extends '/etc/passwd' %}", "{% from '../victim' import x %}",
-        "{% generation %}x", "{% break %}", "{% continue %}", "{% endfor %}", "{{", "{%", "{#", "{{ }}", "{% set %}", "{% for %}", "{{ 'x }}",
-        "{% do messages.append(1) %}", "{{ messages.append(1) }}", "{% call m() %}{% endcall %}", "{% block a %}{% endblock %}{% block a %}{% endblock %}",
-        "{% set messages = 3 %}{{ messages.x() }}", "{% autoescape true %}{{ messages }}{% endautoescape %}", "{% trans %}x{% endtrans %}", "\0{{ 1 }}",
-        "{{ 1e999 }}", "{{ -1e999|int }}", "{{ 'x' % 'y' }}", "{{ '%' % messages }}", "{{ '{'.format(1) }}", "{{ '{0[}'.format(1) }}", "{{ '\\N{nope}' }}",
-        "{{ messages|selectattr('role', 'nope')|list }}", "{{ messages|batch(0)|list }}", "{{ messages|slice(0)|list }}", "{{ range(1, 9, 0) }}",
-        "{{ cycler().next() }}", "{{ joiner(messages)() }}", "{{ namespace(3) }}", "{% set ns = namespace() %}{{ ns.x.y }}{% set ns.__class__ = 3 %}",
+        "{{ nope.x.y }}", "{{ 1 / 0 }}", "{{ raise_exception({}) }}", "{{ raise_exception('a\\nb\\x1b[2J') }}",
+        "{{ strftime_now(3) }}",
+        "{{ [1, 'a']|sort }}", "{{ {}|dictsort(by='x') }}", "{{ messages|first|items|next }}",
+        "{{ messages.__aiter__() }}",
+        "{{ messages|map('nope')|list }}", "{{ messages|groupby('role', 3) }}", "{{ 'x'|int('y', 99) }}",
+        "{{ messages|sum }}",
+        "{{ messages|join(attribute=3) }}", "{{ messages|tojson(indent='x') }}", "{{ messages|tojson(separators=3) }}",
+        "{{ 'é'|format(*messages) }}",
+        "{{ messages[99].content }}", "{{ messages['x'] }}", "{{ messages|random }}", "{{ ''|random }}",
+        "{{ ''|first }}", "{{ {}|xmlattr(3) }}",
+        "{{ messages|map(attribute='a.b.c.__class__')|list }}", "{{ 'x'|filesizeformat }}", "{{ undefined() }}",
+        "{{ messages() }}",
+        "{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{% extends '/etc/passwd' %}",
+        "{% from '../victim' import x %}",
+        "{% generation %}x", "{% break %}", "{% continue %}", "{% endfor %}", "{{", "{%", "{#", "{{ }}", "{% set %}",
+        "{% for %}", "{{ 'x }}",
+        "{% do messages.append(1) %}", "{{ messages.append(1) }}", "{% call m() %}{% endcall %}",
+        "{% block a %}{% endblock %}{% block a %}{% endblock %}",
+        "{% set messages = 3 %}{{ messages.x() }}", "{% autoescape true %}{{ messages }}{% endautoescape %}",
+        "{% trans %}x{% endtrans %}", "\0{{ 1 }}",
+        "{{ 1e999 }}", "{{ -1e999|int }}", "{{ 'x' % 'y' }}", "{{ '%' % messages }}", "{{ '{'.format(1) }}",
+        "{{ '{0[}'.format(1) }}", "{{ '\\N{nope}' }}",
+        "{{ messages|selectattr('role', 'nope')|list }}", "{{ messages|batch(0)|list }}",
+        "{{ messages|slice(0)|list }}", "{{ range(1, 9, 0) }}",
+        "{{ cycler().next() }}", "{{ joiner(messages)() }}", "{{ namespace(3) }}",
+        "{% set ns = namespace() %}{{ ns.x.y }}{% set ns.__class__ = 3 %}",
     )  # fmt: skip
     return rng.choice(ways)
 

@@ -6,8 +6,11 @@ Each run is a process of its own: cases are forked, and a process that other tes
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -50,7 +53,7 @@ class Scripted:
     """A target whose cases do what the test says."""
 
     name = "scripted"
-    writes = ("work/out",)
+    writes: Sequence[str] = ("work/out",)
     limit = 1.0
 
     def __init__(self, act: Any) -> None:
@@ -71,14 +74,10 @@ def forever(case: Case) -> None:
 
 
 def wait(case: Case) -> None:
-    import time
-
     time.sleep(60)
 
 
 def die(case: Case) -> None:
-    import os
-
     os.abort()
 
 

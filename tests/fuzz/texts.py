@@ -161,14 +161,21 @@ def _model(rng: Random, tree: Tree) -> str:
         "empty": lambda: {**model, "vocab": {}, "merges": []},
         "an id": lambda: {**model, "vocab": {**vocabulary, some: rng.choice((*NUMBERS, 0, 1, 9999))}},
         "a word": lambda: {**model, "vocab": {**vocabulary, rng.choice(STRINGS): len(vocabulary)}},
-        "a merge": lambda: {**model, "merges": [*merges, rng.choice(("a b", "nope x", ["a", "b"], ["a"], "ab", "a b c", 3))]},
+        "a merge": lambda: {**model, "merges": [*merges,
+            rng.choice(("a b", "nope x", ["a", "b"], ["a"], "ab", "a b c", 3))]},
         "merges reversed": lambda: {**model, "merges": merges[::-1]},
         "no merges": lambda: {**model, "merges": []},
         "WordLevel": lambda: {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": rng.choice(("a", "b"))},
-        "WordPiece": lambda: {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": rng.choice((0, 100, 2**40))},
-        "Unigram": lambda: {"type": "Unigram", "unk_id": rng.choice((None, 0, 9)), "vocab": rng.choice(([["a", -1.0]], [], [["a", 0.0], ["", -2.0]])), "byte_fallback": rng.choice((True, False))},
-        "settings": lambda: {**model, "dropout": rng.choice((0.5, 1.0, 2.0, None)), "byte_fallback": rng.choice((True, False)), "unk_token": rng.choice(("nope", "<|end|>", 3)), "fuse_unk": True, "ignore_merges": True},
-        "far ids": lambda: {**model, "vocab": {word: index + 10**rng.randint(1, 9) for word, index in vocabulary.items()}},
+        "WordPiece": lambda: {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##", "max_input_chars_per_word": rng.choice((0, 100, 2**40))},
+        "Unigram": lambda: {"type": "Unigram", "unk_id": rng.choice((None, 0, 9)),
+            "vocab": rng.choice(([["a", -1.0]], [], [["a", 0.0], ["", -2.0]])),
+            "byte_fallback": rng.choice((True, False))},
+        "settings": lambda: {**model, "dropout": rng.choice((0.5, 1.0, 2.0, None)),
+            "byte_fallback": rng.choice((True, False)), "unk_token": rng.choice(("nope", "<|end|>", 3)),
+            "fuse_unk": True, "ignore_merges": True},
+        "far ids": lambda: {**model, "vocab": {word: index + 10**rng.randint(1, 9) for word,
+            index in vocabulary.items()}},
     }  # fmt: skip
     way = rng.choice(list(ways))
     tree["model"] = ways[way]()
@@ -185,15 +192,18 @@ def settings(rng: Random, tree: Tree) -> str:
     """One change of a ``tokenizer_config.json`` that knows what it holds."""
     token = {"content": rng.choice((*STRINGS, "<new>")), "special": True, "lstrip": False, "__type": "AddedToken"}
     values: dict[str, tuple[Any, ...]] = {
-        "added_tokens_decoder": ([1], {"x": token}, {"1": 3}, {"5000": token}, {"1": {**token, "nope": 1}}, {"9": {}}, {"1.5": token}, {"-1": token}, {"9" * 5000: token}, None, 3),
+        "added_tokens_decoder": ([1], {"x": token}, {"1": 3}, {"5000": token}, {"1": {**token, "nope": 1}}, {"9": {}},
+            {"1.5": token}, {"-1": token}, {"9" * 5000: token}, None, 3),
         "eos_token": (token, {"content": 3}, {"nope": 3}, 3, ["a"], "<|begin|>", "nope", "", None, True),
         "pad_token": (token, "x", 3, None),
-        "extra_special_tokens": ([1, 2], "abc", {"image_token": 3}, {"image_token": "<i>"}, ["<a>", "<a>"], [token], [None], 3, {"a": {}}),
+        "extra_special_tokens": ([1, 2], "abc", {"image_token": 3}, {"image_token": "<i>"}, ["<a>", "<a>"], [token],
+            [None], 3, {"a": {}}),
         "additional_special_tokens": ([1], "abc", ["<a>"], {"a": 1}),
         "image_token": (token, 3, "<i>", {}),
         "split_special_tokens": ("yes", True, 3, {}),
         "model_max_length": NUMBERS,
-        "chat_template": ([1], [{"name": "default"}], 3, {"a": 1}, [{"name": "default", "template": 3}], [{"name": "x", "template": "x"}, {"name": "default", "template": "{{ 1 }}"}], "{{ messages }}", ""),
+        "chat_template": ([1], [{"name": "default"}], 3, {"a": 1}, [{"name": "default", "template": 3}],
+            [{"name": "x", "template": "x"}, {"name": "default", "template": "{{ 1 }}"}], "{{ messages }}", ""),
         "tokenizer_class": ("Nope", 3, None, "LlamaTokenizer", "PreTrainedTokenizerFast"),
         "add_bos_token": (True, 3), "add_prefix_space": (True, "x"), "backend": (3, "nope"),
     }  # fmt: skip
@@ -205,11 +215,16 @@ def settings(rng: Random, tree: Tree) -> str:
 def generation(rng: Random, tree: Tree) -> str:
     """One change of a ``generation_config.json`` that knows what it holds."""
     values: dict[str, tuple[Any, ...]] = {
-        "eos_token_id": ("x", [[1]], {"a": 1}, 1.0, True, [1, 10**20], [], [-1], None, ["1"], [1, None], 5, list(range(300))),
-        "temperature": (*NUMBERS, "hot", None, [1], 0.7), "top_k": (*NUMBERS, "x", True, 50), "top_p": (*NUMBERS, "x", 0.9),
-        "min_p": (*NUMBERS, "x", 0.1), "repetition_penalty": (*NUMBERS, [1], "x", 1.2), "do_sample": (True, "yes", 1, None, []),
-        "max_new_tokens": NUMBERS, "max_length": NUMBERS, "num_beams": (0, 4, "x"), "stop_strings": ("x", ["x"], [3], 3, [""]),
-        "suppress_tokens": ([1], "x", [10**20]), "bad_words_ids": ([[1]], 3), "pad_token_id": (None, "x", -1), "bos_token_id": ([1], "x"),
+        "eos_token_id": ("x", [[1]], {"a": 1}, 1.0, True, [1, 10**20], [], [-1], None, ["1"], [1, None], 5,
+            list(range(300))),
+        "temperature": (*NUMBERS, "hot", None, [1], 0.7), "top_k": (*NUMBERS, "x", True, 50),
+        "top_p": (*NUMBERS, "x", 0.9),
+        "min_p": (*NUMBERS, "x", 0.1), "repetition_penalty": (*NUMBERS, [1], "x", 1.2),
+        "do_sample": (True, "yes", 1, None, []),
+        "max_new_tokens": NUMBERS, "max_length": NUMBERS, "num_beams": (0, 4, "x"),
+        "stop_strings": ("x", ["x"], [3], 3, [""]),
+        "suppress_tokens": ([1], "x", [10**20]), "bad_words_ids": ([[1]], 3), "pad_token_id": (None, "x", -1),
+        "bos_token_id": ([1], "x"),
         "transformers_version": ("9", 3, None), "cache_implementation": ("nope", "quantized"), "auto_map": ({}, 3),
     }  # fmt: skip
     for _ in range(rng.choice((1, 1, 2))):
@@ -226,21 +241,38 @@ def config(rng: Random, tree: Tree) -> str:
         "text_config": (3, [1], {}, {"eos_token_id": "x"}, None, {"max_position_embeddings": 5}),
         "eos_token_id": ("x", [[1]], {"a": 1}, [1, 2], None),
         "max_position_embeddings": (-1, 0, 1, 2, 63, 65, 10**9, 2**63, 1e9, "64", None, True),
-        "num_hidden_layers": (0, -1, 2, 10**6, 1e6, "1"), "num_attention_heads": (0, -1, 3, 5, 10**6), "num_key_value_heads": (0, 3, -1, None, 8),
-        "hidden_size": (0, 1, 33, -32, 2**40), "head_dim": (0, 1, 7, -8, 2**40, None, 8.0), "vocab_size": (0, 1, -1, 319, 2**40),
-        "intermediate_size": (0, -1, 2**40), "hidden_act": ("nope", 3, None, "gelu", ["silu"]), "rms_norm_eps": (0, -1, "x", None, float("nan")),
-        "rope_theta": (0, -1, "x", 1e6, None), "rope_scaling": ({"rope_type": "yarn"}, {"type": "linear", "factor": 2.0}, {"rope_type": "nope"}, 3, []),
-        "rope_parameters": ({"rope_type": "yarn", "factor": 0}, {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}, {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, {"rope_theta": 1e4, "rope_type": "llama3"}, 3, [], None, {"rope_theta": "x"}),
-        "sliding_window": (0, -1, 10, 1e9, "x"), "layer_types": ([], ["nope"], "full_attention", ["full_attention"] * 99, None),
-        "model_type": ("nope", 3, None, "", "gpt2", "bert", "t5", "mamba", "qwen2", "mistral", "gemma2", "llava", "../x"),
-        "architectures": ([], None, ["Nope"], 3, ["BertModel"], "LlamaForCausalLM"), "dtype": ("float16", "nope", 3, None, "float8_e4m3fn"), "torch_dtype": ("bfloat16", 3),
+        "num_hidden_layers": (0, -1, 2, 10**6, 1e6, "1"), "num_attention_heads": (0, -1, 3, 5, 10**6),
+        "num_key_value_heads": (0, 3, -1, None, 8),
+        "hidden_size": (0, 1, 33, -32, 2**40), "head_dim": (0, 1, 7, -8, 2**40, None, 8.0),
+        "vocab_size": (0, 1, -1, 319, 2**40),
+        "intermediate_size": (0, -1, 2**40), "hidden_act": ("nope", 3, None, "gelu", ["silu"]),
+        "rms_norm_eps": (0, -1, "x", None, float("nan")),
+        "rope_theta": (0, -1, "x", 1e6, None), "rope_scaling": ({"rope_type": "yarn"},
+            {"type": "linear", "factor": 2.0}, {"rope_type": "nope"}, 3, []),
+        "rope_parameters": ({"rope_type": "yarn", "factor": 0},
+            {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]},
+            {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, {"rope_theta": 1e4, "rope_type": "llama3"}, 3,
+            [], None, {"rope_theta": "x"}),
+        "sliding_window": (0, -1, 10, 1e9, "x"), "layer_types": ([], ["nope"], "full_attention",
+            ["full_attention"] * 99, None),
+        "model_type": ("nope", 3, None, "", "gpt2", "bert", "t5", "mamba", "qwen2", "mistral", "gemma2", "llava",
+            "../x"),
+        "architectures": ([], None, ["Nope"], 3, ["BertModel"], "LlamaForCausalLM"),
+        "dtype": ("float16", "nope", 3, None, "float8_e4m3fn"), "torch_dtype": ("bfloat16", 3),
         "auto_map": ({"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, 3, [], {"AutoConfig": 3}),
-        "_attn_implementation": ("flash_attention_2", "nope", 3, "eager"), "attn_implementation": ("flash_attention_2", "paged|eager", 3),
-        "quantization_config": ({}, 3, {"quant_method": "nope"}, {"quant_method": "gptq"}, {"quant_method": "awq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "fp8"}, []),
-        "tie_word_embeddings": (True, False, "x", None), "is_encoder_decoder": (True, "x"), "attention_dropout": (2.0, -1, "x"), "initializer_range": ("x", None),
-        "id2label": ({"0": "a"}, {"x": "a"}, 3), "num_labels": (-1, 10**9, "x"), "return_dict": (False, 3), "torchscript": (True,), "pruned_heads": ({"0": [1]}, 3),
-        "attention_bias": (True, "x"), "mlp_bias": (True, 3), "pretraining_tp": (0, 2, "x"), "chunk_size_feed_forward": (1, "x"), "use_cache": (False, "x"),
-        "base_model_tp_plan": ({}, 3), "torch_compile": (True,), "transformers_version": (3, "99.0.0", None), "_name_or_path": ("../../x", 3), "name_or_path": (3,),
+        "_attn_implementation": ("flash_attention_2", "nope", 3, "eager"),
+        "attn_implementation": ("flash_attention_2", "paged|eager", 3),
+        "quantization_config": ({}, 3, {"quant_method": "nope"}, {"quant_method": "gptq"},
+            {"quant_method": "awq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            {"quant_method": "fp8"}, []),
+        "tie_word_embeddings": (True, False, "x", None), "is_encoder_decoder": (True, "x"),
+        "attention_dropout": (2.0, -1, "x"), "initializer_range": ("x", None),
+        "id2label": ({"0": "a"}, {"x": "a"}, 3), "num_labels": (-1, 10**9, "x"), "return_dict": (False, 3),
+        "torchscript": (True,), "pruned_heads": ({"0": [1]}, 3),
+        "attention_bias": (True, "x"), "mlp_bias": (True, 3), "pretraining_tp": (0, 2, "x"),
+        "chunk_size_feed_forward": (1, "x"), "use_cache": (False, "x"),
+        "base_model_tp_plan": ({}, 3), "torch_compile": (True,), "transformers_version": (3, "99.0.0", None),
+        "_name_or_path": ("../../x", 3), "name_or_path": (3,),
     }  # fmt: skip
     name = rng.choice(list(values))
     tree[name] = rng.choice(values[name])
@@ -287,7 +319,13 @@ def mutate_texts(rng: Random, folder: Path, weights: dict[str, int] | None = Non
 
 def remote_code(folder: Path) -> str:
     """A Python file that leaves a trace when it is run, and a config that asks for it."""
-    code = "import pathlib, transformers\npathlib.Path(%r).touch()\nclass Config(transformers.LlamaConfig):\n    model_type = 'evil'\nclass Model(transformers.LlamaForCausalLM):\n    config_class = Config\n"
+    code = """import pathlib, transformers
+pathlib.Path(%r).touch()
+class Config(transformers.LlamaConfig):
+    model_type = 'evil'
+class Model(transformers.LlamaForCausalLM):
+    config_class = Config
+"""
     (folder / "evil.py").write_text(code % str(folder.parents[1] / "victim" / "canary"))
     path = folder / "config.json"
     tree = json.loads(path.read_text())

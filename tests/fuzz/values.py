@@ -99,6 +99,7 @@ def near_value(rng: Random, value: Any) -> Any:
         return rng.choice(
             (-value, value * 2, value / 3, value * 1e30, math.nan, int(value) if math.isfinite(value) else 0)
         )
+    ways: tuple[Any, ...]
     if isinstance(value, str):
         at = rng.randint(0, len(value))
         letter = chr(rng.choice((0, 32, 46, 47, 65, 0x7F, 0xE9, 0x1F600)))
@@ -167,7 +168,8 @@ def mutate_text(rng: Random, text: str) -> tuple[bytes, str]:
         "not UTF-8": lambda: text.encode(errors="replace") + b"\xff\xfe",
         "garbage behind": lambda: text.encode(errors="replace") + rng.choice((b"}", b"\0", b" x", b"[]")),
         "spaces": lambda: (" \n\t" + text.replace("\n", "\r\n") + "\n \n").encode(errors="replace"),
-        "duplicate field": lambda: text.replace("{", rng.choice(('{"schema_version": 1,', '{"config": 1,', '{"": 0,')), 1).encode(errors="replace"),
+        "duplicate field": lambda: text.replace("{", rng.choice(('{"schema_version": 1,', '{"config": 1,', '{"": 0,')),
+            1).encode(errors="replace"),
         "a list around": lambda: f"[{text}]".encode(errors="replace"),
         "a comment": lambda: f"// x\n{text}".encode(errors="replace"),
         "another value": lambda: dump(odd_value(rng)).encode(errors="replace"),
@@ -199,7 +201,7 @@ def mutate_bytes(rng: Random, data: bytes) -> tuple[bytes, str]:
 
 
 def mutate_json(rng: Random, data: bytes, also: Callable[[Random, Any], str] | None = None) -> tuple[bytes, str]:
-    """A JSON file with one to three things changed, in the tree or in its text; ``also``: changes that know the file."""
+    """A JSON file with one to three things changed, in its tree or text; ``also``: changes that know the file."""
     if rng.random() < 0.1:
         return mutate_text(rng, data.decode())
     tree = json.loads(data)

@@ -43,7 +43,7 @@ LIMIT = 10.0
 PATIENCE = 6
 """By the clock, a computing process gets this many times the limit: the machine may be busy."""
 MEMORY = 4 << 30
-"""Address space of a case, bytes."""
+"""Address space of a case, bytes, beyond what all cases share."""
 FILE_SIZE = 1 << 30
 """The largest file that a case may write, bytes."""
 PRODUCT = Path(mesart.graphs.errors.__file__).resolve().parents[1]
@@ -139,7 +139,6 @@ class Target(Protocol):
 def run_cases(target: Target, seed: int, indices: Iterable[int], jobs: int) -> Iterator[Outcome]:
     """Outcomes of cases as they finish; each depends on ``(seed, index)`` alone."""
     waiting, running = iter(indices), dict[int, _Child]()
-    gc.freeze()  # a collection in a child would copy the pages of all that is shared
     with selectors.DefaultSelector() as selector, tempfile.TemporaryDirectory(prefix="fuzz-") as base:
         exhausted = False
         while running or not exhausted:
@@ -230,7 +229,6 @@ class _Child:
     def outcome(self) -> Outcome:
         """The verdict, with what only this side can see."""
         said = self.heard.get("said", "")
-        base = {"index": self.index, "said": said, "seconds": self.seconds}
         fault: dict[str, str] = self.heard.get("fault") or {}
         verdict = FAULT if fault else self.heard.get("verdict", FAULT)
         if self.hung or self.seconds > self.limit:
@@ -250,7 +248,7 @@ class _Child:
             verdict = BROKEN
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self.output, ignore_errors=True)
-        return Outcome(**base, verdict=verdict, **fault)
+        return Outcome(self.index, verdict, **fault, said=said, seconds=self.seconds)
 
     def _may_write(self, name: str, failed: bool) -> bool:
         allowed = (*self.heard["may_write"], *(("tmp", "work/.") if failed else ()))  # what a dead process has left
@@ -293,7 +291,12 @@ def _child(target: Target, key: str, folder: Path, output: Path, pipe: int) -> N
         os.environ |= {"XDG_CACHE_HOME": str(folder / "home" / "cache"), "HF_HUB_OFFLINE": "1"}
         tempfile.tempdir = None
         _redirect(output)
-        for what, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, FILE_SIZE)):
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        for what, most in (
+            (resource.RLIMIT_AS, mapped + MEMORY),
+            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_FSIZE, FILE_SIZE),
+        ):
             resource.setrlimit(what, (most, most))
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR2)
@@ -345,7 +348,7 @@ def make_in_fork(make: Callable[[], object]) -> None:
 
 
 def _family(leader: int) -> dict[int, tuple[float, bool]]:
-    """A process and all that come from it, whatever session they are in: seconds computed, and whether it computes now."""
+    """A process and all that come from it, in whatever session: seconds computed, and whether it computes now."""
     parents: dict[int, int] = {}
     states: dict[int, tuple[float, bool]] = {}
     for entry in Path("/proc").iterdir():
@@ -455,6 +458,7 @@ def campaign(
     """Runs cases and tells how far it is."""
     summary = Summary(target.name)
     start = told = time.monotonic()
+    gc.freeze()  # a collection in a child would copy the pages of all that is shared
     for outcome in run_cases(target, seed, indices, jobs):
         summary.outcomes.append(outcome)
         if verbose:
