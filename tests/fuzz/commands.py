@@ -24,7 +24,7 @@ from tests.fuzz.workers import REFUSED, SAME, Case, make_in_fork
 
 Verb = tuple[str, ...]
 
-SMALL: dict[Verb, tuple[str, ...]] = {
+SMALL: dict[tuple[str, ...], tuple[str, ...]] = {
     ("export",): ("--max-tokens", "104"),
     ("build",): ("--gpu", "sm89"),
     ("inspect",): (),
@@ -197,7 +197,7 @@ class Commands:
         """Those that the verb needs, right ones mostly, and a few odd ones."""
         parser = self.verbs[verb]
         groups = {id(a): group for group in parser._mutually_exclusive_groups for a in group._group_actions}
-        arguments: list[str] = list(SMALL[verb] if verb in SMALL else ()) if rng.random() < 0.95 else []
+        arguments: list[str] = list(SMALL.get(verb, ())) if rng.random() < 0.95 else []
         served: set[int] = set()
         behind: list[str] = []
         for action in parser._actions:

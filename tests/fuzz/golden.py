@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.manifest import EngineInfo, EngineSet, Manifest, ProfileInfo, WeightInfo
+from mesart.graphs.manifest import EngineInfo, EngineSet, Manifest, ProfileInfo, TensorInfo, WeightInfo
 from tests.conftest import CHAT_TEMPLATE, FAMILIES, SMALL, TRAIN_LENGTH, _train_tokenizer
 
 MAX_TOKENS = 344
@@ -72,14 +72,15 @@ def with_engines(bundle: Path, copy: Path) -> Path:
     place = "engines/tensorrt-rtx-1.7.1.116-sm89-bucket-shared"
     (copy / place).mkdir(parents=True)
     graph = next(graph for graph in manifest.graphs if graph.role == "engine")
-    weights = manifest.files[manifest.weight_files[0]]
+    weight = _first_weight(copy, manifest.weight_files[0])
     engines = []
     for bucket in manifest.buckets[:2]:
         plan = Random(bucket.chunks).randbytes(3000)
         packed = gzip.compress(plan, mtime=0)
         file = f"{place}/tail-{bucket.chunks}.plan.gz"
         (copy / file).write_bytes(packed)
-        size = bucket.max_tokens
+        new, slots = 32, bucket.max_tokens + 32
+        inputs, outputs = (_fixed(tensors, new, slots) for tensors in (graph.inputs, graph.outputs))
         engines.append(
             EngineInfo(
                 file=file,
@@ -87,13 +88,37 @@ def with_engines(bundle: Path, copy: Path) -> Path:
                 sha256=hashlib.sha256(packed).hexdigest(),
                 unpacked=len(plan),
                 key=hashlib.sha256(plan).hexdigest(),
-                inputs=graph.inputs,
-                outputs=graph.outputs,
-                weights=[WeightInfo("w", weights.bytes - 1024, 1024, manifest.weight_files[0])],
-                profiles=[ProfileInfo("tail", bucket.chunks, 32, size, size)],
+                inputs=inputs,
+                outputs=outputs,
+                weights=[weight],
+                profiles=[ProfileInfo("tail", bucket.chunks, new, slots, slots)],
                 seconds=1.5,
             )
         )
     built = EngineSet("tensorrt-rtx", "1.7.1.116", ["sm89"], "bucket", "shared", engines)
     replace(manifest, engines=[built]).write(copy)
     return copy
+
+
+def _fixed(tensors: list[TensorInfo], new: int, slots: int) -> list[TensorInfo]:
+    """Inputs or outputs of a graph as those of an engine: every axis fixed, types as numpy calls them."""
+    axes = {"B": 1, "S": new, "P": slots, "M": 1}
+    return [
+        TensorInfo(
+            tensor.name,
+            {"float": "float32"}.get(tensor.dtype, tensor.dtype),
+            [axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape],
+        )
+        for tensor in tensors
+        if tensor.name != "columns"
+    ]
+
+
+def _first_weight(bundle: Path, file: str) -> WeightInfo:
+    """A weight as an engine would read it, from the bytes of its file."""
+    with (bundle / file).open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    name = next(name for name in header if name != "__metadata__")
+    start, stop = header[name]["data_offsets"]
+    return WeightInfo(name, 8 + size + start, stop - start, file)

@@ -14,6 +14,7 @@ import gc
 import itertools
 import resource
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -330,12 +331,20 @@ def soak(bundle: Path, seconds: float, seed: int, backend: str = "onnxruntime", 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.soak", description=__doc__)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, nargs="?", help="default: a small one is exported")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="onnxruntime")
     options = parser.parse_args(arguments)
-    state = soak(options.bundle, 60 * options.minutes, options.seed, options.backend)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = options.bundle
+        if bundle is None:
+            from tests.fuzz.golden import make_bundle
+            from tests.fuzz.workers import make_in_fork
+
+            make_in_fork(lambda: make_bundle(Path(folder)))
+            bundle = Path(folder) / "bundle"
+        state = soak(bundle, 60 * options.minutes, options.seed, options.backend)
     print(f"{sum(state.counts.values())} actions, {resident() >> 20} MiB: {state.counts}")
     return 0
 

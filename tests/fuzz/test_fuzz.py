@@ -32,17 +32,17 @@ def run(*arguments: Any) -> None:
 
 
 def test_bundles(bundle):
-    run("bundles", "--bundle", bundle(), "--cases", 120, "--seed", 1)
+    run("bundles", "--bundle", bundle(), "--cases", 100, "--seed", 1)
 
 
 def test_bundles_on_openvino(bundle):
-    run("bundles", "--bundle", bundle(), "--cases", 12, "--seed", 2, "--backend", "openvino")
+    run("bundles", "--bundle", bundle(), "--cases", 8, "--seed", 2, "--backend", "openvino")
 
 
 def test_checkpoints_commands_and_kills(bundle):
     """In one process: what they need is slow to import."""
     arguments = ("--bundle", bundle(), "--half", bundle(dtype="float16"), "--traced", 0.02, "--seed", 1)
-    run("checkpoints", "commands", "kills", "--cases", 60, 40, 8, *arguments)
+    run("checkpoints", "commands", "kills", "--cases", 40, 24, 6, *arguments)
 
 
 def test_soak(bundle):

@@ -40,7 +40,7 @@ from mesart.graphs.errors import MesaError
 
 LIMIT = 10.0
 """Seconds of computing that a case may take; a waiting process gets as long by the clock."""
-PATIENCE = 6
+PATIENCE = 30
 """By the clock, a computing process gets this many times the limit: the machine may be busy."""
 MEMORY = 4 << 30
 """Address space of a case, bytes, beyond what all cases share."""
@@ -248,7 +248,8 @@ class _Child:
             verdict = BROKEN
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self.output, ignore_errors=True)
-        return Outcome(self.index, verdict, **fault, said=said, seconds=self.seconds)
+        kind, place, detail = (fault.get(name, "") for name in ("kind", "place", "detail"))
+        return Outcome(self.index, verdict, kind, place, detail, said, self.seconds)
 
     def _may_write(self, name: str, failed: bool) -> bool:
         allowed = (*self.heard["may_write"], *(("tmp", "work/.") if failed else ()))  # what a dead process has left
@@ -387,6 +388,8 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 def product_place(file: str, line: int) -> str | None:
     """``runtime/text.py:127`` for a line of the product; ``None`` for another."""
+    if not os.path.isabs(file):
+        return None  # such as <template>
     path = Path(os.path.realpath(file))
     return f"{path.relative_to(PRODUCT)}:{line}" if path.is_relative_to(PRODUCT) and "tests" not in path.parts else None
 
