@@ -53,7 +53,7 @@ class Executor:
     def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool = False) -> list[NDArray[np.float32]]:
         """Computes prompts from nothing; what was in the cache is forgotten. Logits ``[S, V]`` of each row."""
         plans = [self._first_plan(len(prompt)) for prompt in prompts]
-        self._require_logits([len(plan.tail) for plan in plans], all_logits)
+        self._require_logits(plans, prompts, all_logits)
         self.turn += 1
         self.rows, self._lost = [Row()], True  # until it is known what there is instead
         try:
@@ -75,8 +75,7 @@ class Executor:
         """
         self.require_cache()
         plans = [self._plan(row, len(turn)) for row, turn in zip(self.rows, turns, strict=True)]
-        sizes = [min(len(plan.tail), len(turn)) for plan, turn in zip(plans, turns, strict=True)]
-        self._require_logits(sizes, all_logits)
+        self._require_logits(plans, turns, all_logits)
         for index, plan in enumerate(plans):
             self.cache.make_room(index, plan.length)
         with self._undone_on_error(list(map(len, turns))):
@@ -90,20 +89,19 @@ class Executor:
                 self.cache.make_room(index, len(self.rows[index].tokens) + 1)
         with self._undone_on_error():
             steps = [None if token is None else self._next(index, token) for index, token in enumerate(tokens)]
-            again = {index: token for index, token in enumerate(tokens) if token is not None and steps[index] is None}
-            computed = {
-                index: self._run(index, self._plan(self.rows[index], 1), [token], False)[-1]
-                for index, token in again.items()
-            }
-            if len(again) < len(tokens):
-                logits = self.cache.step(steps)
-            else:
-                logits = np.empty((len(tokens), len(computed[0])), np.float32)
-            for index, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
-                if index in computed:
-                    logits[index] = computed[index]
-                elif token is not None:
-                    row.tokens.append(int(token))
+            again = [index for index, token in enumerate(tokens) if token is not None and steps[index] is None]
+            logits = self.cache.step(steps) if any(steps) or not again else None
+            for row, step in zip(self.rows, steps, strict=True):
+                if step is not None:
+                    row.tokens.append(step.token)
+            for index in again:
+                token = tokens[index]
+                assert token is not None
+                last = self._run(index, self._plan(self.rows[index], 1), [token], False)[-1]
+                if logits is None:
+                    logits = np.zeros((len(tokens), len(last)), np.float32)
+                logits[index] = last
+        assert logits is not None
         return logits
 
     def require_cache(self) -> None:
@@ -115,14 +113,16 @@ class Executor:
         """Computes a plan. ``row.stairs`` says at any time where the tokens stand that were there before."""
         row, cache = self.rows[index], self.cache
         tokens = [*row.tokens, *map(int, ids)]
-        if plan.start < row.cached:  # the text is computed again from its start, over what is cached
+        # A plan that starts again at 0 computes what is cached once more: as the head, to the same values, or all of
+        # it, from its place among short texts, to others.
+        if plan.start < row.cached and row.stairs != ORDINARY:
             row.lost = True
             cache.forget(index, 0)
         standing = row.stairs.positions(0, plan.start)  # where each key of the cache stands now
         target = plan.stairs.positions(0, plan.tail.start)
         if plan.head is not None:
             cache.head(index, tokens, plan.head)
-            standing = ORDINARY.positions(0, len(plan.head))
+            standing, row.stairs = ORDINARY.positions(0, len(plan.head)), ORDINARY
         if plan.chunks:
             cache.chunks(index, tokens, plan.chunks, standing[: self.config.head_length])
             standing = np.concatenate([standing, *map(plan.chunk_positions, plan.chunks)])
@@ -132,7 +132,6 @@ class Executor:
         scales = plan.query_scales(plan.tail)
         logits = cache.tail(index, tokens, plan.tail, positions, scales, all_logits=all_logits)
         row.tokens.extend(tokens[len(row.tokens) :])
-        row.lost = False
         return logits[-len(ids) :]
 
     def _next(self, index: int, token: int) -> NextToken | None:
@@ -153,7 +152,7 @@ class Executor:
         """Moves a row's tokens to other stairs."""
         row = self.rows[index]
         if stairs != row.stairs:
-            count = row.cached
+            count = len(row.tokens)
             self.cache.move(index, row.stairs.positions(0, count), stairs.positions(0, count))
             row.stairs = stairs
 
@@ -172,9 +171,14 @@ class Executor:
                 row = self.rows[index]
                 del row.tokens[length:]
                 self.cache.forget(index, row.cached)
-                self._move(index, stairs)
+                if row.lost:
+                    row.stairs = stairs
+                else:
+                    self._move(index, stairs)
             self._lost = False
             raise
+        for row, (length, _) in zip(self.rows, before, strict=True):
+            row.lost = row.lost and len(row.tokens) == length  # what went on has been computed
         self.turn += 1
 
     def _first_plan(self, tokens: int) -> Plan:
@@ -196,18 +200,18 @@ class Executor:
         """The plan of a turn, a first one or a later one."""
         if not row.tokens:
             return self._first_plan(tokens)
-        return Plan.extend(self.config, row.stairs, row.cached, len(row.tokens) - row.cached + tokens)
+        return Plan.extend(self.config, row.stairs, row.cached, len(row.tokens) + tokens - row.cached)
 
-    def _require_logits(self, tails: Sequence[int], all_logits: bool) -> None:
-        """Before anything is computed: the logits of tails of so many tokens can be had, as one array."""
+    def _require_logits(self, plans: Sequence[Plan], turns: Sequence[Sequence[int]], all_logits: bool) -> None:
+        """Before anything is computed: all logits can be had, as one array."""
         if not all_logits:
             return
         if self.cache.last_logits_only:
             raise MesaError("these graphs give the last logits only, no all_logits; load the symbolic graph")
-        sizes = sorted(set(tails))
+        sizes = {min(len(plan.tail), len(turn)) for plan, turn in zip(plans, turns, strict=True)}
         if len(sizes) > 1:
             raise MesaError(
-                f"all_logits of a batch needs tails of one length, these have {', '.join(map(str, sizes))}; "
+                f"all_logits of a batch needs tails of one length, these have {', '.join(map(str, sorted(sizes)))}; "
                 "run the prompts one by one"
             )
 
