@@ -186,7 +186,7 @@ def export_model(
         atomic(target, "bundle", graph_bytes, accept=accept) as folder,
         closing(WeightFiles(network, folder, weights, quantisation)) as files,
     ):
-        require_space(folder, "bundle", graph_bytes + files.bytes_to_write)
+        require_space(folder, target, "bundle", graph_bytes + files.bytes_to_write)
         files.bring()
         say(f"tracing {model} in {dtype}")
         with user_data(f"{model} cannot be traced"):  # models fail in the middle of their code on odd configs

@@ -10,8 +10,6 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal
 
-from mesart.graphs.manifest import sha256
-
 Way = Literal["clone", "link", "copy"]
 """``clone``: a file of its own, whose blocks are shared until either is written to (Btrfs, XFS, ...); takes no time and
 no space. ``link``: one file under two names. ``copy``: a file of its own."""
@@ -29,35 +27,28 @@ _BLOCK_BYTES = 4 << 20
 """Copied and hashed at a time."""
 
 
-def bring(source: Path, target: Path, ways: tuple[Way, ...]) -> tuple[Way, str]:
-    """Gives a file a second name, in the first of some ways that is possible.
+def link_or_copy(source: Path, target: Path, ways: tuple[Way, ...] = ("link",)) -> tuple[Way, str | None]:
+    """Gives a file a second name, in one of some ways, or as a copy where they are not possible; makes the folder.
 
     Args:
         source: the file; a link, as hub caches hold them, stands for what it links to.
         target: a name that nothing has yet.
-        ways: the last of them is ``copy``, or is taken to be.
+        ways: a clone is tried before a link.
 
     Returns:
-        The way, and the SHA-256 of the file, hexadecimal: of what ``target`` holds.
+        The way, and the SHA-256 of a copy, hexadecimal, which has been read anyway.
 
     Raises:
         FileExistsError: ``target`` is there, as a file or a link.
         OSError: it cannot be read or written.
     """
-    real = source.resolve()
-    if "clone" in ways and _clone(real, target):
-        return "clone", sha256(target)
-    if "link" in ways and _link(real, target):
-        return "link", sha256(target)
-    return "copy", _copy(real, target)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy where there can be none; makes the folder. See :func:`bring`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     real = source.resolve()
-    if not _link(real, target):
-        _copy(real, target)
+    if "clone" in ways and _clone(real, target):
+        return "clone", None
+    if "link" in ways and _link(real, target):
+        return "link", None
+    return "copy", _copy(real, target)
 
 
 def _link(source: Path, target: Path) -> bool:
@@ -100,4 +91,4 @@ def _copy(source: Path, target: Path) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["Way", "bring", "link_or_copy"]
+__all__ = ["Way", "link_or_copy"]

@@ -72,15 +72,21 @@ def _shortened(place: Path) -> str:
     return text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}"
 
 
-def require_space(folder: Path, kind: str, needed: int) -> None:
+def require_space(folder: Path, target: Path, kind: str, needed: int) -> None:
     """Refuses to begin what the disk cannot hold.
+
+    Args:
+        folder: where it is written.
+        target: what the user knows it by.
+        kind: what it is called.
+        needed: about how many bytes it will take.
 
     Raises:
         MesaError: says what is free and what is needed.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise MesaError(f"{folder} has {free >> 20} MiB free, the {kind} needs about {needed >> 20} MiB")
+        raise MesaError(f"the disk of {target} has {free >> 20} MiB free, the {kind} needs about {needed >> 20} MiB")
 
 
 def write_new(path: Path, data: bytes | str) -> None:

@@ -194,7 +194,7 @@ def atomic(
     """
     real = real_place(target)
     with explained(target, needed), staged(real, marker) as stage:
-        require_space(stage.folder, kind, needed)
+        require_space(stage.folder, target, kind, needed)
         new = stage.folder / NEW
         new.mkdir()
         yield new

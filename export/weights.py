@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 
 from mesart.export.checkpoint import load_model
 from mesart.export.checkpoint_weights import CheckpointWeights, open_weights
-from mesart.export.copies import Way, bring
+from mesart.export.copies import Way, link_or_copy
 from mesart.export.model_sizes import check_sizes_against
 from mesart.export.quantise import PackedParts, quantise, quantised_bytes
 from mesart.export.quantise import pending as pending_parts
@@ -291,7 +291,11 @@ class WeightFiles:
     def bring(self) -> None:
         """Begins to link or copy the checkpoint's files, and to hash them: in a thread, while the model is traced."""
         for file, name in self._files.items():
-            self._brought[name] = self._threads.submit(bring, file, self._folder / name, self._ways)
+            self._brought[name] = self._threads.submit(self._bring, file, self._folder / name)
+
+    def _bring(self, file: Path, path: Path) -> tuple[Way, str]:
+        way, digest = link_or_copy(file, path, self._ways)
+        return way, digest or sha256(path)
 
     @property
     def shared(self) -> list[str]:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -466,7 +467,7 @@ def test_progress_is_no_flood(monkeypatch, terminal):
     now = 0.0
     text = io.StringIO()
     monkeypatch.setattr(text, "isatty", lambda: terminal, raising=False)
-    monkeypatch.setattr(engines.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     with tqdm(total=1, file=text) as bar:
         show = engines.ticker(bar, "tail-0")
         for step in range(1000):

@@ -113,12 +113,13 @@ class TestLink:
         assert before == {path: path.read_bytes() for path in checkpoint_copy.rglob("*.safetensors")}
 
     def test_a_checkpoint_that_is_changed_meanwhile(self, checkpoint_copy, original, tmp_path, monkeypatch):
-        def change() -> None:
+        def change(files: WeightFiles) -> None:
             del original["model.norm.weight"]
             save_file(original, checkpoint_copy / "model.safetensors", {"format": "pt"})
+            bring(files)
 
         bring = WeightFiles.bring
-        monkeypatch.setattr(WeightFiles, "bring", lambda self: (change(), bring(self)))
+        monkeypatch.setattr(WeightFiles, "bring", change)
         with pytest.raises(MesaError, match="was changed while it was exported"):
             export_model(checkpoint_copy, tmp_path / "bundle")
 
