@@ -44,6 +44,7 @@ def summary(bundle: Path, manifest: Manifest) -> str:
         f"{bundle}: {manifest.model['architecture']}, {manifest.model['parameters']:,} parameters, {manifest.dtype}",
         f"  trained on {config.train_length} tokens, exported for {manifest.max_tokens}; {size / 1e6:.1f} MB on disk",
         *([f"  linear layers in {manifest.quantisation}"] if manifest.quantisation else []),
+        *_shared_files(bundle, manifest),
         f"  {len(manifest.layers)} layers, {layer.kv_heads} key-value heads of {layer.key_size}, "
         f"vocabulary {manifest.model['vocab_size']:,}",
         f"  {config.described()}",
@@ -62,6 +63,13 @@ def summary(bundle: Path, manifest: Manifest) -> str:
         )
     made = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
     return "\n".join([*lines, "", f"  made by {made}"])
+
+
+def _shared_files(bundle: Path, manifest: Manifest) -> list[str]:
+    """Weight files that are the checkpoint's too: whoever writes into those changes the bundle."""
+    paths = [bundle / name for name in manifest.weight_files]
+    shared = [path.name for path in paths if path.is_file() and path.stat().st_nlink > 1]
+    return [f"  shared with another folder (hard links): {', '.join(shared)}"] if shared else []
 
 
 __all__ = ["add", "summary"]

@@ -41,6 +41,14 @@ def test_export_takes_every_field_of_the_configuration(
     assert capsys.readouterr().out == "", "progress is not a result"
 
 
+def test_inspect_tells_of_shared_files(bundle_copy: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["inspect", str(bundle_copy)]) == 0
+    assert "hard links" not in capsys.readouterr().out
+    (tmp_path / "other").hardlink_to(bundle_copy / "model.safetensors")
+    assert main(["inspect", str(bundle_copy)]) == 0
+    assert "shared with another folder (hard links): model.safetensors" in capsys.readouterr().out
+
+
 def test_inspect(bundle: Callable[..., Path], capsys: Capture) -> None:
     assert main(["inspect", str(bundle()), "--verify"]) == 0
     text = capsys.readouterr().out
