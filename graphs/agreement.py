@@ -217,6 +217,9 @@ def _check_tensors(
             except Mismatch as error:
                 error.steps.insert(0, f"{step}[{index}]")
                 raise
+    for name in names:
+        if name.startswith(("past_key_values.", "present.")) and name not in expected:
+            raise Mismatch(f"have {shown(name)}, of a layer that is not among the layers", step)
     missing = expected.keys() - set(names)
     if missing:
         raise Mismatch(f"lack {min(missing)}", step)

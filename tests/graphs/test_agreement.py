@@ -65,13 +65,13 @@ def shape(role: str, name: str, axis: int, extent: Any) -> Any:
         (lambda m: m["layers"][1].update(value_size=4), "past_key_values.1.value has 4 there"),
         (
             lambda m: m["layers"][1].update(place=None),
-            "layers[1].place is null, and the graph of the role engine_place",
+            "layers[1].place is null, and the graph of the role",
         ),
         (
             lambda m: m["layers"][1].update(place="head.onnx"),
-            "layers[1].place is 'head.onnx', which is no graph of the",
+            "layers[1].place is 'head.onnx', which is no graph",
         ),
-        (lambda m: m["layers"].pop(), "].inputs"),
+        (lambda m: m["layers"].pop(), ", of a layer that is not among the layers"),
         (lambda m: m["graphs"].remove(graph(m, "chunk")), "graphs have none for the role chunk"),
         (lambda m: m["graphs"].append({**graph(m, "head"), "file": "model.safetensors"}), "is none of the files for"),
         (lambda m: m["graphs"].append(graph(m, "head")), "graphs have 'head.onnx' twice"),

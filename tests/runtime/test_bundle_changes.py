@@ -114,9 +114,10 @@ class TestCode:
         config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
         (bundle_copy / "config.json").write_text(json.dumps(config))
         (bundle_copy / "own.py").write_text(
-            "import pathlib\nfrom transformers import LlamaConfig, LlamaForCausalLM as Model\n"
+            "import pathlib\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
             f"pathlib.Path({str(bundle_copy.parent / 'ran')!r}).touch()\n"
             "class Config(LlamaConfig):\n    model_type = 'own'\n"
+            "class Model(LlamaForCausalLM):\n    config_class = Config\n"
         )
         reseal(bundle_copy, "config.json", "own.py")
         return bundle_copy
