@@ -10,12 +10,15 @@ from mesart.export.safetensors_file import Stored
 from mesart.graphs.config import check_whole
 from mesart.graphs.errors import MesaError
 
+_MOST_LAYERS: Final = 10_000
+
 _SIZES: Final = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), (1, 10_000)),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), (1, _MOST_LAYERS)),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "vocab_size"), (1, 1 << 28)),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), (1, 1 << 16)),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), (0, 1 << 16)),
     **dict.fromkeys(("num_local_experts", "n_routed_experts", "num_experts"), (0, 1 << 16)),
+    "num_labels": (0, 1 << 20),  # transformers names each
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner", "head_dim"), (0, 1 << 28)),
 }
 """The least and the most that a field may be."""
@@ -34,10 +37,15 @@ def check_sizes(source: object, fields: Mapping[str, Any]) -> None:
         MesaError: names the field.
     """
     for part in (fields, fields.get("text_config")):
-        for name, (least, most) in _SIZES.items() if isinstance(part, Mapping) else ():
-            value = part[name] if isinstance(part, Mapping) and name in part else None
+        if not isinstance(part, Mapping):
+            continue
+        for name, (least, most) in _SIZES.items():
+            value = part.get(name)
             if value is not None and not isinstance(value, list):  # a list: of each layer
                 check_whole(f"{source}: {name}", value, least, most)
+        for name, value in part.items():
+            if "layers" in name and type(value) is int:  # other parts that are built in a loop
+                check_whole(f"{source}: {name:.80}", value, least=-_MOST_LAYERS, most=_MOST_LAYERS)
 
 
 def check_sizes_against(source: object, config: Any, tensors: Mapping[str, Stored]) -> None:

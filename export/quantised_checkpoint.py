@@ -106,7 +106,7 @@ def _read_compressed_tensors(source: str, fields: dict[str, Any]) -> Scheme:
     weights = [_object(source, "the weights of a group", group.get("weights") or {}) for group in groups]
     kinds = [[w.get(field) for field in ("type", "num_bits", "strategy", "group_size")] for w in weights]
     if not kinds or any(kind != kinds[0] for kind in kinds):
-        raise _unreadable(source, f"{name}, {'several' if kinds else 'no'} kinds of weights")
+        raise _unreadable(source, f"{name}, {'several' if kinds else '0'} kinds of weights")
     kind, bits, strategy, group_size = kinds[0]
     if kind != "int" or strategy not in ("group", "channel"):
         raise _unreadable(source, f"{name}, {kind!s:.40}, a scale for each {strategy!s:.40}")
