@@ -24,6 +24,7 @@ from mesart.export.model_sizes import check_sizes
 from mesart.export.quantised_checkpoint import read_scheme
 from mesart.graphs.config import read_config_file
 from mesart.graphs.errors import MesaError
+from mesart.graphs.json_file import described
 from mesart.graphs.manifest import DTYPES
 from mesart.graphs.user_data import user_data
 
@@ -149,6 +150,9 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     fields = read_config_file(file)
     named = f"{source}/config.json"
     check_sizes(named, fields)
+    quantised = fields.get("quantization_config")
+    if quantised is not None and not isinstance(quantised, dict):
+        raise MesaError(f"{named}: quantization_config is {described(quantised)}; it must be an object")
     if fields.get("auto_map") and not trust_remote_code and fields.get("model_type") not in CONFIG_MAPPING:
         raise MesaError(f"{source} brings Python code of its own; read it, and pass --trust-remote-code to run it")
     with user_data(f"{named} is no model config that transformers can read"):

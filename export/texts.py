@@ -65,7 +65,7 @@ def read_texts(source: Path, config: Any, say: Callable[[str], None], *, trust_r
     Raises:
         MesaError: a file is damaged, a package that reads it is missing, or there is no fast tokenizer.
     """
-    files = tokenizer_files(source, trust_remote_code=trust_remote_code)
+    files = tokenizer_files(source, config, trust_remote_code=trust_remote_code)
     if not files:
         say(f"{source} has no tokenizer: the bundle is driven by token ids")
     settings = _generation_settings(source)
@@ -75,11 +75,14 @@ def read_texts(source: Path, config: Any, say: Callable[[str], None], *, trust_r
     return Texts(files)
 
 
-def tokenizer_files(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> dict[str, bytes]:
+def tokenizer_files(
+    source: str | os.PathLike[str], config: Any = None, *, trust_remote_code: bool = False
+) -> dict[str, bytes]:
     """The files of a tokenizer as transformers saves them, ``tokenizer.json`` among them; none for a folder without.
 
     Args:
         source: a checkpoint's folder, or a hub id.
+        config: the model's, checked; if left out, transformers reads it once more.
         trust_remote_code: run the tokenizer's own Python code, if it brings any.
 
     Raises:
@@ -92,7 +95,7 @@ def tokenizer_files(source: str | os.PathLike[str], *, trust_remote_code: bool =
         _require_vocabulary(folder, own_code=trust_remote_code)
     auto: Any = AutoTokenizer
     with user_data(f"{source} has a tokenizer that cannot be loaded"):
-        tokenizer = auto.from_pretrained(os.fspath(source), trust_remote_code=trust_remote_code)
+        tokenizer = auto.from_pretrained(os.fspath(source), config=config, trust_remote_code=trust_remote_code)
     # Several templates with names would make a folder, and a bundle is flat: they go into tokenizer_config.json.
     flat = isinstance(getattr(tokenizer, "chat_template", None), dict)
     with user_data(f"{source} has a tokenizer that cannot be saved"):
