@@ -154,9 +154,10 @@ def _generation_settings(source: Path) -> bytes:
 
 def _report(source: Path, values: Mapping[str, Any], config: Any, say: Callable[[str], None]) -> None:
     where = source / GENERATION_FILE
-    ignored = unsupported_settings(values)
     try:
-        SamplingConfig.from_generation_config({**values, **dict.fromkeys(name.split("=")[0] for name in ignored)})
+        ignored = unsupported_settings(values)
+        followed = {**values, **dict.fromkeys(setting.split("=")[0] for setting in ignored)}
+        SamplingConfig.from_generation_config(followed)
     except MesaError as error:
         raise MesaError(f"{where}: {error}") from error
     if ignored:

@@ -24,18 +24,18 @@ from typing import Any, Final
 import jinja2
 from jinja2 import ext, nodes
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
 from jinja2.utils import Namespace
 
 from mesart.graphs.errors import MesaError
 from mesart.graphs.user_data import user_data
 
-_SOURCE: Final = 1 << 17  # characters; the longest templates that are known have 30 thousand
+_SOURCE: Final = 1 << 16  # characters; the longest templates that are known have 30 thousand
 _SECONDS: Final = 4.0
 _STEPS: Final = 3_000_000
 _BYTES: Final = 1 << 28
-_NODES: Final = 1_000_000  # parts of one value
+_NODES: Final = 250_000  # parts of one value
 _BITS: Final = 1 << 16  # of a whole number
 _WIDTH: Final = 100_000  # that a text is padded or indented to
 _ODD: Final = 1 << 16  # bytes for the filters that are seldom used
@@ -53,16 +53,18 @@ _SHALLOW_TESTS: Final = frozenset(
     {"boolean", "callable", "defined", "false", "filter", "float", "integer", "iterable", "mapping", "none", "number"}
     | {"sameas", "sequence", "string", "test", "true", "undefined"}
 )
-# Filters that chat templates do not use, and that can be slow.
+# Filters that can be slow; chat templates use none of them, or for short texts.
 _SELDOM: Final = frozenset(
-    {"filesizeformat", "pprint", "striptags", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr"}
+    {"filesizeformat", "pprint", "striptags", "title", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr"}
 )
 _PADDED: Final = frozenset({"batch", "center", "indent", "round", "slice", "truncate", "wordwrap"})
 
 # Methods whose result may be far larger than what they get; and those that are slow where two texts are long.
-_FORBIDDEN: Final = frozenset({"encode", "expandtabs", "from_bytes", "fromkeys", "maketrans", "to_bytes", "translate"})
+_FORBIDDEN: Final = frozenset(
+    {"encode", "expandtabs", "from_bytes", "fromkeys", "maketrans", "striptags"} | {"to_bytes", "translate"}
+)
 _SCANNING: Final = frozenset({"lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip"})
-_OWN: Final = frozenset({"measured", "paid", "step"})  # of the environment, put into every template
+_OWN: Final = frozenset({"measured", "paid", "sliced", "step"})  # of the environment, put into every template
 
 
 class TemplateLimit(jinja2.TemplateError):
@@ -177,6 +179,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             comparison.expr = _call("measured", [comparison.expr], comparison.lineno)
             for operand in comparison.ops:
                 operand.expr = _call("measured", [operand.expr], comparison.lineno)
+        for pair in list(source.find_all(nodes.Pair)):  # of a dict: the key is hashed
+            if not isinstance(pair.key, nodes.Const):
+                pair.key = _call("measured", [pair.key], pair.lineno)
+        for sliced in list(source.find_all(nodes.Getitem)):
+            if isinstance(sliced.arg, nodes.Slice):
+                sliced.node = _call("sliced", [sliced.node], sliced.lineno)
         for joined in list(source.find_all(nodes.Concat)):
             joined.nodes = [_call("paid", [part], joined.lineno) for part in joined.nodes]
         return super()._generate(source, name, filename, defer_init)
@@ -193,6 +201,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     def paid(self, value: Any) -> Any:
         """The value, which may be written out as text."""
         self.meter.spend(_measure(value, self.meter))
+        return value
+
+    def sliced(self, value: Any) -> Any:
+        """The value, of which a part may be copied."""
+        self.meter.spend(_shallow_size(value))
         return value
 
     def _finalize(self, value: Any) -> Any:
@@ -231,8 +244,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str):
             _check_method(owner, name, args, kwargs, meter)
-        elif isinstance(owner, list | tuple | dict):  # index, count, get: compare or hash
-            _measure(owner if name in ("index", "count") else args, meter)
+        elif name in ("index", "count"):  # which compare
+            _measure(owner, meter)
+        if not isinstance(__obj, Macro):  # whose own code is metered; others may write, compare or hash what they get
+            for value in (*args, *kwargs.values()):
+                __self.measured(value)
         result = super().call(__context, __obj, *args, **kwargs)
         meter.spend(_shallow_size(result))
         return result
@@ -378,7 +394,7 @@ def _measure(value: Any, meter: _Meter) -> int:
         elif isinstance(it, list | tuple) or (isinstance(it, MappingView) and isinstance(it, Iterable)):
             waiting.extend(it)
         elif isinstance(it, Namespace):
-            waiting.append(vars(it)["_Namespace__attrs"])  # which it writes out
+            waiting.append(object.__getattribute__(it, "_Namespace__attrs"))  # which it writes out
         if count + len(waiting) > _NODES:
             raise TemplateLimit("it makes too large a value")
     size += _ITEM * count

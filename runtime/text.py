@@ -37,6 +37,7 @@ _NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 
 _SETTINGS: Final = "tokenizer_config.json"
+_OLDER_SETTINGS: Final = "special_tokens_map.json"
 _TOKENIZER: Final = "tokenizer.json"
 _CONFIG: Final = "config.json"
 
@@ -240,7 +241,9 @@ def _read_tokenizer(files: TextFiles) -> tuple[tokenizers.Tokenizer, Limits]:
 def _read_settings(files: TextFiles) -> dict[str, Any]:
     settings = files.json(_SETTINGS)
     if "added_tokens_decoder" not in settings:  # written before 2023: the special tokens have a file of their own
-        settings.update(files.json("special_tokens_map.json"))
+        older = files.json(_OLDER_SETTINGS)
+        _check_tokens(older, str(files.where / _OLDER_SETTINGS), named={})
+        settings.update(older)
     if not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens", None) or []
     extra = settings["extra_special_tokens"]
