@@ -148,10 +148,12 @@ def _check_pattern(pattern: str, where: str) -> None:
 def _check_charsmap(value: Any, where: str) -> None:
     """A table of replacements: its length, a search tree, then the replacements, each ended by a zero byte."""
     try:
-        table = base64.b64decode(value or b"")
+        table = base64.b64decode(value, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise MesaError(f"{where}: precompiled_charsmap is not base64") from error
     start = 4 + int.from_bytes(table[:4], "little")
+    if start > len(table):
+        raise MesaError(f"{where}: precompiled_charsmap is cut off")
     longest = max(map(len, table[start:].split(b"\0")))
     if longest > _GROWTH:
         raise MesaError(f"{where}: precompiled_charsmap has a replacement of {longest:,} bytes")

@@ -107,9 +107,9 @@ def test_named_chat_templates_are_kept(checkpoint_copy: Path) -> None:
     chat, tools = [{"role": "user", "content": "x"}], [{"type": "function", "function": {"name": "f"}}]
     theirs: Any = AutoTokenizer.from_pretrained(checkpoint_copy)
     for ours in (Tokenizer.of(files.contents), Tokenizer(checkpoint_copy)):
-        for options in ({}, {"tools": tools}):
-            expected = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
-            assert ours.apply_chat_template(chat, **options) == expected
+        for given in (None, tools):
+            expected = theirs.apply_chat_template(chat, tools=given, tokenize=False, add_generation_prompt=True)
+            assert ours.apply_chat_template(chat, tools=given) == expected
         assert ours.apply_chat_template(chat, template="tool_use") == "TOOLS x"
         with pytest.raises(MesaError, match="no chat template 'rag'; there are default, tool_use"):
             ours.apply_chat_template(chat, template="rag")
@@ -229,13 +229,13 @@ def test_any_error_of_the_library_is_one_line(checkpoint_copy: Path, monkeypatch
             raise error
 
         monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
-        monkeypatch.setattr(texts.AutoTokenizer, "from_pretrained", fail)
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
         with pytest.raises(MesaError, match="has a tokenizer that cannot be loaded: "):
             tokenizer_files(checkpoint_copy)
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(texts.AutoTokenizer, "from_pretrained", interrupt)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tokenizer_files(checkpoint_copy)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mesart.graphs.errors import MesaError
 from mesart.runtime.stream import TextStream
 from mesart.runtime.text import Tokenizer
 
@@ -152,6 +153,40 @@ def test_stop_string_within_another(tokenizers: dict[str, Tokenizer], kind: str)
 def test_empty_stop_string_is_refused(tokenizers: dict[str, Tokenizer]) -> None:
     with pytest.raises(ValueError, match="stop string is empty"):
         TextStream(tokenizers["byte_level"], ["</s>", ""])
+
+
+@pytest.mark.parametrize("stop", ["</s>", b"x", 3, None, "\ud800"])
+def test_a_stop_string_is_text(tokenizers: dict[str, Tokenizer], stop: object) -> None:
+    if stop == "</s>":
+        TextStream(tokenizers["byte_level"], [stop])
+        return
+    with pytest.raises(MesaError, match="stop string"):
+        TextStream(tokenizers["byte_level"], [stop])  # type: ignore[list-item]
+
+
+def test_special_tokens_in_stop_strings(tokenizers: dict[str, Tokenizer]) -> None:
+    """They end a text though no text shows them; alone, and with text before or behind them."""
+    tokenizer = tokenizers["byte_level"]
+    end, start = (tokenizer.special_texts[name] for name in ("<|im_end|>", "<|im_start|>"))
+    the, dog = (tokenizer.encode(text, add_special_tokens=False) for text in ("The", " dog"))
+    ids = [*the, start, *dog, end, *the, *dog]
+    cases = {
+        "<|im_end|>": "The dog",
+        "dog<|im_end|>": "The ",
+        "<|im_end|>Th": "The dog",
+        "<|im_start|> dog<|im_end|>The": "The",
+        "<|im_end|> dog": "The dogThe dog",  # not in this order
+        "The dog": "",  # what is not looked for leaves no trace
+    }
+    for stop, expected in cases.items():
+        stream = TextStream(tokenizer, stop)
+        assert "".join(pieces(stream, ids)) == expected
+        assert stream.stopped == (stop != "<|im_end|> dog")
+    written = tokenizer.encode("a<|im", add_special_tokens=False) + tokenizer.encode(
+        "_end|>b", add_special_tokens=False
+    )
+    assert end not in written
+    assert "".join(pieces(TextStream(tokenizer, "<|im_end|>"), written)) == "a"
 
 
 @pytest.mark.parametrize("kind", KINDS)
