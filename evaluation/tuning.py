@@ -314,8 +314,7 @@ def tune(
         raise MesaError("tuning needs at least 1 evaluation and 1 finalist")
     require_whole("evaluations", evaluations)
     require_whole("finalists", finalists)
-    require_whole("prompts", prompts, most=final_prompts)
-    require_whole("places", places, most=final_places)
+    _require_counts((prompts, places), (final_prompts, final_places))
     if seconds is not None:
         require_number("seconds", seconds, least=0)
     _check_parameters(parameters)
@@ -415,6 +414,7 @@ def sensitivity(
     Raises:
         MesaError: as of :func:`tune`.
     """
+    _require_counts((prompts, places), (prompts, places))
     _check_parameters([*parameters, *(values or {})])
     bench = _Bench(source, start, lengths, (prompts, places), seed, backend, text, journal)
     bench.require(bench.start)
@@ -474,6 +474,16 @@ def _check_parameters(parameters: Sequence[str]) -> None:
             raise MesaError(f"unknown parameter {name!r}; there are {', '.join(PARAMETERS)}")
 
 
+def _require_counts(searched: tuple[int, int], most: tuple[int, int]) -> None:
+    """Raises a :class:`MesaError` unless so many prompts and places can be judged, and are some of the most."""
+    if min(most) < 1:
+        raise MesaError(f"{min(most)} prompts or places judge nothing; at least 1 of each is needed")
+    for name, count, limit in zip(("prompts", "places"), searched, most, strict=True):
+        require_whole(name, count)
+        require_whole(name, limit)
+        _spread(count, limit)
+
+
 def _by_quality(tried: Sequence[Tried]) -> list[Tried]:
     """Best first: more passkeys; then lower perplexity; then fewer scores."""
     return sorted(tried, key=lambda it: (-it.rate, statistics.fmean(it.losses), it.scores))
@@ -502,10 +512,6 @@ class _Bench:
         text: str | os.PathLike[str] | None,
         journal: str | os.PathLike[str] | None,
     ) -> None:
-        if min(most) < 1:
-            raise MesaError(f"{min(most)} prompts or places judge nothing; at least 1 of each is needed")
-        require_whole("prompts", most[0])
-        require_whole("places", most[1])
         require_lengths(lengths)
         require_seed(seed)
         self._journal = None if journal is None else Journal(journal)
