@@ -338,7 +338,7 @@ class Manifest:
     def write(self, bundle: Path) -> None:
         """Replaces the manifest of a bundle; whoever reads it meanwhile finds the old one or the new one, whole."""
         path = bundle / MANIFEST_FILE
-        partial = path.with_name(f".{MANIFEST_FILE}.{secrets.token_hex(8)}.partial")
+        partial = path.with_name(f".{MANIFEST_FILE}.{secrets.token_hex(4)}.partial")
         # A new file, of a name that nobody knows: a link that waits there cannot lead the writing elsewhere.
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w", encoding="utf-8") as file:
             try:
