@@ -146,7 +146,7 @@ def _tail_slice(manifest: Manifest) -> int:
 
 
 def _inputs(manifest: Manifest, graph: GraphInfo) -> dict[str, tuple[str, Shape]]:
-    """Dtype and shape of the inputs that a graph must have."""
+    """Dtype and shape of the inputs of a graph; it must have them, but a head may leave out the empty past."""
     kind = _dtype(manifest)
     if graph.role in ("place", "engine_place"):
         ids: dict[str, tuple[str, Shape]] = {name: ("int64", ["B", "S"]) for name in ("from_ids", "to_ids")}
@@ -159,11 +159,9 @@ def _inputs(manifest: Manifest, graph: GraphInfo) -> dict[str, tuple[str, Shape]
     }
     if graph.role != "engine":
         tensors["new_mask"] = ("float", ["B", 1, "S", "S"])
-        if sizes.get("P") != 0:
-            tensors["past_mask"] = ("float", ["B", 1, 1, "P"])
-    if sizes.get("P") != 0:
-        for name, shape in _cache(manifest.layers, "past_key_values", "P"):
-            tensors[name] = (kind, shape)
+        tensors["past_mask"] = ("float", ["B", 1, 1, "P"])
+    for name, shape in _cache(manifest.layers, "past_key_values", "P"):
+        tensors[name] = (kind, shape)
     return _fixed(tensors, sizes)
 
 
@@ -220,7 +218,7 @@ def _check_tensors(
     for name in names:
         if name.startswith(("past_key_values.", "present.")) and name not in expected:
             raise Mismatch(f"have {shown(name)}, of a layer that is not among the layers", step)
-    missing = expected.keys() - set(names)
+    missing = {name for name, (_, shape) in expected.items() if 0 not in shape} - set(names)
     if missing:
         raise Mismatch(f"lack {min(missing)}", step)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mesart.graphs import MesaError, TorchReference
-from mesart.graphs.manifest import WEIGHTS_FILE, Manifest
+from mesart.graphs.manifest import WEIGHTS_FILE, EngineInfo, FileInfo, Manifest, TensorInfo, sha256
 from mesart.runtime import MesaModel
 from tests.runtime.fake_cuda import FakeBuilder, FakeGpu, Fault, Location, Status
 
@@ -462,6 +462,21 @@ class TestLimits:
         one_line(error)
 
 
+def with_slots(info: EngineInfo, slots: int) -> EngineInfo:
+    """An engine that writes caches of so many slots, as its record has it."""
+
+    def cut(tensor: TensorInfo) -> TensorInfo:
+        cache = tensor.name.startswith(("past_key_values.", "present."))
+        return dataclasses.replace(tensor, shape=[*tensor.shape[:2], slots, tensor.shape[3]]) if cache else tensor
+
+    return dataclasses.replace(
+        info,
+        inputs=[cut(tensor) for tensor in info.inputs],
+        outputs=[cut(tensor) for tensor in info.outputs],
+        profiles=[dataclasses.replace(x, slots=slots, columns=min(slots, x.columns)) for x in info.profiles],
+    )
+
+
 class TestRefusals:
     """One line each, with the command to run."""
 
@@ -535,14 +550,14 @@ class TestRefusals:
             assert model.lengths == [0]
 
     def test_a_plan_that_tensorrt_refuses(self, copied, gpu):
-        from mesart.graphs.manifest import sha256
-
         info = Manifest.read(copied).engines[0].find("tail", 0)[0]
         path = copied / info.file
         path.write_bytes(gzip.compress(b"no plan" * 1000))
         manifest = Manifest.read(copied)
         infos = [
-            dataclasses.replace(x, bytes=path.stat().st_size, sha256=sha256(path)) if x.file == info.file else x
+            dataclasses.replace(x, bytes=path.stat().st_size, sha256=sha256(path), unpacked=7000)
+            if x.file == info.file
+            else x
             for x in manifest.engines[0].engines
         ]
         change(copied, engines=infos)
@@ -581,10 +596,7 @@ class TestRefusals:
     def test_too_few_slots(self, copied, gpu, role, cached, message):
         """Never written by the builder: an engine that would write behind its cache."""
         infos = [
-            dataclasses.replace(
-                x, profiles=[dataclasses.replace(p, slots=20) if p.role == role else p for p in x.profiles]
-            )
-            for x in Manifest.read(copied).engines[0].engines
+            with_slots(x, 20) if x.profiles[0].role == role else x for x in Manifest.read(copied).engines[0].engines
         ]
         change(copied, engines=infos)
         with MesaModel.load(copied, "tensorrt-rtx", verify=False) as model:
@@ -600,9 +612,9 @@ class TestRefusals:
         manifest = Manifest.read(copied)
         path = copied / WEIGHTS_FILE
         path.write_bytes(path.read_bytes()[:-4000])
-        del manifest.files[WEIGHTS_FILE]
+        manifest.files[WEIGHTS_FILE] = FileInfo(path.stat().st_size, sha256(path))
         manifest.write(copied)
-        self.refused(copied, "shorter than the engines' weights; run `mesart build", verify=False)
+        self.refused(copied, rf"engines\[0\].*weights\[.*\] ends behind the end of {WEIGHTS_FILE}", verify=False)
 
 
 class TestAuto:

@@ -140,6 +140,15 @@ def test_an_altered_bundle_is_refused(bundle: Callable[..., Path], tmp_path: Pat
     assert "upgrade mesart" in fails(capsys, "generate", str(folder), "-p", "a")
 
 
+def test_a_digest_names_one_bundle(bundle: Callable[..., Path], capsys: Capture) -> None:
+    assert main(["inspect", str(bundle()), "--digest"]) == 0
+    digest = capsys.readouterr().out.strip()
+    assert digest == Manifest.read(bundle()).digest
+    arguments = ["generate", str(bundle()), "-p", "a", "-n", "1", "--backend", "onnxruntime", "--digest"]
+    assert main([*arguments, digest]) == 0
+    assert "is not the bundle that was asked for" in fails(capsys, *arguments, digest[:-4] + "0000")
+
+
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path) -> None:
     import builtins
 
