@@ -361,6 +361,37 @@ class TestFailures:
         assert one.lengths == [0]
         assert np.array_equal(one.prefill(tokens(150)), expected)
 
+    @pytest.mark.parametrize("nth", [1, 3, 5, 7, 9])
+    def test_a_batch_of_turns_that_fails_leaves_every_row(self, one, gpu, nth):
+        prompts, turns = [tokens(100), tokens(20, seed=1)], [tokens(90, seed=2), tokens(60, seed=3)]
+        one.prefill(prompts)
+        expected = one.extend(turns)
+        one.prefill(prompts)
+        seen: list[str] = []
+
+        def refuse(found: str) -> bool:
+            seen.append(found)
+            return len(seen) == nth
+
+        gpu.refuse = refuse
+        with pytest.raises(MesaError, match="the kernel gave up$"):
+            one.extend(turns)
+        gpu.refuse = lambda found: False
+        assert one.lengths == [100, 20]
+        assert difference(one.extend(turns), expected) < CLOSE
+
+    def test_a_prefill_that_fails_leaves_an_empty_cache(self, one, gpu):
+        expected = one.prefill(tokens(30))
+        one.prefill([tokens(100), tokens(20)])
+        gpu.refuse = lambda found: found == "tail"
+        with pytest.raises(MesaError, match="the kernel gave up$"):
+            one.prefill([tokens(100), tokens(20)])
+        gpu.refuse = lambda found: False
+        assert one.lengths == [0]
+        with pytest.raises(MesaError, match="call prefill first"):
+            one.step([3, 4])
+        assert difference(one.extend(tokens(30)), expected) < CLOSE
+
     def test_a_step_that_fails_changes_no_row(self, one, gpu):
         prompts = [tokens(70), tokens(30, seed=1)]
         one.prefill(prompts)
