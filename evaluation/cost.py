@@ -99,6 +99,7 @@ def run_cost(
     new_tokens: int = 8,
     threads: int | None = None,
     limit: float = 600.0,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> CostResult:
     """Times every method at every length; prompts are random tokens. An interrupt ends it; call again to go on.
@@ -112,6 +113,7 @@ def run_cost(
         new_tokens: decoded behind each prompt.
         threads: of PyTorch; all cores if left out.
         limit: seconds that one method may take for one length.
+        trust_remote_code: run the Python code that the checkpoint brings, if it does.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -151,6 +153,7 @@ def run_cost(
                             "longest": sizes[-1],
                             "repeat": repeat,
                             "new_tokens": new_tokens,
+                            "trust_remote_code": trust_remote_code,
                         }
                         found = _measure(job, threads, limit)
                         journal.add(key, conditions, found)
@@ -191,7 +194,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     from mesart.evaluation.methods.system import MethodSystem  # noqa: PLC0415
     from mesart.export.checkpoint import load_model  # noqa: PLC0415
 
-    model = load_model(job["source"], "float32")
+    model = load_model(job["source"], "float32", trust_remote_code=job["trust_remote_code"])
     config: Any = model.config
     vocabulary = int(config.get_text_config().vocab_size)
     train_length = MesaConfig.from_model(job["source"]).train_length

@@ -88,6 +88,8 @@ class Settings:
     """A file of the user's as haystack; held-out library text if left out."""
     dtype: str = "float32"
     device: str = "cpu"
+    trust_remote_code: bool = False
+    """Run the Python code that the checkpoints bring, if they do."""
 
     def require(self) -> None:
         """Raises a :class:`MesaError` if one of them is out of its range."""
@@ -96,6 +98,10 @@ class Settings:
         require_seed(self.seed)
         if self.device != "cpu":  # PyTorch is slow to import
             require_device(self.device)
+
+
+_APART: Final = ("text", "trust_remote_code")
+"""Settings that a journal does not compare: the text has a record of its own, and trust changes no number."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ def run_suite(
     journal = Journal(Path(output) / JOURNAL_FILE)
     shared = {
         "versions": versions(),
-        "settings": {name: value for name, value in vars(settings).items() if name != "text"},
+        "settings": {name: value for name, value in vars(settings).items() if name not in _APART},
         "text": text.record(),
     }
     conditions: dict[Cell, dict[str, Any]] = {}
@@ -410,7 +416,7 @@ def _open(source: str, settings: Settings) -> CheckpointModel:
 
     quiet: Any = logging.disable_progress_bar  # of transformers' loading, which each process does
     quiet()
-    return CheckpointModel.load(source, settings.dtype, settings.device)
+    return CheckpointModel.load(source, settings.dtype, settings.device, trust_remote_code=settings.trust_remote_code)
 
 
 _text = lru_cache(1)(held_out_text)  # megabytes, read once a process and not once a cell

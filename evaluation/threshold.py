@@ -222,6 +222,7 @@ def run_threshold(
     margin: float | None = None,
     passkey_prompts: int = 0,
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> ThresholdResult:
     """:func:`probe_threshold` of a checkpoint, on held-out library text or a file.
@@ -230,6 +231,7 @@ def run_threshold(
         source: a checkpoint's folder or hub id.
         max_tokens: the longest text; 4 times the trained length if left out.
         passkey_prompts: of each length, for the plain model's passkeys; 0 leaves them out.
+        trust_remote_code: run the Python code that the checkpoint brings, if it does.
         config, text, places, tokens, factor, margin, seed, progress: as there.
 
     Raises:
@@ -240,7 +242,7 @@ def run_threshold(
     require_whole("passkey prompts", passkey_prompts, least=0)
     _require(places, tokens, factor, margin, seed)
     content = held_out_text(text).content
-    checkpoint = CheckpointModel.load(source)
+    checkpoint = CheckpointModel.load(source, trust_remote_code=trust_remote_code)
     train_length = checkpoint.train_length if config is None else config.for_model(checkpoint.model).train_length
     return probe_threshold(
         checkpoint.model,

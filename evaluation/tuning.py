@@ -277,6 +277,7 @@ def tune(
     backend: str = "auto",
     text: str | os.PathLike[str] | None = None,
     journal: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> TuneResult:
     """Searches a configuration for a model: coordinate descent, then the best few again on more prompts.
@@ -304,6 +305,7 @@ def tune(
         backend: what runs a bundle's graph.
         text: a file of held-out text; library text that the demo model never saw if left out.
         journal: a file of results; what is in it is not run again.
+        trust_remote_code: run the Python code that a checkpoint brings, if it does.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -318,7 +320,9 @@ def tune(
     if seconds is not None:
         require_number("seconds", seconds, least=0)
     _check_parameters(parameters)
-    bench = _Bench(source, start, lengths, (final_prompts, final_places), seed, backend, text, journal)
+    bench = _Bench(
+        source, start, lengths, (final_prompts, final_places), seed, backend, text, journal, trust_remote_code
+    )
     clock = time.monotonic()
     tried: dict[MesaConfig, Tried] = {}
     finals: dict[MesaConfig, Tried] = {}
@@ -403,6 +407,7 @@ def sensitivity(
     backend: str = "auto",
     text: str | os.PathLike[str] | None = None,
     journal: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> SensitivityResult:
     """Changes one parameter at a time and leaves all others. An interrupt (Ctrl-C) ends it with what was finished.
@@ -416,7 +421,7 @@ def sensitivity(
     """
     _require_counts((prompts, places), (prompts, places))
     _check_parameters([*parameters, *(values or {})])
-    bench = _Bench(source, start, lengths, (prompts, places), seed, backend, text, journal)
+    bench = _Bench(source, start, lengths, (prompts, places), seed, backend, text, journal, trust_remote_code)
     bench.require(bench.start)
     clock = time.monotonic()
     asked: list[tuple[str, Any]] = [("default", None)]
@@ -511,12 +516,13 @@ class _Bench:
         backend: str,
         text: str | os.PathLike[str] | None,
         journal: str | os.PathLike[str] | None,
+        trust_remote_code: bool,
     ) -> None:
         require_lengths(lengths)
         require_seed(seed)
         self._journal = None if journal is None else Journal(journal)
         self.text, self._seed, self._most = held_out_text(text), seed, most
-        opener, self.start, tokenizer, engine, kind, self._model = _open(source, start, backend)
+        opener, self.start, tokenizer, engine, kind, self._model = _open(source, start, backend, trust_remote_code)
         self._opener = opener
         train_length = self.start.train_length
         self.lengths = tuple(sorted(set([4 * train_length, 16 * train_length] if lengths is None else lengths)))
@@ -614,7 +620,7 @@ Opener = Callable[[MesaConfig, int], System]
 
 
 def _open(
-    source: Source, start: MesaConfig | None, backend: str
+    source: Source, start: MesaConfig | None, backend: str, trust_remote_code: bool = False
 ) -> tuple[Opener, MesaConfig, Tokenizer, str, str, str]:
     """What runs a configuration up to a length; where to start; tokenizer, engine, kind and fingerprint."""
     folder = Path(source)
@@ -645,7 +651,7 @@ def _open(
         return run_bundle, config, tokenizer, described, "bundle", sha256(folder / MANIFEST_FILE)
     if backend not in ("auto", "torch"):
         raise MesaError(f"{source} is a checkpoint, which PyTorch runs; to use backend {backend!r}, export it first")
-    checkpoint = CheckpointModel.load(source)
+    checkpoint = CheckpointModel.load(source, trust_remote_code=trust_remote_code)
     config = (start or MesaConfig()).for_model(os.fspath(source))
 
     def run_checkpoint(config: MesaConfig, _length: int) -> System:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mesart.scripts.commands.results import require_outputs, write_result
-from mesart.scripts.options import add_command, add_json, filled, threads, whole
+from mesart.scripts.options import add_command, add_json, add_trust, filled, threads, whole
 
 
 def add(tasks: Any) -> None:
@@ -19,6 +19,7 @@ def add(tasks: Any) -> None:
     parser.add_argument("--repeat", type=whole(), default=3, help="timed runs of each; the median counts")
     parser.add_argument("--new-tokens", type=whole(), default=8, help="tokens to decode")
     parser.add_argument("--threads", type=threads)
+    add_trust(parser, "the checkpoint")
     add_json(parser)
 
 
@@ -37,6 +38,7 @@ def _run(options: argparse.Namespace) -> int:
         repeat=options.repeat,
         new_tokens=options.new_tokens,
         threads=options.threads,
+        trust_remote_code=options.trust_remote_code,
     )
     write_result(options, result)
     if any(row.failed is None for row in result.rows):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mesart.scripts import streams
-from mesart.scripts.options import add_command, add_seed, add_text, filled, threads, whole
+from mesart.scripts.options import add_command, add_seed, add_text, add_trust, filled, threads, whole
 
 
 def add(tasks: Any) -> None:
@@ -28,6 +28,7 @@ def add(tasks: Any) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--device", type=filled, default="cpu", help="of PyTorch, such as cuda")
     parser.add_argument("--jobs", type=threads, default=1, help="processes at a time; they share the cores")
+    add_trust(parser, "the checkpoints")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -49,6 +50,7 @@ def _run(options: argparse.Namespace) -> int:
             text=options.text,
             dtype=options.dtype,
             device=options.device,
+            trust_remote_code=options.trust_remote_code,
         ),
         jobs=options.jobs,
     )

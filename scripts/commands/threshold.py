@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mesart.scripts.commands.results import require_outputs, write_result
-from mesart.scripts.options import add_command, add_json, add_plot, add_seed, add_text, filled, number, whole
+from mesart.scripts.options import add_command, add_json, add_plot, add_seed, add_text, add_trust, filled, number, whole
 
 
 def add(tasks: Any) -> None:
@@ -25,6 +25,7 @@ def add(tasks: Any) -> None:
     parser.add_argument("--passkey-prompts", type=whole(0), default=0, help="of each length, for the plain model")
     add_seed(parser)
     add_text(parser)
+    add_trust(parser, "the checkpoint")
     add_json(parser)
     add_plot(parser)
 
@@ -43,6 +44,7 @@ def _run(options: argparse.Namespace) -> int:
         passkey_prompts=options.passkey_prompts,
         seed=options.seed,
         text=options.text,
+        trust_remote_code=options.trust_remote_code,
     )
     write_result(options, result)
     if options.plot is not None:

@@ -12,6 +12,7 @@ from mesart.scripts.options import (
     add_json,
     add_seed,
     add_text,
+    add_trust,
     filled,
     number,
     whole,
@@ -35,6 +36,7 @@ def add(commands: Any) -> None:
     add_seed(parser)
     add_backend(parser)
     add_text(parser)
+    add_trust(parser, "the checkpoint")
     parser.add_argument(
         "--journal", type=filled, metavar="FILE", help="keeps what was found, so that an interrupted run goes on"
     )
@@ -45,7 +47,7 @@ def _run(options: argparse.Namespace) -> int:
     require_outputs(options)
     from mesart.evaluation.tuning import sensitivity, tune  # noqa: PLC0415  (torch is slow to import)
 
-    names = ["lengths", "prompts", "places", "seed", "backend", "text", "journal"]
+    names = ["lengths", "prompts", "places", "seed", "backend", "text", "journal", "trust_remote_code"]
     run: Any = sensitivity
     if not options.sensitivity:
         run = tune
