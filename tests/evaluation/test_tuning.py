@@ -74,7 +74,7 @@ def judged(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> Callable[..., lis
         def opener(config: MesaConfig, _: int) -> System:
             return Judged(tokenizer, quality(config), log)
 
-        def open_source(source: Any, start: MesaConfig | None, backend: str) -> Any:
+        def open_source(source: Any, start: MesaConfig | None, backend: str, _: bool) -> Any:
             return opener, start or MesaConfig(256), tokenizer, "none", "bundle", fingerprint
 
         monkeypatch.setattr(module, "_open", open_source)
