@@ -249,42 +249,38 @@ class TestDroppedKeys:
             assert np.array_equal(model.extend(tokens(150, seed=1)), expected)
 
     @pytest.mark.parametrize("specialised", [False, True])
-    def test_a_batch_that_fails_in_its_last_row_loses_no_key(self, baseline_bundle, name, monkeypatch, specialised):
-        """The rows before it have dropped keys by then, at a turn as at a step."""
+    @pytest.mark.parametrize("call", ["extend", "step"])
+    def test_a_batch_that_fails_in_its_last_row_loses_no_key(
+        self, baseline_bundle, name, monkeypatch, specialised, call
+    ):
+        """The rows before it have dropped keys by then."""
         prompts, turns = [tokens(100), tokens(120, seed=1)], [tokens(30, seed=2), tokens(7, seed=3)]
+        arguments: Any = turns if call == "extend" else [3, 4]
         with MesaModel.load(baseline_bundle(name), "torch", specialised=specialised, verify=False) as model:
-            model.prefill(prompts)
-            expected = model.extend(turns), model.step([3, 4])
-            model.prefill(prompts)
             cache: Any = model.executor.cache
-            run, left = cache._graphs.run, [0]
+            run, runs, failing = cache._graphs.run, 0, 0
 
-            def fail_at_last(role, bucket, feeds):
-                left[0] -= 1
-                if not left[0]:
+            def counted(role, bucket, feeds):
+                nonlocal runs
+                runs += 1
+                if runs == failing:
                     raise MesaError("the engine gave up")
                 return run(role, bucket, feeds)
 
-            with monkeypatch.context() as patch:
-                patch.setattr(cache._graphs, "run", fail_at_last)
-                for call, arguments in ((model.extend, turns), (model.step, [3, 4])):
-                    # The runs of a call are counted first, and taken back with the last one that fails.
-                    for runs in range(1, 20):
-                        left[0] = runs
-                        try:
-                            call(arguments)
-                            break
-                        except MesaError:
-                            assert model.lengths == [100, 120]
-                    left[0] = 0  # never
-                    model.prefill(prompts)
-                    left[0] = runs - 1
-                    with pytest.raises(MesaError, match="gave up"):
-                        call(arguments)
-                    assert model.lengths == [100, 120]
-            got = model.extend(turns), model.step([3, 4])
-            for ours, theirs in zip(got, expected, strict=True):
-                assert np.array_equal(ours, theirs)
+            monkeypatch.setattr(cache._graphs, "run", counted)
+            model.prefill(prompts)
+            expected = model.step([5, 6])  # sees as far back as can be seen
+            model.prefill(prompts)
+            runs = 0
+            getattr(model, call)(arguments)
+            last = runs
+            model.prefill(prompts)
+            runs, failing = 0, last
+            with pytest.raises(MesaError, match="gave up"):
+                getattr(model, call)(arguments)
+            failing = 0
+            assert model.lengths == [100, 120]
+            assert np.array_equal(model.step([5, 6]), expected)
 
     def test_one_bucket_for_all(self, baseline_bundle, name):
         with MesaModel.load(baseline_bundle(name), "torch", verify=False) as model:
