@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from mesart.export.checkpoint import load_model
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Quantisation
+from mesart.graphs.user_data import user_data
 
 METHODS = {"auto-round": "auto_round", "awq": "awq"}
 """The library's names of the methods."""
@@ -59,12 +60,8 @@ def calibrated(
         raise MesaError(f"unknown calibration {method!r}; there are {', '.join(METHODS)}")
     from auto_round import AutoRound  # noqa: PLC0415  (slow to import, and rarely needed)
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise MesaError(
-            f"{source} has no tokenizer that loads, and calibration needs one: {first_line(error)}"
-        ) from error
+    with user_data(f"{source} has no tokenizer that loads, and calibration needs one"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
     excerpts = _excerpts(tokenizer, text, tokens)
     model: Any = load_model(source, "float32", copy.deepcopy(config))
     # Where AutoRound knows the source, it takes what was float32 there and is not packed from there again, and so drops

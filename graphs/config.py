@@ -125,12 +125,7 @@ class MesaConfig:
                 f"head_length + chunk_length = {self.head_length} + {self.chunk_length} = {window} is more than the "
                 f"trained {self.train_length} positions; lower one of them by {window - self.train_length}"
             )
-        check_whole("short_length", self.short_length, least=0)
-        if self.short_length >= self.train_length:
-            raise MesaError(
-                f"short_length is {self.short_length}; it must be below train_length = {self.train_length} "
-                "(0: the model has one set of rotary frequencies)"
-            )
+        check_whole("short_length", self.short_length, least=0, most=self.train_length - 1)
         if not self.linear_window < self.stair_range:
             raise MesaError(
                 f"linear_window = {self.linear_window} leaves no room for stairs in rho * train_length = "

@@ -57,7 +57,7 @@ def use(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Callable[..., 
     """``use(mesa=system, ...)``: evaluations run these systems whatever source they are given."""
 
     def replace(**systems: System) -> None:
-        def open_systems(source: str, names: Any, backend: str, config: Any) -> OpenSystems:
+        def open_systems(source: str, names: Any, backend: str, config: Any, **_: Any) -> OpenSystems:
             chosen = {name: systems[name] for name in names}
             subject = Subject(source, "bundle", MesaConfig(256), dict.fromkeys(names, "none"))
             return OpenSystems(subject, tokenizer, 1024, chosen)

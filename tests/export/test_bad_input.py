@@ -313,9 +313,9 @@ bundle.export_model(sys.argv[1], sys.argv[2])
     (left,) = work.iterdir()
     with pytest.raises(MesaError, match="is no bundle"):
         Manifest.read(left)
-    monkeypatch.setattr(bundle_module, "_trace", fail_with(RuntimeError("later")))
+    monkeypatch.setattr(bundle_module, "_trace", fail_with(MesaError("later")))
     lines: list[str] = []
-    with pytest.raises(RuntimeError, match="later"):
+    with pytest.raises(MesaError, match="later"):
         export_model(checkpoint("tied_llama"), work / "bundle", report=lines.append)
     assert any(f"removed {left}" in line for line in lines)
     assert not list(work.iterdir())

@@ -22,7 +22,7 @@ from mesart.export.engine_graphs import engine_graph, engine_shapes
 from mesart.export.engine_memory import estimate
 from mesart.export.tensorrt_builder import TensorRtBuilder
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import ENGINES_FOLDER, EngineInfo, EngineSet, Layout, Manifest
+from mesart.graphs.manifest import ENGINES_FOLDER, EngineInfo, EngineSet, Layout, Manifest, ProfileInfo
 from mesart.runtime import MesaModel
 
 pytest.importorskip("tensorrt_rtx")
@@ -434,7 +434,9 @@ class TestLog:
 
     @pytest.fixture
     def info(self) -> EngineInfo:
-        return EngineInfo("engines/a.plan.gz", 1, "", 1, "key", [], [], [], [], 0.1)
+        return EngineInfo(
+            "engines/a/head.plan.gz", 1, "0" * 64, 1, "0" * 64, [], [], [], [ProfileInfo("head", None, 8, 8, 8)], 0.1
+        )
 
     def test_torn_lines(self, tmp_path, info):
         path = tmp_path / "build.jsonl"
@@ -442,10 +444,10 @@ class TestLog:
             b'[1]\n{"engine": []}\n{"engine": {"file": "x"}}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"time": "20'
         )
         log = engines._Log(path)
-        assert log.find(info.file, "key") is None
+        assert log.find(info.file, info.key) is None
         log.append(info, "1")
         log.append(info, "1")
-        assert log.find(info.file, "key") == info
+        assert log.find(info.file, info.key) == info
         assert len(path.read_bytes().splitlines()) == 8
         assert log.find(info.file, "another") is None
 

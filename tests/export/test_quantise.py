@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,12 +135,12 @@ class TestRefusals:
             export_model(checkpoint(family), tmp_path / "b", mesa_config, max_tokens=64, quantise="int4")
         assert not list(tmp_path.iterdir())
 
-    def test_zero_points_on_tensorrt(self, bundle_copy):
+    def test_zero_points_on_tensorrt(self, bundle, tmp_path):
+        folder = shutil.copytree(bundle("wide_llama", "bfloat16"), tmp_path / "bundle")
         how = Quantisation("int4", 4, 16, symmetric=False)
-        manifest = Manifest.read(bundle_copy)
-        Manifest(**{**vars(manifest), "quantisation": how, "dtype": "float16"}).write(bundle_copy)
+        replace(Manifest.read(folder), quantisation=how).write(folder)
         with pytest.raises(MesaError, match="takes no quantised weights with zero points; export again without"):
-            build_engines(bundle_copy, "tensorrt-rtx", "sm89", progress=False)
+            build_engines(folder, "tensorrt-rtx", "sm89", progress=False)
 
 
 @pytest.fixture(scope="module")

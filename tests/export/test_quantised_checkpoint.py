@@ -411,7 +411,9 @@ class TestCalibrate:
                 return None, [str(target)]
 
         monkeypatch.setitem(sys.modules, "auto_round", SimpleNamespace(AutoRound=Library))
-        monkeypatch.setattr(calibrate, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda source: count_words))
+        monkeypatch.setattr(
+            calibrate, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda source, **_: count_words)
+        )
         return calls
 
     def test_the_librarys_numbers_are_exported(self, calls, checkpoint_copy, mesa_config, tmp_path, monkeypatch):

@@ -39,8 +39,8 @@ def test_given_fields_are_kept():
         ({"rho": 0.0}, "lower linear_window or raise rho"),
         ({"tail_min": 129}, "lower tail_min or rho"),
         ({"rho": 0.9}, "lower tail_min or rho"),
-        ({"short_length": -1}, "it must be at least 0 and below train_length = 256"),
-        ({"short_length": 256}, "it must be at least 0 and below train_length = 256"),
+        ({"short_length": -1}, "it must be at least 0"),
+        ({"short_length": 256}, "it must be at most 255"),
     ],
 )
 def test_invalid_combinations_are_refused(fields, way_out):
