@@ -338,13 +338,17 @@ def measure_machine(threads: int) -> Machine:
     torch.set_num_threads(threads)
     flops = {}
     for dtype in ("float32", "bfloat16"):
-        left = torch.randn(2048, 2048).to(getattr(torch, dtype))
-        # As a product, and as a convolution over one point: torch gives the two to different libraries, of which
-        # either may be slow on a given CPU.
-        signal, kernel = left[None], left[:, :, None]
-        product = _best_time(lambda left=left: left @ left)
-        convolution = _best_time(lambda signal=signal, kernel=kernel: torch.conv1d(signal, kernel))
-        flops[dtype] = 2 * 2048**3 / min(product, convolution)
+        for size in (512, 2048):
+            left = torch.randn(size, size).to(getattr(torch, dtype))
+            # As a product, and as a convolution over one point: torch gives the two to different libraries, of which
+            # either may be slow on a given CPU.
+            signal, kernel = left[None], left[:, :, None]
+            product = _best_time(lambda left=left: left @ left)
+            convolution = _best_time(lambda signal=signal, kernel=kernel: torch.conv1d(signal, kernel))
+            best = min(product, convolution)
+            flops[dtype] = 2 * size**3 / best
+            if best > 0.05:  # a CPU without bfloat16 would take minutes for the larger one
+                break
     flops["float16"] = flops["float32"]  # CPU engines compute float16 in float32
     block = torch.ones(1 << 28)
     bandwidth = block.numel() * 4 / _best_time(block.sum)
