@@ -22,6 +22,8 @@ from mesart.export.swap import remove, settle
 from mesart.graphs.errors import MesaError
 
 _LOCK_FILE = "owner.lock"
+_UNLOCKED = "unlocked-"
+"""How a lock's name begins before it is locked."""
 _LONGEST_NAME = 200
 """Bytes of an output's name that its stage can bear in its own, of 255."""
 
@@ -59,11 +61,10 @@ def staged(target: Path, last: str) -> Iterator[Stage]:
     """
     parents = _make_parents(target)
     try:
-        stage = _make_stage(target)
+        stage, lock = _make_locked(target)
     except BaseException:
         _unmake(parents)
         raise
-    lock = _lock_new(stage.folder)
     try:
         try:
             yield stage
@@ -79,6 +80,15 @@ def staged(target: Path, last: str) -> Iterator[Stage]:
 def _end(folder: Path, target: Path, last: str) -> None:
     if not settle(folder, target, last):
         raise MesaError(f"{target} was changed meanwhile; what was there before is in {folder}")
+    _remove_stage(folder)
+
+
+def _remove_stage(folder: Path) -> None:
+    """The lock goes last: what is left if the process is killed meanwhile can still be told from what is in use."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.name != _LOCK_FILE:
+                remove(path)
     remove(folder)
 
 
@@ -98,6 +108,14 @@ def _unmake(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):  # another has put something there
             folder.rmdir()
+
+
+def _make_locked(target: Path) -> tuple[Stage, int]:
+    while True:
+        stage = _make_stage(target)
+        # Until it is locked, another export may take it for one that was killed just then, and clear it away.
+        with suppress(FileNotFoundError):
+            return stage, _lock_new(stage.folder)
 
 
 def _make_stage(target: Path) -> Stage:
@@ -134,10 +152,14 @@ def mounts() -> set[Path]:
 
 def _lock_new(folder: Path) -> int:
     """Locks a file before it has the name by which others know it."""
-    number, name = tempfile.mkstemp(dir=folder)
+    number, name = tempfile.mkstemp(prefix=_UNLOCKED, dir=folder)
     with suppress(OSError):  # a file system without locks: then nobody else gets one either
         fcntl.flock(number, fcntl.LOCK_EX)
-    os.rename(name, folder / _LOCK_FILE)
+    try:
+        os.rename(name, folder / _LOCK_FILE)
+    except BaseException:
+        os.close(number)
+        raise
     return number
 
 
@@ -177,6 +199,10 @@ def clear_leftovers(target: Path, last: str, say: Callable[[str], None]) -> None
 
 def _clear(folder: Path, target: Path, last: str, say: Callable[[str], None]) -> None:
     if not (folder / _LOCK_FILE).exists():
+        with suppress(OSError):
+            _clear_unlocked(folder)
+            say(f"removed {folder}, which a killed export had left over")
+            return
         say(f"{folder} may be left over from a killed export; if none is running, delete it")
         return
     lock = _lock_of_the_dead(folder)
@@ -191,10 +217,26 @@ def _clear(folder: Path, target: Path, last: str, say: Callable[[str], None]) ->
             return
         if target.exists() and not there:
             say(f"brought back {target}, which a killed export had moved away")
-        remove(folder)
+        _remove_stage(folder)
         say(f"removed {folder}, which a killed export had left over")
     finally:
         os.close(lock)
+
+
+def _clear_unlocked(folder: Path) -> None:
+    """Removes a stage that holds nothing: its process was killed before it had a lock, or when the lock was gone.
+
+    Raises:
+        OSError: it holds something, or a process is about to lock it.
+    """
+    for path in folder.glob(f"{_UNLOCKED}*"):
+        number = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(number)
+    folder.rmdir()
 
 
 __all__ = ["Stage", "clear_leftovers", "is_stage", "mounts", "real_place", "staged"]

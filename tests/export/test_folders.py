@@ -471,12 +471,50 @@ class TestCrashes:
         for name in others:
             (work / name).mkdir()
         (work / ".out.12345678.partial").mkdir()
+        (work / ".out.12345678.partial" / "notes").write_text("ten years")
         lines = check(work / "out")
         assert len(lines) == 1
         assert ".out.12345678.partial may be left over" in lines[0]
         (work / ".out.zzzzzzzz.partial").symlink_to(work / others[0])
         assert len(check(work / "out")) == 1
         assert len(os.listdir(work)) == 6
+
+    @pytest.mark.parametrize("file", [None, "unlocked-abcdefgh"])
+    def test_killed_before_it_had_a_lock(self, work, file):
+        folder = work / ".out.12345678.partial"
+        folder.mkdir()
+        if file:
+            (folder / file).touch()
+        (line,) = check(work / "out")
+        assert line == f"removed {folder}, which a killed export had left over"
+        assert not list(work.iterdir())
+
+    def test_cleared_before_it_had_a_lock(self, work, monkeypatch):
+        """Another export takes a stage that has just been made for one of the dead: it is made again."""
+        real, left = stage._lock_new, [1]
+
+        def clear_first(folder):
+            if left:
+                left.pop()
+                folder.rmdir()
+            return real(folder)
+
+        monkeypatch.setattr(stage, "_lock_new", clear_first)
+        write(work / "out", "new")
+        assert read(work / "out") == "new"
+        assert os.listdir(work) == ["out"]
+
+    def test_killed_while_it_is_cleared(self, work):
+        """The lock goes last, so that the next export knows it for what it is."""
+        removed = []
+        with atomic(work / "out", "thing", 0) as folder:
+            for name in ("a", "z"):
+                (folder / name).touch()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(stage, "remove", lambda path: removed.append(path.name))
+                stage._remove_stage(folder)
+        assert removed[-1] == folder.name
+        assert sorted(removed[:-1]) == ["a", "z"]
 
     def test_a_lock_that_is_a_link(self, work):
         """Whoever may write in the same folder could have put it there."""
