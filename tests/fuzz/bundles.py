@@ -389,7 +389,7 @@ def _mutate_engines(rng: Random, bundle: Path, manifest: dict[str, Any]) -> str:
             "a bomb": _BOMB * rng.choice((8, 64, 400)),
             "no gzip": rng.randbytes(500),
             "empty": b"",
-            "cut short": whole[: rng.randrange(len(whole))],
+            "cut short": whole[: rng.randrange(len(whole) or 1)],
             "garbage behind": whole + b"garbage",
             "a byte more": gzip.compress(gzip.decompress(whole) + b"x"),
             "two in one": whole + whole,

@@ -105,6 +105,8 @@ def _versions(rng: Random, model: onnx.ModelProto) -> str:
             domain=rng.choice(("nope", "", "com.microsoft", "ai.onnx.ml")), version=rng.choice((0, 1, 99))
         )
         return "one more opset"
+    if not model.opset_import:  # another change has taken them
+        return "nothing"
     opset = model.opset_import[rng.randrange(len(model.opset_import))]
     opset.version = rng.choice((0, 1, 6, 12, 22, 26, 30, 100, 10**4, 10**6, 2**31 - 1, 2**31, 2**62, -1))
     return f"opset {opset.version}"

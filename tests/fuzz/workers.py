@@ -290,6 +290,8 @@ def _child(target: Target, key: str, folder: Path, output: Path, pipe: int) -> N
         os.chdir(folder / "work")
         os.environ |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
         os.environ |= {"XDG_CACHE_HOME": str(folder / "home" / "cache"), "HF_HUB_OFFLINE": "1"}
+        # Folders of their own, of libraries that evaluations and traces use: no case of ours.
+        os.environ |= {"MPLCONFIGDIR": str(output / "plots"), "TORCHINDUCTOR_CACHE_DIR": str(output / "inductor")}
         tempfile.tempdir = None
         _redirect(output)
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
