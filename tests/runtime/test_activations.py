@@ -42,6 +42,13 @@ def logits(quantised) -> Callable[..., Any]:
     return run
 
 
+def has_eight_bit_products() -> bool:
+    """OpenVINO rounds where the CPU multiplies 8 bits faster, and computes exactly elsewhere."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text(encoding="utf-8").split()) if info.is_file() else set()
+    return bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"}) or not flags
+
+
 def apart(ours: Any, theirs: Any) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
@@ -50,6 +57,8 @@ def apart(ours: Any, theirs: Any) -> float:
 def test_they_round_only_where_asked_for(logits, backend):
     reference = logits("torch")
     assert apart(logits(backend), reference) < 1e-5
+    if backend == "openvino" and not has_eight_bit_products():
+        pytest.skip("OpenVINO rounds nothing on a CPU without 8-bit products")
     assert 1e-3 < apart(logits(backend, activations="int8"), reference) < 0.1
 
 

@@ -55,7 +55,7 @@ def test_inspect(bundle: Callable[..., Path], capsys: Capture) -> None:
     assert "LlamaForCausalLM" in text
     assert "float32" in text
     assert main(["inspect", str(bundle()), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["schema_version"] == 1
+    assert json.loads(capsys.readouterr().out)["schema_version"] == 2
 
 
 def test_generate(bundle: Callable[..., Path], capsys: Capture) -> None:
