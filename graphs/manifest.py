@@ -287,11 +287,10 @@ class Manifest:
     @property
     def digest(self) -> Digest:
         """Names this bundle and no other: whoever knows it can tell that all of its files are those that were meant."""
-        return f"sha256:{manifest_digest(dataclasses.asdict(self))}"
+        return f"sha256:{json.loads(self.to_json())['sha256']}"
 
     def to_json(self) -> str:
-        fields = dataclasses.asdict(self)
-        return json.dumps({**fields, "sha256": manifest_digest(fields)}, indent=1, sort_keys=True) + "\n"
+        return sealed(dataclasses.asdict(self))
 
     @classmethod
     def read(cls, bundle: Path) -> Manifest:
@@ -302,7 +301,8 @@ class Manifest:
         """
         path = bundle / MANIFEST_FILE
         try:
-            fields = parse_json(_content(path))
+            content = _content(path)
+            fields = parse_json(content)
             if not isinstance(fields, dict):
                 raise Mismatch(f"is {shown(fields)}, expected an object")
             if "schema_version" not in fields:
@@ -314,12 +314,12 @@ class Manifest:
                     f"{path} has schema {shown(version)}, this version of mesart reads {SCHEMA_VERSION}; "
                     + ("upgrade mesart" if newer else "export the model again")
                 )
-            digest = fields.pop("sha256", None)
+            fields.pop("sha256", None)
             manifest = read_record(cls, fields)
             check_agreement(manifest)
         except (Mismatch, ValueError) as error:
             raise MesaError(f"{path} cannot be read ({error}); export the model again") from error
-        if digest != manifest_digest(fields):
+        if content[-_SEAL_BYTES:] != _seal(content[:-_SEAL_BYTES]):
             raise MesaError(f"{path} was altered (its SHA-256 differs); export the model again")
         return manifest
 
@@ -351,10 +351,18 @@ class Manifest:
                 raise
 
 
-def manifest_digest(fields: Mapping[str, Any]) -> str:
-    """The SHA-256, hexadecimal, that a manifest of these fields records of itself."""
+def sealed(fields: Mapping[str, Any]) -> str:
+    """The JSON of a manifest of these fields, which ends in the SHA-256 of all that stands before it."""
     others = {name: value for name, value in fields.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    body = json.dumps(others, indent=1, sort_keys=True).removesuffix("\n}")
+    return body + _seal(body.encode()).decode()
+
+
+def _seal(body: bytes) -> bytes:
+    return b',\n "sha256": "%s"\n}\n' % hashlib.sha256(body).hexdigest().encode()
+
+
+_SEAL_BYTES = len(_seal(b""))
 
 
 def _content(path: Path) -> bytes:
@@ -418,6 +426,6 @@ __all__ = [
     "Weights",
     "engine_info",
     "is_plain",
-    "manifest_digest",
+    "sealed",
     "sha256",
 ]

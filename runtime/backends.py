@@ -18,7 +18,8 @@ from mesart.graphs.errors import MesaError, first_line, telling_line
 from mesart.graphs.manifest import GraphInfo
 from mesart.runtime.engine_imports import import_onnxruntime, import_openvino, leave_alone_in_forks
 from mesart.runtime.engines import PACKAGES
-from mesart.runtime.linked_weights import IN_MEMORY, MappedGraph, has_links
+from mesart.runtime.external_data import require_file_names
+from mesart.runtime.linked_weights import MappedGraph, has_links
 from mesart.runtime.signature import check_signature, onnxruntime_signature, openvino_signature
 
 Array = NDArray[Any]
@@ -88,7 +89,7 @@ class OnnxRuntimeBackend:
         self._options.add_session_config_entry("session.disable_quant_qdq", "1")
 
     def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
-        _require_file_names(path)
+        require_file_names(path)
         try:
             session = self._onnxruntime.InferenceSession(os.fspath(path), self._options, providers=self._providers)
         except Exception as error:  # onnxruntime raises kinds of its own, all for a graph that it cannot load
@@ -129,7 +130,7 @@ class OpenVinoBackend:
         }
 
     def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
-        _require_file_names(path)
+        require_file_names(path)
         linked = MappedGraph(path) if has_links(path.parent) else None
         try:
             model = self._core.read_model(linked.serialised() if linked else os.fspath(path))
@@ -197,12 +198,6 @@ def _last_number(array: Array) -> Array | None:
     """The last number of an array in its own memory, as bits, if it has one of a float type."""
     bits = {2: np.uint16, 4: np.uint32}.get(array.itemsize)
     return array.reshape(-1)[-1:].view(bits) if bits is not None and array.size else None
-
-
-def _require_file_names(path: Path) -> None:
-    """Engines take an address in memory for a file name, also from a file, and would read whatever is there."""
-    if IN_MEMORY in path.read_bytes():
-        raise MesaError(f"{path} refers to weights by an address in memory, not by a file's name; export again")
 
 
 class TorchBackend:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mesart.graphs.errors import MesaError
 from mesart.graphs.records import shown
+from mesart.runtime.linked_weights import IN_MEMORY
 
 # An entry of a tensor's `external_data`, as protobuf writes it: the key, then its value and how long that is.
 _LOCATION = re.compile(rb"\x0a\x08location\x12([\x80-\xff]*[\x00-\x7f])")
@@ -31,4 +32,10 @@ def check_locations(path: Path, weight_files: Collection[str]) -> None:
         raise MesaError(f"{path} has weights in {name}, which is no weight file of the bundle; export the model again")
 
 
-__all__ = ["check_locations"]
+def require_file_names(path: Path) -> None:
+    """Engines take an address in memory for a file name, also from a file, and would read whatever is there."""
+    if IN_MEMORY in path.read_bytes():
+        raise MesaError(f"{path} refers to weights by an address in memory, not by a file's name; export again")
+
+
+__all__ = ["check_locations", "require_file_names"]

@@ -258,13 +258,13 @@ def bundle_copy(bundle, tmp_path: Path) -> Path:
 
 
 def _reseal(folder: Path, *altered: str, **fields: Any) -> None:
-    from mesart.graphs.manifest import MANIFEST_FILE, manifest_digest, sha256
+    from mesart.graphs.manifest import MANIFEST_FILE, sealed, sha256
 
     path = folder / MANIFEST_FILE
     manifest = {**json.loads(path.read_text(encoding="utf-8")), **fields}
     for name in altered:
         manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-    path.write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}), encoding="utf-8")
+    path.write_text(sealed(manifest), encoding="utf-8")
 
 
 @pytest.fixture

@@ -282,10 +282,10 @@ def seal(text: str) -> str:
         if not isinstance(tree, dict) or "sha256" not in tree:
             return text
         fields = {name: value for name, value in tree.items() if name != "sha256"}
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        body = dump(fields, indent=1, sort_keys=True).removesuffix("\n}")
     except (ValueError, RecursionError):
         return text
-    return dump({**fields, "sha256": digest}, indent=1, sort_keys=True) + "\n"
+    return f'{body},\n "sha256": "{hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()}"\n}}\n'
 
 
 def seal_files(bundle: Path, manifest: dict[str, Any], said: list[str]) -> None:
