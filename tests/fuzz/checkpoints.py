@@ -22,7 +22,7 @@ import numpy as np
 from mesart.graphs.manifest import Manifest
 from tests.fuzz.golden import make_checkpoint
 from tests.fuzz.graph_changes import join_safetensors, mutate_weights, split_safetensors
-from tests.fuzz.mesart_command import leave_out_tracing, run_command
+from tests.fuzz.mesart_command import import_ahead, leave_out_tracing, run_command
 from tests.fuzz.texts import KNOWN, mutate_texts, remote_code
 from tests.fuzz.values import mutate_bytes, mutate_json, odd_value, once_more
 from tests.fuzz.workers import OTHER, REFUSED, SAME, Case, Fault, make_in_fork
@@ -70,10 +70,10 @@ class Checkpoints:
         self.pickle = b""
 
     def prepare(self) -> None:
-        # Imported here, so that no case has to.
         import torch
         from safetensors.torch import load
 
+        import_ahead()
         torch.set_num_threads(1)
         make_in_fork(lambda: make_checkpoint(self.folder))
         self.files = {path.name: path.read_bytes() for path in self.folder.iterdir()}

@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 from tests.fuzz.golden import make_checkpoint
-from tests.fuzz.mesart_command import leave_out_tracing, run_command
+from tests.fuzz.mesart_command import import_ahead, leave_out_tracing, run_command
 from tests.fuzz.values import STRINGS
 from tests.fuzz.workers import REFUSED, SAME, Case, make_in_fork
 
@@ -162,8 +162,7 @@ class Commands:
         self.verbs: dict[Verb, argparse.ArgumentParser] = {}
 
     def prepare(self) -> None:
-        # Imported here, so that no case has to.
-
+        import_ahead()
         if not self.folder.exists():
             make_in_fork(lambda: make_checkpoint(self.folder))
         self.verbs = dict(_verbs(_parser()))

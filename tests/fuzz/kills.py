@@ -24,7 +24,7 @@ from mesart.evaluation.journal import Journal
 from mesart.graphs.errors import MesaError
 from mesart.graphs.manifest import Manifest
 from tests.fuzz.golden import make_bundle, make_checkpoint
-from tests.fuzz.mesart_command import leave_out_tracing, run_command
+from tests.fuzz.mesart_command import import_ahead, leave_out_tracing, run_command
 from tests.fuzz.workers import SAME, Case, Fault, differences, make_in_fork, snapshot
 
 CHANGES = (
@@ -52,7 +52,7 @@ class Kills:
         self.folder, self.half = folder, half or folder / "half" / "bundle"
 
     def prepare(self) -> None:
-
+        import_ahead()
         make_in_fork(lambda: make_checkpoint(self.folder / "checkpoint"))
         if not self.half.exists():
             make_in_fork(lambda: make_bundle(self.folder / "half", options={"dtype": "float16"}, max_tokens=104))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,21 @@ def _read(number: int, start: int) -> str:
     with open(f"/dev/fd/{number}", "rb") as file:
         file.seek(start)
         return file.read().decode(errors="replace")
+
+
+def import_ahead() -> None:
+    """Imports what exports need, by names that no tool takes for unused: 6 s, in every forked case otherwise."""
+    for name in (
+        "mesart.evaluation",
+        "mesart.export.bundle",
+        "mesart.scripts.commands.export",
+        "mesart.scripts.commands.generate",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.llama.tokenization_llama",
+        "transformers.tokenization_utils_tokenizers",
+        "safetensors.torch",
+    ):
+        importlib.import_module(name)
 
 
 def leave_out_tracing() -> None:
