@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
@@ -162,6 +162,9 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
         config._attn_implementation = None
         own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trust_remote_code
         causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        text = config.get_text_config()
+    if not isinstance(text, PreTrainedConfig):
+        raise MesaError(f"{named}: text_config is {described(text)}, which model_type {config.model_type!r} has not")
     if (not causal and not own) or config.is_encoder_decoder:
         raise MesaError(f"{source} is no causal language model (model_type {config.model_type!r})")
     return config

@@ -21,12 +21,20 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from mesart.graphs.errors import MesaError
 from mesart.graphs.generation import GENERATION_FILE, SamplingConfig, eos_ids, unsupported_settings
+from mesart.graphs.json_file import read_object
 from mesart.graphs.user_data import user_data
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _VOCABULARIES = ("tokenizer.json", *_SENTENCEPIECE, "tekken.json", "tiktoken.model", "vocab.json", "vocab.txt")
 _SETTINGS = "tokenizer_config.json"
 """A checkpoint that has one of these files has a tokenizer."""
+
+_MOST_IDS = 1 << 24
+"""Of a vocabulary; the largest have a million. Saving one, the library makes a list of all ids that are left out."""
+
+
+_VOCABULARY_BYTES = 256 << 20
+"""The largest files of tokenizers have 35 MB."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ def tokenizer_files(
         if not any((folder / name).is_file() for name in (*_VOCABULARIES, _SETTINGS)):
             return {}
         _require_vocabulary(folder, own_code=trust_remote_code)
+        _require_near_ids(folder)
     auto: Any = AutoTokenizer
     with user_data(f"{source} has a tokenizer that cannot be loaded"):
         tokenizer = auto.from_pretrained(os.fspath(source), config=config, trust_remote_code=trust_remote_code)
@@ -127,6 +136,25 @@ def _require_vocabulary(folder: Path, *, own_code: bool) -> None:
     package = "sentencepiece" if first == b"\n" else "tiktoken"  # the tag of a message's first field; or lines of text
     if find_spec(package) is None:
         raise MesaError(f"{path} is a tokenizer of {package}, which is not installed: pip install {package}")
+
+
+def _require_near_ids(folder: Path) -> None:
+    """Refuses ids that are no index of any table of embeddings, of the vocabulary or of added tokens."""
+    ids: dict[str, list[Any]] = {}
+    if (folder / "tokenizer.json").is_file():
+        values = read_object(folder / "tokenizer.json", _VOCABULARY_BYTES)
+        model, added = values.get("model"), values.get("added_tokens")
+        words = model.get("vocab") if isinstance(model, dict) else None
+        ids["tokenizer.json"] = [
+            *(words.values() if isinstance(words, dict) else ()),
+            *(token.get("id") for token in (added if isinstance(added, list) else ()) if isinstance(token, dict)),
+        ]
+    if (folder / "vocab.json").is_file():
+        ids["vocab.json"] = list(read_object(folder / "vocab.json", _VOCABULARY_BYTES).values())
+    for name, found in ids.items():
+        largest = max((index for index in found if isinstance(index, int)), default=0)
+        if largest >= _MOST_IDS:
+            raise MesaError(f"{folder / name}: a token has the id {largest}; no vocabulary has {_MOST_IDS} tokens")
 
 
 def _saved(what: Any, **options: Any) -> dict[str, bytes]:

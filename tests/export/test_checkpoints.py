@@ -223,6 +223,7 @@ class TestConfig:
             ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "config.json"),
             ({"rope_parameters": []}, "config.json"),
             ({"text_config": 5}, "text_config is 5"),
+            ({"text_config": {}}, "text_config is an object"),
             ({"auto_map": 5}, "config.json"),
             ({"quantization_config": 5}, "quantization_config is 5"),
         ],

@@ -94,9 +94,24 @@ def test_a_damaged_tokenizer_is_refused_before_the_work(
 ) -> None:
     monkeypatch.setattr(bundle_module, "open_network", lambda *_, **__: pytest.fail("the work has begun"))
     (checkpoint_copy / "tokenizer.json").write_bytes(content)
-    with pytest.raises(MesaError, match="has a tokenizer"):
+    with pytest.raises(MesaError, match=r"has a tokenizer|tokenizer\.json is n"):
         export_model(checkpoint_copy, tmp_path / "bundle", max_tokens=64)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("place", ["vocabulary", "added token"])
+def test_ids_that_no_table_has(checkpoint_copy: Path, tmp_path: Path, place: str) -> None:
+    """The library would fill the memory with all the ids between, and end the process."""
+    path = checkpoint_copy / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if place == "vocabulary":
+        vocabulary = values["model"]["vocab"]
+        vocabulary[next(iter(vocabulary))] = 10**9
+    else:
+        values["added_tokens"].append({**values["added_tokens"][0], "id": 10**9, "content": "<far>"})
+    path.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(MesaError, match="tokenizer.json: a token has the id 1000000000; no vocabulary has 16777216"):
+        export_model(checkpoint_copy, tmp_path / "bundle", max_tokens=64)
 
 
 def test_named_chat_templates_are_kept(checkpoint_copy: Path) -> None:

@@ -235,7 +235,7 @@ def _occupy(case: Case, rng: Random, options: list[str]) -> None:
         case.may_write = ()
         case.must_refuse = "an output that is the user's"
     elif way == 2:
-        case.may_write = ("work/out",)
+        case.may_write = ("work/out", "victim")  # the folder that the link means
 
 
 def _mutate_index(case: Case, folder: Path) -> str:
