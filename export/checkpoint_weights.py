@@ -8,6 +8,7 @@ index says of where it lies; but where that would be a guess, it is refused.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -126,7 +127,8 @@ def _check_entry(source: Path, folder: Path, what: str, entry: Any, suffixes: tu
         raise MesaError(
             f"{source}: {what} is {entry!r:.80}; expected a file inside of the checkpoint that ends in {suffixes[0]}"
         )
-    home, path = folder.resolve(), (folder / entry).resolve()
+    # Not Path.resolve: it has a RuntimeError for links that lead to themselves.
+    home, path = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / entry))
     if not path.is_relative_to(home) and path.parent != home.parent.parent / "blobs":
         raise MesaError(
             f"{source}: {what}, {entry!r}, is a link to {path}, outside of the checkpoint; put the file itself there"

@@ -43,7 +43,7 @@ def link_or_copy(source: Path, target: Path, ways: tuple[Way, ...] = ("link",)) 
         OSError: it cannot be read or written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    real = source.resolve()
+    real = Path(os.path.realpath(source))
     if "clone" in ways and _clone(real, target):
         return "clone", None
     if "link" in ways and _link(real, target):

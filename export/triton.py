@@ -200,7 +200,7 @@ def _needed_bytes(
 ) -> int:
     """What is more than a link: plans, each with all weights; the bundle, if it lies in another file system."""
     plans = 0 if engine == "onnxruntime" else sum(graph.role != "place" for graph in graphs)
-    beside = next(parent for parent in target.resolve().parents if parent.exists())
+    beside = next(parent for parent in Path(os.path.realpath(target)).parents if parent.exists())
     linked = beside.stat().st_dev == bundle.stat().st_dev
     copied = 0 if linked else sum(info.bytes for info in manifest.files.values())
     return plans * manifest.weight_bytes + copied

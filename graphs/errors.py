@@ -12,7 +12,13 @@ class MesaError(Exception):
     """An error of the user's input, shown as one line; the command line exits with status 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        # Other libraries quote what is in a file, whatever it does to a terminal.
+        super().__init__(line if line.isprintable() else "".join(map(_printable, line)))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
 
 
 def first_line(error: BaseException) -> str:

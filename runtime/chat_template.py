@@ -32,7 +32,8 @@ from mesart.graphs.errors import MesaError
 from mesart.graphs.user_data import user_data
 
 _SOURCE: Final = 1 << 16  # characters; the longest templates that are known have 30 thousand
-_SECONDS: Final = 4.0
+_SECONDS: Final = 2.0
+_TEXT: Final = 1 << 17  # characters, and 16 for each of the values: tools, dates and names add some thousands
 _STEPS: Final = 3_000_000
 _BYTES: Final = 1 << 28
 _NODES: Final = 250_000  # parts of one value
@@ -107,7 +108,10 @@ class ChatTemplate:
         try:
             # A template may raise whatever Python does; often it raises an error of its own about the messages.
             with user_data("the chat template cannot render these messages"):
-                return self._template.render(values)
+                text = self._template.render(values)
+                if len(text) > _TEXT + 16 * size:  # the tokenizer would be busy with it
+                    raise TemplateLimit("it makes too much text")
+                return text
         finally:
             self._environment.meters.current = None
 

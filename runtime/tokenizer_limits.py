@@ -31,7 +31,7 @@ _TOKEN: Final = 1 << 16  # characters of a token
 _PIECES: Final = 4096  # special tokens around a text
 _COUNT: Final = 1 << 20  # any whole number in a rule
 
-_SECONDS: Final = 5.0
+_SECONDS: Final = 3.0
 _CHARACTERS_PER_SECOND: Final = 50_000  # about a tenth of what a slow machine does
 
 _SECTIONS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")

@@ -152,6 +152,11 @@ class TestIndex:
         self.write(shards, {UP: entry})
         refuses(lambda: open_weights(shards), "model.safetensors.index.json", "expected a file")
 
+    def test_a_link_that_leads_to_itself(self, shards, tmp_path):
+        (shards / "a.safetensors").unlink()
+        (shards / "a.safetensors").symlink_to("a.safetensors")
+        refuses(lambda: export_model(shards, tmp_path / "bundle"), "a.safetensors")
+
     def test_a_link_may_only_lead_to_the_hubs_blobs(self, shards, tmp_path):
         repository = tmp_path / "models--a--b"
         snapshot, blobs = repository / "snapshots" / "1", repository / "blobs"

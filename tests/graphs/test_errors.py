@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesart.graphs.errors import first_line, telling_line
+from mesart.graphs.errors import MesaError, first_line, telling_line
 
 # Of OpenVINO 2026.4, as they come.
 OPENVINO = {
@@ -56,3 +56,7 @@ def test_the_telling_line_of_openvino(message, reason):
 def test_the_first_line_of_others():
     assert first_line(ValueError("\n  the reason\nand pages\n")) == "the reason"
     assert first_line(ValueError()) == "ValueError"
+
+
+def test_an_error_is_one_printable_line() -> None:
+    assert str(MesaError("token '\x00\x1b[2J' of\nüñ \ud800 文")) == "token '\\x00\\x1b[2J' of üñ \\ud800 文"

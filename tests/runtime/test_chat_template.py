@@ -16,8 +16,8 @@ MESSAGES = {"messages": [{"role": "user", "content": "Hi"}]}
 DOUBLE = "{% set ns = namespace(x=(1,)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}"
 
 
-def render(source: str) -> str:
-    return ChatTemplate(source, "folder").render(MESSAGES, 100)
+def render(source: str, size: int = 100) -> str:
+    return ChatTemplate(source, "folder").render(MESSAGES, size)
 
 
 LIMITED = {
@@ -82,6 +82,14 @@ def test_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         render(LIMITED[name])
     assert len(str(caught.value)) < 500
     assert "\n" not in str(caught.value)
+
+
+def test_the_text_grows_with_the_values_only() -> None:
+    """What is cheap to make may still keep the tokenizer busy for minutes."""
+    long = "{{ 'x' * 100_000 }}{{ 'x' * 100_000 }}"
+    with pytest.raises(MesaError, match="cannot render these messages: .*makes too much text"):
+        render(long)
+    assert len(render(long, size=10_000)) == 200_000
 
 
 @pytest.mark.parametrize("name", ["times", "doubling", "stored slices", "large block", "replace filter"])
