@@ -101,9 +101,14 @@ def index_entries(path: Path, folder: Path) -> dict[str, str]:
     """
     suffix = Path(path.name.removesuffix(".index.json")).suffix
     try:
-        where = read_object(path, _INDEX_BYTES).get("weight_map")
+        index = read_object(path, _INDEX_BYTES)
     except MesaError as error:
         raise MesaError(f"{path} is not a valid index of weights: {error}") from error
+    where, metadata = index.get("weight_map"), index.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise MesaError(
+            f"{path} is not a valid index of weights: metadata is {described(metadata)}; it must be an object"
+        )
     if not isinstance(where, dict) or not where:
         raise MesaError(
             f"{path} is not a valid index of weights: weight_map is {described(where)}; it must be an object "

@@ -152,6 +152,12 @@ class TestIndex:
         self.write(shards, {UP: entry})
         refuses(lambda: open_weights(shards), "model.safetensors.index.json", "expected a file")
 
+    @pytest.mark.parametrize("metadata", [{"metadata": ""}, {"metadata": None}])
+    def test_metadata_that_transformers_cannot_read(self, shards, metadata):
+        path = shards / "model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"], **metadata}))
+        refuses(lambda: open_weights(shards), "metadata is", "must be an object")
+
     def test_a_link_that_leads_to_itself(self, shards, tmp_path):
         (shards / "a.safetensors").unlink()
         (shards / "a.safetensors").symlink_to("a.safetensors")
