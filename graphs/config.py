@@ -243,9 +243,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """The fields of a model's config.json.
 
     Raises:
-        MesaError: it is no JSON object of reasonable size and depth, or holds a number that is not finite.
+        MesaError: it is no JSON object of reasonable size and depth, holds a number that is not finite, or names no
+            kind of model.
     """
-    return read_object(path, CONFIG_BYTES, finite=True)
+    fields = read_object(path, CONFIG_BYTES, finite=True)
+    kind = fields.get("model_type", "")
+    if not isinstance(kind, str):
+        raise MesaError(f"{path}: model_type is {described(kind)}; it must be a string")
+    return fields
 
 
 def _config_fields(checkpoint: ModelSource) -> dict[str, Any]:

@@ -235,6 +235,8 @@ class TestConfig:
             ({"rope_parameters": []}, "config.json"),
             ({"text_config": 5}, "text_config is 5"),
             ({"text_config": {}}, "text_config is an object"),
+            ({"model_type": [1]}, "model_type is a list"),
+            ({"model_type": [1], "auto_map": {"AutoConfig": "own.Config"}}, "model_type is a list"),
             ({"auto_map": 5}, "config.json"),
             ({"quantization_config": 5}, "quantization_config is 5"),
         ],

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -318,13 +320,16 @@ def _compare(folder: Path, out: Path, options: Sequence[str]) -> str:
 
     dtype = options[options.index("--dtype") + 1] if "--dtype" in options else "float32"
     ids = [3, 9, 44, 5, 60, 17, 250, 9, 9, 100]
-    if (index := folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-        fields = json.loads(index.read_bytes())  # transformers wants metadata, and uses nothing of it
-        index.write_text(json.dumps({"metadata": {}, **fields}))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    except BaseException as error:
-        raise Fault("exported what transformers refuses", type(error).__name__, str(error)[:200]) from error
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        index = Path(copy) / INDEX
+        if index.is_file() and not (folder / SINGLE).is_file():
+            fields = json.loads(index.read_bytes())  # transformers wants metadata, and uses nothing of it
+            index.write_text(json.dumps({"metadata": {}, **fields}))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32, attn_implementation="eager")
+        except BaseException as error:
+            raise Fault("exported what transformers refuses", type(error).__name__, str(error)[:200]) from error
     vocabulary = int(model.config.get_text_config().vocab_size)
     ids = [token % vocabulary for token in ids]
     with torch.no_grad():
