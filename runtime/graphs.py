@@ -20,6 +20,9 @@ _SCORES = 1 << 21
 _ROWS = 1024
 """Tokens that fill the matrix units of a CPU; more at a time gain nothing."""
 
+_CHUNK_ROWS = 512
+"""Tokens of a chunk at a time: those of a slice do not see what comes behind, and need no scores with it."""
+
 
 class RoleGraphs(Protocol):
     """Runs roles; says what shapes it wants."""
@@ -36,8 +39,16 @@ class RoleGraphs(Protocol):
         """Slots for a cache that holds ``tokens`` tokens; more of them if it has just become too small."""
         ...
 
-    def slice_length(self, capacity: int) -> int:
-        """New tokens that one run of a tail takes."""
+    def past_slots(self, tokens: int, capacity: int) -> int:
+        """Slots that a run of a tail looks at, of a cache of ``capacity`` whose first ``tokens`` are in use."""
+        ...
+
+    def slice_length(self, past: int) -> int:
+        """New tokens that one run of a tail takes behind so many slots."""
+        ...
+
+    def chunk_slice(self, chunk_length: int) -> int:
+        """Tokens of a chunk that one run takes."""
         ...
 
     def chunk_batch(self, chunk_length: int) -> int:
@@ -74,11 +85,19 @@ class SymbolicGraphs:
         slots = tokens + tokens // 8 if growing else tokens
         return (slots // GRANULE + 1) * GRANULE
 
-    def slice_length(self, capacity: int) -> int:
-        return max(32, min(_ROWS, _SCORES // max(capacity, 1)))
+    def past_slots(self, tokens: int, capacity: int) -> int:
+        # A part of the slots has to be copied out, which is worth it where it spares scores of many empty slots.
+        slots = -(-tokens // GRANULE) * GRANULE
+        return slots if slots <= capacity * 3 // 4 else capacity
+
+    def slice_length(self, past: int) -> int:
+        return max(32, min(_ROWS, _SCORES // max(past, 1)))
+
+    def chunk_slice(self, chunk_length: int) -> int:
+        return min(chunk_length, _CHUNK_ROWS)
 
     def chunk_batch(self, chunk_length: int) -> int:
-        return max(1, _ROWS // chunk_length)
+        return max(1, _ROWS // self.chunk_slice(chunk_length))
 
     def padded(self, role: Role, new: int) -> int:
         del role
@@ -122,9 +141,16 @@ class SpecialisedGraphs:
             f"{self._manifest.buckets[-1].max_tokens}; export again with a larger --max-tokens"
         )
 
-    def slice_length(self, capacity: int) -> int:
-        del capacity
+    def past_slots(self, tokens: int, capacity: int) -> int:
+        del tokens
+        return capacity
+
+    def slice_length(self, past: int) -> int:
+        del past
         return self.padded("tail", 1)
+
+    def chunk_slice(self, chunk_length: int) -> int:
+        return chunk_length
 
     def chunk_batch(self, chunk_length: int) -> int:
         del chunk_length

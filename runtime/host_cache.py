@@ -74,9 +74,13 @@ class HostCache:
         """Slots for ``tokens`` tokens; more of them if there have just become too few."""
         return self._graphs.capacity(tokens, growing=growing)
 
-    def _slice_length(self) -> int:
+    def _past_slots(self, tokens: int) -> int:
+        """Slots that a tail looks at, of which the first ``tokens`` are in use."""
+        return self._graphs.past_slots(tokens, self._capacity)
+
+    def _slice_length(self, past: int) -> int:
         """New tokens that one run of a tail takes."""
-        return self._graphs.slice_length(self._capacity)
+        return self._graphs.slice_length(past)
 
     def _grow(self, capacity: int) -> None:
         for buffers in (self.keys, self.values):
@@ -108,22 +112,28 @@ class HostCache:
                 for keys, info in zip(head_keys, self.layers, strict=True)
             ]
         head_values = [v[row : row + 1, :, :size] for v in self.values]
+        limit = self._graphs.chunk_slice(self.config.chunk_length)
         for batch in _batches(spans, self._graphs.chunk_batch(self.config.chunk_length)):
-            count = len(batch)
-            positions = ORDINARY.positions(size, size + len(batch[0]))
-            _, keys, values = self._run(
-                "chunk",
-                _ids(tokens, batch),
-                np.tile(positions, (count, 1)),
-                np.zeros((count, 1, 1, size), np.float32),
-                np.tile(local, (count, 1)),
-                _past_feeds(
-                    [np.repeat(key, count, axis=0) for key in head_keys],
-                    [np.repeat(value, count, axis=0) for value in head_values],
-                ),
-            )
-            for place, span in enumerate(batch):
-                self._write(row, span.start, [k[place] for k in keys], [v[place] for v in values], positions)
+            ids, count = _ids(tokens, batch), len(batch)
+            keys, values = ([np.repeat(x, count, axis=0) for x in arrays] for arrays in (head_keys, head_values))
+            for start in range(0, ids.shape[1], limit):
+                new = ids[:, start : start + limit]
+                past, stop = size + start, size + start + new.shape[1]
+                positions = ORDINARY.positions(past, stop)
+                _, new_keys, new_values = self._run(
+                    "chunk",
+                    new,
+                    np.tile(positions, (count, 1)),
+                    np.zeros((count, 1, 1, past), np.float32),
+                    np.tile(ORDINARY.positions(0, past), (count, 1)),
+                    _past_feeds(keys, values),
+                )
+                for place, span in enumerate(batch):
+                    written = [x[place] for x in new_keys], [x[place] for x in new_values]
+                    self._write(row, span.start + start, *written, positions)
+                if stop < size + ids.shape[1]:
+                    keys = [np.concatenate(pair, axis=2) for pair in zip(keys, new_keys, strict=True)]
+                    values = [np.concatenate(pair, axis=2) for pair in zip(values, new_values, strict=True)]
 
     def tail(
         self,
@@ -136,18 +146,20 @@ class HostCache:
         all_logits: bool,
     ) -> NDArray[np.float32]:
         part = slice(row, row + 1)
-        length = self._slice_length()
         pieces = []
-        for start in range(span.start, span.stop, length):
-            piece = Span(start, min(start + length, span.stop))
+        start = span.start
+        while start < span.stop:
+            past = self._past_slots(start)
+            piece = Span(start, min(start + self._slice_length(past), span.stop))
+            start = piece.stop
             here = slice(piece.start - span.start, piece.stop - span.start)
             logits, keys, values = self._run(
                 "tail",
                 _ids(tokens, [piece]),
                 positions[None, here],
-                self.mask[part],
-                self.positions[part],
-                _past_feeds([k[part] for k in self.keys], [v[part] for v in self.values]),
+                self.mask[part, ..., :past],
+                self.positions[part, :past],
+                _past_feeds([k[part, :, :past] for k in self.keys], [v[part, :, :past] for v in self.values]),
                 scales[None, here],
                 range(len(piece)) if all_logits else (len(piece) - 1,),
             )

@@ -74,11 +74,15 @@ class WindowCache(HostCache):
     def _room(self, tokens: int, *, growing: bool = False) -> int:
         return min(super()._room(tokens, growing=growing), self._reach.slots)
 
-    def _slice_length(self) -> int:
+    def _past_slots(self, tokens: int) -> int:
+        del tokens  # they lie in a ring, and the graph looks for the first of them in the first slots
+        return self._capacity
+
+    def _slice_length(self, past: int) -> int:
         # What it writes may drop nothing that it has to see. Each of its tokens has scores with a window and with the
         # slice, of which those of a window are needed: short slices waste less.
         window = self._reach.window
-        return min(super()._slice_length(), window, max(window // 4, _ROWS))
+        return min(super()._slice_length(past), window, max(window // 4, _ROWS))
 
     def _write(self, row: int, start: int, keys: list[Array], values: list[Array], positions: Positions) -> None:
         self._torn = True
