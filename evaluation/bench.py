@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -243,12 +243,19 @@ def run_worker(job: dict[str, Any], limit: float | None = None, **environment: s
     return result
 
 
-def run_process(command: list[str], limit: float | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_process(
+    command: list[str],
+    limit: float | None = None,
+    started: Callable[[int], object] | None = None,
+    /,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end, and ends what it has started.
 
     Args:
         command: what to run.
         limit: seconds that it may take.
+        started: is told the process's id.
         environment: variables that differ from this process's.
 
     Raises:
@@ -266,6 +273,8 @@ def run_process(command: list[str], limit: float | None = None, **environment: s
         start_new_session=True,
     ) as process:
         try:
+            if started is not None:
+                started(process.pid)
             out, err = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired as error:
             raise ProcessError("time limit", f"took longer than {limit:.0f} s") from error
