@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 MOST: Final = 2**31 - 1
 """Of anything that is counted: more never ends, and does not fit everywhere."""
@@ -19,7 +19,7 @@ def require_whole(name: str, value: object, least: int = 1, most: int | None = M
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
         allowed = f"at least {least:,}" if most in (None, MOST) else f"{least:,} to {most:,}"
-        raise MesaError(f"the number of {name} is {_short(value)}; it must be a whole number, {allowed}")
+        raise InputError(f"the number of {name} is {_short(value)}; it must be a whole number, {allowed}")
 
 
 def require_number(
@@ -32,13 +32,13 @@ def require_number(
         bounds += [f"at least {least:g}"] if least > -math.inf else []
         bounds += [f"above {above:g}"] if above > -math.inf else []
         bounds += [f"at most {most:g}"] if most < math.inf else []
-        raise MesaError(f"{name} is {_short(value)}; it must be {', '.join(bounds)}")
+        raise InputError(f"{name} is {_short(value)}; it must be {', '.join(bounds)}")
 
 
 def require_seed(seed: object) -> None:
     """Raises a :class:`MesaError` unless ``seed`` is a whole number that is not negative, however large."""
     if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
-        raise MesaError(f"the seed is {_short(seed)}; it must be a whole number, 0 or more")
+        raise InputError(f"the seed is {_short(seed)}; it must be a whole number, 0 or more")
 
 
 def require_lengths(lengths: Sequence[object] | None) -> None:
@@ -46,7 +46,7 @@ def require_lengths(lengths: Sequence[object] | None) -> None:
     if lengths is None:
         return
     if len(lengths) == 0:
-        raise MesaError("name a length")
+        raise InputError("name a length")
     for length in lengths:
         require_whole("tokens of a length", length)
 
@@ -59,7 +59,7 @@ def require_device(name: str) -> None:
         torch.zeros(1, device=name).cpu()
     except Exception as error:  # each kind of device has errors of its own, assertions among them
         reason = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise MesaError(f"PyTorch has no device {_short(name)} here: {reason}") from error
+        raise InputError(f"PyTorch has no device {_short(name)} here: {reason}") from error
 
 
 def _short(value: object) -> str:

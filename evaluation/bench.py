@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from mesart.evaluation.arguments import require_lengths, require_whole
 from mesart.evaluation.progress import progress_bar
-from mesart.graphs import MesaConfig, MesaError, Plan
+from mesart.graphs import InputError, MesaConfig, MesaError, Plan
 from mesart.graphs.manifest import Manifest
 from mesart.runtime import backend_names, present_backends
 
@@ -158,7 +158,7 @@ def run_bench(
     largest = manifest.buckets[-1].max_tokens
     for tokens in wanted:
         if not 1 <= tokens <= largest:
-            raise MesaError(f"cannot time a prompt of {tokens} tokens: the bundle serves 1 to {largest}")
+            raise InputError(f"cannot time a prompt of {tokens} tokens: the bundle serves 1 to {largest}")
     systems = _systems(manifest, backends)
     count = threads or len(os.sched_getaffinity(0))
     machine = measure_machine(count)
@@ -208,7 +208,7 @@ def _systems(manifest: Manifest, backends: Sequence[str] | None) -> list[str]:
         return [name for name in present_backends() if name not in skipped]
     for name in backends:
         if name not in backend_names():
-            raise MesaError(f"unknown backend {name!r}; there are {', '.join(backend_names())}")
+            raise InputError(f"unknown backend {name!r}; there are {', '.join(backend_names())}")
     return list(backends)
 
 
@@ -226,7 +226,7 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
     try:
         return run_worker(job)
     except ProcessError as error:
-        raise MesaError(f"{job['system']} failed at {job['tokens']} tokens: {error}") from error
+        raise InputError(f"{job['system']} failed at {job['tokens']} tokens: {error}") from error
 
 
 def run_worker(job: dict[str, Any], limit: float | None = None, **environment: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import Manifest
 
 Answer = Callable[[list[int]], tuple[float, float]]
@@ -82,7 +82,7 @@ def _probe(job: dict[str, Any]) -> dict[str, Any]:
         import torch  # noqa: PLC0415  (only where it is asked for)
 
         if not torch.cuda.is_available():
-            raise MesaError("this torch sees no GPU")
+            raise InputError("this torch sees no GPU")
     elif system == "onnxruntime":
         require_cuda_provider()
     else:
@@ -115,9 +115,9 @@ def require_cuda_provider() -> None:
 
     name = "CUDAExecutionProvider"
     if name not in onnxruntime.get_available_providers():
-        raise MesaError("this onnxruntime has no CUDA provider: pip install 'mesart[gpu]'")
+        raise InputError("this onnxruntime has no CUDA provider: pip install 'mesart[gpu]'")
     if name not in onnxruntime.InferenceSession(_IDENTITY, providers=[name]).get_providers():
-        raise MesaError("onnxruntime's CUDA provider does not load; its libraries may be missing (cuBLAS, cuDNN)")
+        raise InputError("onnxruntime's CUDA provider does not load; its libraries may be missing (cuBLAS, cuDNN)")
 
 
 def trusted(job: dict[str, Any]) -> bool:
@@ -133,7 +133,7 @@ def _mesart(job: dict[str, Any]) -> Answer:
         job["bundle"], job["system"], threads=job["threads"], verify=False, trust_remote_code=trusted(job)
     )
     if model.device != job.get("device", model.device):
-        raise MesaError(f"{job['system']} runs on {model.device} here, not on {job['device']}")
+        raise InputError(f"{job['system']} runs on {model.device} here, not on {job['device']}")
 
     def answer(prompt: list[int]) -> tuple[float, float]:
         start = time.perf_counter()
@@ -228,7 +228,7 @@ def peak_memory(interval: float = 0.02) -> AbstractContextManager[list[int]]:
     """Samples the process's anonymous resident memory, ``RssAnon`` of Linux; the list's one item is the peak, bytes."""
     status = Path("/proc/self/status")
     if not status.is_file():
-        raise MesaError("peak memory is read from /proc, which this system lacks; run the benchmark on Linux")
+        raise InputError("peak memory is read from /proc, which this system lacks; run the benchmark on Linux")
 
     def read() -> int:
         line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
@@ -245,14 +245,14 @@ def peak_device_memory(interval: float = 0.02) -> AbstractContextManager[list[in
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise MesaError("CUDA's driver (libcuda.so.1) is not here") from error
+        raise InputError("CUDA's driver (libcuda.so.1) is not here") from error
     device, context = ctypes.c_int(), ctypes.c_void_p()
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
 
     def call(name: str, *arguments: Any) -> None:
         code = getattr(driver, name)(*arguments)
         if code:
-            raise MesaError(f"CUDA: {name} failed with error {code}")
+            raise InputError(f"CUDA: {name} failed with error {code}")
 
     call("cuInit", 0)
     call("cuDeviceGet", ctypes.byref(device), 0)

@@ -8,7 +8,7 @@ import platform
 from dataclasses import dataclass
 
 from mesart.evaluation.corpus import library_text
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.text_file import read_text
 
 _FEWEST_WORDS = 200
@@ -38,13 +38,13 @@ def held_out_text(path: str | os.PathLike[str] | None = None) -> Text:
         try:
             content = library_text("held_out")
         except FileNotFoundError as error:
-            raise MesaError(f"{error}; give a text file instead (--text)") from error
+            raise InputError(f"{error}; give a text file instead (--text)") from error
         return Text(f"held-out source of the standard library of Python {platform.python_version()}", content)
     try:
         content = read_text(path)
     except OSError as error:
-        raise MesaError(f"cannot read the text {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot read the text {path}: {error.strerror or error}") from error
     words = len(content.split())
     if words < _FEWEST_WORDS:
-        raise MesaError(f"{path} holds {words} words between spaces; at least {_FEWEST_WORDS} are needed")
+        raise InputError(f"{path} holds {words} words between spaces; at least {_FEWEST_WORDS} are needed")
     return Text(os.fspath(path), content)

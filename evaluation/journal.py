@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from mesart.evaluation.json_lines import JsonLines
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 Key = tuple[str | int | float, ...]
 Found = TypeVar("Found")
@@ -56,14 +56,14 @@ class Journal:
         known, asked = line["conditions"], json.loads(json.dumps(conditions))
         for name in dict.fromkeys((*asked, *known)):
             if known.get(name) != asked.get(name):
-                raise MesaError(
+                raise InputError(
                     f"{self.path} has {' '.join(map(str, key))} from a run with another {name} "
                     f"({_difference(known.get(name), asked.get(name))}); write to another place, or delete that file"
                 )
         try:
             return read(line["result"])
         except (ValueError, TypeError, KeyError) as error:
-            raise MesaError(
+            raise InputError(
                 f"{self.path} has a result of {' '.join(map(str, key))} that is none ({error}); delete that line"
             ) from error
 

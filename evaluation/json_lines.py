@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mesart.evaluation.output import require_folder, write_error
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 
 _BLOCK = 1 << 16
 
@@ -39,9 +39,9 @@ class JsonLines:
             raise write_error(self.path, error) from error
         if not stat.S_ISREG(mode):
             what = "a folder" if stat.S_ISDIR(mode) else "no plain file"
-            raise MesaError(f"{self.path} cannot be read: it is {what}; name another file")
+            raise InputError(f"{self.path} cannot be read: it is {what}; name another file")
         if not os.access(self.path, os.R_OK | os.W_OK):
-            raise MesaError(f"{self.path} may not be read and written; name another file")
+            raise InputError(f"{self.path} may not be read and written; name another file")
 
     def read(self) -> list[str]:
         """The complete lines, without their ends.
@@ -54,14 +54,14 @@ class JsonLines:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise MesaError(f"{self.path} cannot be read: {error.strerror or error}") from error
+            raise InputError(f"{self.path} cannot be read: {error.strerror or error}") from error
         whole, _, torn = data.rpartition(b"\n")
         lines = whole.split(b"\n") if whole or data.startswith(b"\n") else []
         self._require_ours(torn, len(lines) + 1)
         try:
             return [line.decode("utf-8") for line in lines]
         except UnicodeDecodeError as error:
-            raise MesaError(f"{self.path} cannot be read: it is no UTF-8 text") from error
+            raise InputError(f"{self.path} cannot be read: it is no UTF-8 text") from error
 
     def append(self, value: Any) -> None:
         """Writes a line and sees to it that it is on the disk; leaves the file as it was if it cannot.
@@ -110,7 +110,7 @@ class JsonLines:
     def foreign(self, number: int | None) -> MesaError:
         """The error of a line, counted from 1, that is not ours; None: the last."""
         which = "the last line" if number is None else f"line {number}"
-        return MesaError(f"{which} of {self.path} is no result of an evaluation; write to another place")
+        return InputError(f"{which} of {self.path} is no result of an evaluation; write to another place")
 
 
 __all__ = ["JsonLines"]

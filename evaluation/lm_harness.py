@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mesart import __version__
 from mesart.evaluation.systems import Source, System, open_systems
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 from mesart.runtime.sampling import Sampler, SamplingConfig
 from mesart.runtime.stream import TextStream
 from mesart.runtime.text import Tokenizer
@@ -79,7 +79,7 @@ def score_continuations(system: System, pairs: Sequence[Pair]) -> Iterator[tuple
     sharing: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, (context, continuation) in enumerate(pairs):
         if not context or not continuation:
-            raise MesaError("a context and a continuation of at least one token each are needed for a log-likelihood")
+            raise InputError("a context and a continuation of at least one token each are needed for a log-likelihood")
         tokens = (*context, *continuation[:-1])
         sharing[tokens].append(index)
     for tokens, indices in sharing.items():
@@ -97,7 +97,7 @@ def _score_token(logits: NDArray[np.float32], token: int) -> Score:
     row = logits.astype(np.float64) - logits.max()
     score = float(row[token] - np.log(np.exp(row).sum()))
     if np.isnan(score):
-        raise MesaError("the logits are not finite: did the model overflow its precision?")
+        raise InputError("the logits are not finite: did the model overflow its precision?")
     return score, bool(row.argmax() == token)
 
 
@@ -130,7 +130,7 @@ def sampling_config(options: Mapping[str, Any], seed: int) -> SamplingConfig:
     """
     unknown = sorted(set(options) - _SAMPLING - ({"num_beams"} if options.get("num_beams") == 1 else set()))
     if unknown:
-        raise MesaError(
+        raise InputError(
             f"a task's generation_kwargs ask for {', '.join(unknown)}; there are {', '.join(sorted(_SAMPLING))}: "
             "override them with --gen_kwargs, or leave the task out"
         )
@@ -176,11 +176,11 @@ class MesaLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
         _require_harness()
         super().__init__()
         if str(batch_size) != "1" or max_batch_size not in (None, 1):
-            raise MesaError(f"batch_size is {batch_size}, but requests run one by one: leave it out")
+            raise InputError(f"batch_size is {batch_size}, but requests run one by one: leave it out")
         if max_length is not None and max_length < 1:
-            raise MesaError(f"max_length is {max_length}; it must be at least 1")
+            raise InputError(f"max_length is {max_length}; it must be at least 1")
         if device not in (None, "cuda:0"):
-            raise MesaError(f"device is {device!r}, but the backend says where a model runs: leave it out")
+            raise InputError(f"device is {device!r}, but the backend says where a model runs: leave it out")
         self.opened = open_systems(os.fspath(bundle), [system], backend, config, trust_remote_code=trust_remote_code)
         (self.system,) = self.opened.systems.values()
         self.tokenizer = self.opened.tokenizer
@@ -244,7 +244,7 @@ class MesaLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
     @property
     def eot_token_id(self) -> int:
         if not self.tokenizer.eos_token_ids:
-            raise MesaError("the tokenizer names no end-of-text token; name one in its tokenizer_config.json")
+            raise InputError("the tokenizer names no end-of-text token; name one in its tokenizer_config.json")
         return self.tokenizer.eos_token_ids[0]
 
     @cached_property
@@ -282,12 +282,12 @@ class MesaLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
             start = text.rfind(begun)
             if start >= 0:
                 return text[: start + len(begun)]
-        raise MesaError("the chat template changes the beginning of an answer, which can then not be continued")
+        raise InputError("the chat template changes the beginning of an answer, which can then not be continued")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """For the record; a name is refused, since a bundle's tokenizer has one template."""
         if isinstance(chat_template, str):
-            raise MesaError(f"there is one chat template, not one named {chat_template!r}: leave the name out")
+            raise InputError(f"there is one chat template, not one named {chat_template!r}: leave the name out")
         template: str | None = super().chat_template(chat_template)
         return template
 
@@ -305,13 +305,13 @@ class MesaLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
 
     def _require_fit(self, tokens: int) -> None:
         if self._limit is not None and tokens > self._limit:
-            raise MesaError(f"a prompt of {tokens} tokens is longer than max_length={self._limit}; raise it")
+            raise InputError(f"a prompt of {tokens} tokens is longer than max_length={self._limit}; raise it")
         self.system.logits_of(tokens)  # names the export's option where a bundle ends
 
 
 def _require_harness() -> None:
     if not _INSTALLED:
-        raise MesaError("this needs lm-evaluation-harness: pip install 'mesart[lm-eval]'")
+        raise InputError("this needs lm-evaluation-harness: pip install 'mesart[lm-eval]'")
 
 
 if _INSTALLED:

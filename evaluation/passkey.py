@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -135,7 +135,7 @@ def _random_pieces(text: str, rng: random.Random) -> Iterator[str]:
         if len(words) == 2:
             misses = 0
             yield " " + words[1]
-    raise MesaError(
+    raise InputError(
         f"the text for random filler has next to no words between spaces: {_MISSES} excerpts of up to {longest} "
         "characters held none; give another text"
     )

@@ -17,7 +17,7 @@ from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import table, times, to_json, wilson_interval
 from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, System, open_systems
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 FILLERS: Final[tuple[Filler, ...]] = get_args(Filler)
 """The fillers there are."""
@@ -238,9 +238,9 @@ def _lengths(opened: OpenSystems, lengths: Sequence[int] | None, shortest: int) 
         lengths = [length for length in opened.default_lengths if length >= shortest] or [shortest]
     chosen = sorted(set(lengths))
     if not chosen:
-        raise MesaError("name a length")
+        raise InputError("name a length")
     if chosen[0] < shortest:
-        raise MesaError(
+        raise InputError(
             f"a length of {chosen[0]} tokens is too short: a passkey prompt takes at least {shortest} tokens of this "
             "model's tokenizer"
         )
@@ -260,19 +260,19 @@ def _check_options(
 ) -> None:
     for filler in fillers:
         if filler not in FILLERS:
-            raise MesaError(f"unknown filler {filler!r}; there are {', '.join(FILLERS)}")
+            raise InputError(f"unknown filler {filler!r}; there are {', '.join(FILLERS)}")
     if not fillers:
-        raise MesaError(f"name a filler; there are {', '.join(FILLERS)}")
+        raise InputError(f"name a filler; there are {', '.join(FILLERS)}")
     require_whole("prompts", prompts, most=_MAX_PROMPTS)
     require_lengths(lengths)
     require_seed(seed)
     for depth in depths or ():
         if not 0 <= depth <= 1:
-            raise MesaError(f"a depth is a share between 0 and 1, not {depth:g}")
+            raise InputError(f"a depth is a share between 0 and 1, not {depth:g}")
     if not 1 <= digits <= _MAX_DIGITS:
-        raise MesaError(f"a key of {digits} digits cannot be; it has at least 1, and at most {_MAX_DIGITS}")
+        raise InputError(f"a key of {digits} digits cannot be; it has at least 1, and at most {_MAX_DIGITS}")
     if text is not None and "random" not in fillers:
-        raise MesaError("a text is what random filler is cut from; ask for that filler too, or leave the text out")
+        raise InputError("a text is what random filler is cut from; ask for that filler too, or leave the text out")
 
 
 def _pool(cells: Sequence[PasskeyCell]) -> PasskeyCell:

@@ -17,7 +17,7 @@ from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import Z95, table, times, to_json
 from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, open_systems
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def places_in(size: int, longest: int, count: int, seed: int) -> list[int]:
     """
     possible = range(longest, size + 1)
     if len(possible) < count:
-        raise MesaError(
+        raise InputError(
             f"the text has {size} tokens; {count} places with {longest} tokens before each need at least "
             f"{longest + count - 1}: give a longer text (--text), or shorter lengths"
         )
@@ -202,10 +202,12 @@ def places_in(size: int, longest: int, count: int, seed: int) -> list[int]:
 def _lengths(opened: OpenSystems, lengths: Sequence[int] | None, tokens: int) -> list[int]:
     chosen = sorted(set(opened.default_lengths if lengths is None else lengths))
     if not chosen:
-        raise MesaError("name a length")
+        raise InputError("name a length")
     shortest = len(opened.prefix_ids) + tokens + 1
     if chosen[0] < shortest:
-        raise MesaError(f"a context of {chosen[0]} tokens is too short to score {tokens}; it takes at least {shortest}")
+        raise InputError(
+            f"a context of {chosen[0]} tokens is too short to score {tokens}; it takes at least {shortest}"
+        )
     for system in opened.systems.values():
         for length in reversed(chosen):
             system.require_scores(length, tokens)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mesart.evaluation.output import write_file
 from mesart.evaluation.report import times
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 try:
     import matplotlib
@@ -18,7 +18,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 except ImportError as error:
-    raise MesaError("plots need matplotlib: pip install 'mesart[eval]'") from error
+    raise InputError("plots need matplotlib: pip install 'mesart[eval]'") from error
 
 if TYPE_CHECKING:
     from mesart.evaluation.passkey_eval import PasskeyResult
@@ -109,7 +109,7 @@ def plot_perplexity(result: PerplexityResult, path: str | os.PathLike[str]) -> N
 
 def require(cells: Sequence[object]) -> None:
     if not cells:
-        raise MesaError("there is nothing to draw: no part of the evaluation was finished")
+        raise InputError("there is nothing to draw: no part of the evaluation was finished")
 
 
 def style() -> AbstractContextManager[None]:
@@ -192,7 +192,7 @@ def picture_format(path: str | os.PathLike[str]) -> str:
     found = os.path.splitext(path)[1].removeprefix(".").lower()
     known = Figure().canvas.get_supported_filetypes()
     if found not in known:
-        raise MesaError(
+        raise InputError(
             f"cannot write the picture {os.fspath(path)}: its name must end in one of .{', .'.join(sorted(known))}"
         )
     return found

@@ -33,7 +33,7 @@ from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import versions
 from mesart.evaluation.systems import CheckpointModel, System
 from mesart.evaluation.tasks import Task, Writer, find_task
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 
 PERPLEXITY: Final = "perplexity"
 """The one task without answers: scored are the last tokens of a text, in nats."""
@@ -180,7 +180,7 @@ def run_suite(
     names = tuple(METHODS if methods is None else dict.fromkeys(methods))
     chosen_tasks = tuple(dict.fromkeys(tasks))
     if not (models and names and chosen_tasks):
-        raise MesaError("name at least one model, one method and one task")
+        raise InputError("name at least one model, one method and one task")
     for task in chosen_tasks:
         if task != PERPLEXITY:
             find_task(task, settings.scale)
@@ -191,7 +191,7 @@ def run_suite(
         lengths = [infos[0].train_length << power for power in range(6)]
     sizes = tuple(sorted(set(lengths)))
     if not sizes:
-        raise MesaError("name a length")
+        raise InputError("name a length")
     parameters: dict[tuple[str, str], dict[str, Any]] = {}
     for info in infos:
         for method in names:
@@ -247,7 +247,7 @@ def chosen_method(spec: str, train_length: int, max_tokens: int) -> Method:
         try:
             parameters[key] = _parameter(text)
         except ValueError as error:
-            raise MesaError(
+            raise InputError(
                 f"{spec!r} is no method: {part!r} is not PARAMETER=VALUE with a number, true or false"
             ) from error
     return make_method(name, train_length, max_tokens, **parameters)
@@ -299,7 +299,7 @@ def _check_lengths(
         if name != PERPLEXITY:
             least = find_task(name, settings.scale).minimum_length(writer)
         if lengths[0] < least:
-            raise MesaError(
+            raise InputError(
                 f"task {name} needs at least {least} tokens of the tokenizer of {model.source}, not {lengths[0]}; "
                 "ask for longer prompts, or leave the task out"
             )
@@ -342,7 +342,7 @@ def _run(waiting: Sequence[_Job], jobs: int, settings: Settings, progress: bool)
                 process.terminate()
             raise
         except BrokenProcessPool as error:
-            raise MesaError(
+            raise InputError(
                 "a process of the suite was killed, most likely for want of memory; what was finished is kept: call "
                 "again with fewer --jobs"
             ) from error

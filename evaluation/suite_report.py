@@ -15,7 +15,7 @@ from mesart.evaluation.output import WriteError, write_file
 from mesart.evaluation.report import Z95, table, times, versions, wilson_interval
 from mesart.evaluation.suite import PERPLEXITY, Cell, ModelInfo, Outcome, SuiteResult
 from mesart.evaluation.tasks import find_task
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 
 def value(cell: Cell, outcome: Outcome) -> float:
@@ -139,7 +139,7 @@ def write_report(result: SuiteResult, folder: str | os.PathLike[str]) -> None:
     except WriteError:  # it names the file
         raise
     except OSError as error:
-        raise MesaError(f"{place} cannot be written: {error.strerror or error}") from error
+        raise InputError(f"{place} cannot be written: {error.strerror or error}") from error
 
 
 def depth_grid(result: SuiteResult, model: str, method: str, task: str, depths: int = 5) -> list[list[float]] | None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.generation import GENERATION_FILE
 from mesart.graphs.manifest import MANIFEST_FILE, Manifest
 from mesart.graphs.plan import Plan
@@ -93,10 +93,10 @@ class System(ABC):
     def require_scores(self, tokens: int, count: int) -> None:
         """Raises a :class:`MesaError` if the last ``count`` tokens of a text of ``tokens`` tokens cannot be scored."""
         if not 1 <= count < tokens:
-            raise MesaError(f"of a text of {tokens} tokens the last 1 to {tokens - 1} can be scored, not {count}")
+            raise InputError(f"of a text of {tokens} tokens the last 1 to {tokens - 1} can be scored, not {count}")
         limit = self.logits_of(tokens - 1)
         if count > limit:
-            raise MesaError(
+            raise InputError(
                 f"of a text of {tokens} tokens only the last {limit} can be scored, the tail of its plan, not {count}"
             )
 
@@ -119,7 +119,7 @@ class MesaBundle(System):
     def logits_of(self, tokens: int) -> int:
         limit = self._model.max_tokens
         if tokens > limit:
-            raise MesaError(
+            raise InputError(
                 f"a prompt of {tokens} tokens is longer than the largest bucket of this bundle, {limit} tokens; "
                 f"stay below, or export again with --max-tokens {tokens}"
             )
@@ -187,9 +187,9 @@ class Origin(System):
 
     def prefill(self, input_ids: Sequence[int], last: int) -> NDArray[np.float32]:
         if not input_ids:
-            raise MesaError("the prompt is empty; give at least one token")
+            raise InputError("the prompt is empty; give at least one token")
         if min(input_ids) < 0 or max(input_ids) >= self._vocabulary:
-            raise MesaError(f"token ids must lie in 0..{self._vocabulary - 1}; is the tokenizer this model's own?")
+            raise InputError(f"token ids must lie in 0..{self._vocabulary - 1}; is the tokenizer this model's own?")
         self._cache, self._tokens = None, list(input_ids)
         return self._run(input_ids, last)
 
@@ -334,7 +334,7 @@ def open_systems(
     names = list(dict.fromkeys(names))
     unknown = [name for name in names if name not in SYSTEMS]
     if unknown or not names:
-        raise MesaError(
+        raise InputError(
             f"unknown system {unknown[0]!r}; there are {', '.join(SYSTEMS)}" if unknown else "name a system"
         )
     if (Path(source) / MANIFEST_FILE).is_file():
@@ -346,11 +346,11 @@ def _open_bundle(
     bundle: Path, names: Sequence[str], backend: str, config: MesaConfig | None, *, trust_remote_code: bool
 ) -> OpenSystems:
     if config is not None:
-        raise MesaError(f"{bundle} is a bundle, its configuration is fixed; export again, or evaluate the checkpoint")
+        raise InputError(f"{bundle} is a bundle, its configuration is fixed; export again, or evaluate the checkpoint")
     manifest = Manifest.read(bundle)
     if isinstance(manifest.config, BaselineConfig):
         name = manifest.config.method
-        raise MesaError(
+        raise InputError(
             f"{bundle} holds {name}, not Mesa; `mesart eval suite MODEL --methods {name}` measures its quality"
         )
     files = manifest.open_files(bundle)
@@ -378,9 +378,9 @@ def _open_checkpoint(
     source: Source, names: Sequence[str], backend: str, config: MesaConfig | None, *, trust_remote_code: bool
 ) -> OpenSystems:
     if backend not in ("auto", "torch"):
-        raise MesaError(f"{source} is a checkpoint, which PyTorch runs; to use backend {backend!r}, export it first")
+        raise InputError(f"{source} is a checkpoint, which PyTorch runs; to use backend {backend!r}, export it first")
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise MesaError(f"{source} is neither a bundle (no {MANIFEST_FILE}) nor a checkpoint (no config.json)")
+        raise InputError(f"{source} is neither a bundle (no {MANIFEST_FILE}) nor a checkpoint (no config.json)")
     # The model is shared: under Mesa it is wrapped, its weights are not copied.
     checkpoint = CheckpointModel.load(source, trust_remote_code=trust_remote_code)
     config = config or MesaConfig.from_model(source)
@@ -408,7 +408,7 @@ def _checkpoint_tokenizer(source: Source, model: Any, trust_remote_code: bool) -
 
 
 def _needs_torch(what: str, error: ImportError) -> MesaError:
-    return MesaError(f"{what} needs PyTorch and transformers: pip install 'mesart[export]' ({error})")
+    return InputError(f"{what} needs PyTorch and transformers: pip install 'mesart[export]' ({error})")
 
 
 def _dtype(model: nn.Module) -> str:

@@ -49,7 +49,7 @@ from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import Z95, table, versions, wilson_interval
 from mesart.evaluation.systems import CheckpointModel, OpenSystems, Origin, Source, Subject, stretched
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -304,12 +304,12 @@ def probe_threshold(
     blocks = _blocks(model)
     early = list(layers or range(min(2, len(blocks)), max(2, len(blocks) // 2) + 1))
     if not set(early) <= set(range(1, len(blocks) + 1)):
-        raise MesaError(f"the model has layers 1 to {len(blocks)}; asked for {', '.join(map(str, early))}")
+        raise InputError(f"the model has layers 1 to {len(blocks)}; asked for {', '.join(map(str, early))}")
     _require(places, tokens, factor, margin, seed)
     lengths = _lengths(train_length, max_tokens, len(prefix_ids) + tokens + 1)
     margin = math.log2(max_tokens / train_length) if margin is None else margin
     if margin <= 0:
-        raise MesaError(f"the margin is {margin:g}; it must be above 0")
+        raise InputError(f"the margin is {margin:g}; it must be above 0")
     window = [length for length in lengths if train_length // 2 <= length <= train_length]
     half, longest = len(stream) // 2, max_tokens - len(prefix_ids)
     choosing = _Texts(stream[:half], places_in(half, train_length, places, seed), prefix_ids)
@@ -384,12 +384,12 @@ def probe_threshold(
 
 def _require(places: int, tokens: int, factor: float, margin: float | None, seed: int) -> None:
     if places < 2 or tokens < 1 or factor <= 1:
-        raise MesaError("the probe needs 2 or more places, 1 or more tokens and a factor above 1")
+        raise InputError("the probe needs 2 or more places, 1 or more tokens and a factor above 1")
     require_whole("places", places)
     require_whole("tokens", tokens)
     require_number("the factor", factor, above=1)
     if margin is not None and margin <= 0:
-        raise MesaError(f"the margin is {margin:g}; it must be above 0")
+        raise InputError(f"the margin is {margin:g}; it must be above 0")
     if margin is not None:
         require_number("the margin", margin, above=0)
     require_seed(seed)
@@ -409,9 +409,9 @@ class _Texts:
 
 def _lengths(train_length: int, max_tokens: int, least: int) -> list[int]:
     if max_tokens < 1.5 * train_length:
-        raise MesaError(f"watch texts of at least {math.ceil(1.5 * train_length)} tokens, not {max_tokens}")
+        raise InputError(f"watch texts of at least {math.ceil(1.5 * train_length)} tokens, not {max_tokens}")
     if least > train_length // 2:
-        raise MesaError(f"{least} tokens are more than half the window of {train_length}; watch fewer at each place")
+        raise InputError(f"{least} tokens are more than half the window of {train_length}; watch fewer at each place")
     asked = {round(share * train_length) for share in (*_WINDOW, *_BEYOND)} | {max_tokens, train_length // 2}
     return sorted(length for length in asked if least <= length <= max_tokens)
 
@@ -424,7 +424,7 @@ def _mesa(model: nn.Module, config: MesaConfig) -> tuple[Runner, MesaConfig]:
     def run(ids: Tensor, last: int) -> Tensor:
         logits = reference.prefill(ids, all_logits=True)
         if logits.shape[1] < last:
-            raise MesaError(
+            raise InputError(
                 f"Mesa's tail of a text of {ids.shape[1]} tokens is {logits.shape[1]} tokens, and {last} are needed; "
                 "watch fewer tokens, or raise tail_min"
             )
@@ -442,7 +442,7 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise MesaError(f"{type(model).__name__} keeps its {count} layers in no list; its hidden states cannot be watched")
+    raise InputError(f"{type(model).__name__} keeps its {count} layers in no list; its hidden states cannot be watched")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from mesart.evaluation.suite import fingerprint
 from mesart.evaluation.systems import CheckpointModel, MesaBundle, MesaReference, OpenSystems, Source, Subject, System
 from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.manifest import MANIFEST_FILE, Manifest, sha256
 from mesart.graphs.plan import Plan, buckets_up_to
 from mesart.runtime.backends import choose_backend
@@ -313,7 +313,7 @@ def tune(
             version or seed in the journal.
     """
     if evaluations < 1 or finalists < 1:
-        raise MesaError("tuning needs at least 1 evaluation and 1 finalist")
+        raise InputError("tuning needs at least 1 evaluation and 1 finalist")
     require_whole("evaluations", evaluations)
     require_whole("finalists", finalists)
     _require_counts((prompts, places), (final_prompts, final_places))
@@ -378,7 +378,7 @@ def tune(
         except KeyboardInterrupt:
             complete = False
     if not tried:
-        raise MesaError("tuning was interrupted before anything was judged")
+        raise InputError("tuning was interrupted before anything was judged")
     judged = list(finals.values()) if len(finals) > 1 or complete else list(tried.values())
     task = Task(bench.lengths, final_prompts, final_places, bench.scored)
     return TuneResult(
@@ -476,13 +476,13 @@ def grid(config: MesaConfig, parameter: str, longest: int) -> list[Any]:
 def _check_parameters(parameters: Sequence[str]) -> None:
     for name in parameters:
         if name not in PARAMETERS:
-            raise MesaError(f"unknown parameter {name!r}; there are {', '.join(PARAMETERS)}")
+            raise InputError(f"unknown parameter {name!r}; there are {', '.join(PARAMETERS)}")
 
 
 def _require_counts(searched: tuple[int, int], most: tuple[int, int]) -> None:
     """Raises a :class:`MesaError` unless so many prompts and places can be judged, and are some of the most."""
     if min(most) < 1:
-        raise MesaError(f"{min(most)} prompts or places judge nothing; at least 1 of each is needed")
+        raise InputError(f"{min(most)} prompts or places judge nothing; at least 1 of each is needed")
     for name, count, limit in zip(("prompts", "places"), searched, most, strict=True):
         require_whole(name, count)
         require_whole(name, limit)
@@ -527,13 +527,13 @@ class _Bench:
         train_length = self.start.train_length
         self.lengths = tuple(sorted(set([4 * train_length, 16 * train_length] if lengths is None else lengths)))
         if not self.lengths:
-            raise MesaError("name a length")
+            raise InputError("name a length")
         self.scored = min(32, self.start.tail_min)
         self.subject = Subject(os.fspath(source), kind, self.start, {"mesa": engine})
         self._opened = OpenSystems(self.subject, tokenizer, self.lengths[-1])
         self._maker = PromptMaker(self._opened, self.text, Task.digits, seed)
         if self.lengths[0] < self._maker.shortest:
-            raise MesaError(
+            raise InputError(
                 f"a length of {self.lengths[0]} tokens is too short: a passkey prompt takes at least "
                 f"{self._maker.shortest} tokens of this model's tokenizer"
             )
@@ -595,7 +595,7 @@ class _Bench:
         plan = Plan.of(config, length - 1)
         Plan.of(config, length)
         if len(plan.tail) < self.scored:
-            raise MesaError(
+            raise InputError(
                 f"the tail of a text of {length} tokens is {len(plan.tail)} tokens, and {self.scored} are scored"
             )
 
@@ -612,7 +612,7 @@ def _measured(found: Mapping[str, Any]) -> Measured:
 def _spread(count: int, most: int) -> Iterator[int]:
     """``count`` of ``most`` indices, evenly: few prompts are some of the many, at all depths."""
     if count > most:
-        raise MesaError(f"the search has {count} prompts or places, more than the final's {most}; ask for fewer there")
+        raise InputError(f"the search has {count} prompts or places, more than the final's {most}; ask for fewer there")
     return ((2 * index + 1) * most // (2 * count) for index in range(count))
 
 
@@ -638,10 +638,10 @@ def _open(
             return MesaBundle(MesaModel(files, changed, executor, engine.name, engine.device, choice))
 
         if isinstance(manifest.config, BaselineConfig):
-            raise MesaError(f"{folder} holds {manifest.config.method}; only Mesa has parameters that are tuned here")
+            raise InputError(f"{folder} holds {manifest.config.method}; only Mesa has parameters that are tuned here")
         config = manifest.config if start is None else start
         if config.train_length != manifest.config.train_length:
-            raise MesaError(
+            raise InputError(
                 f"the bundle's tables are for train_length = {manifest.config.train_length}; start from that, or "
                 "export again"
             )
@@ -650,7 +650,7 @@ def _open(
         tokenizer = Tokenizer.of(read_texts(files).contents, folder)
         return run_bundle, config, tokenizer, described, "bundle", sha256(folder / MANIFEST_FILE)
     if backend not in ("auto", "torch"):
-        raise MesaError(f"{source} is a checkpoint, which PyTorch runs; to use backend {backend!r}, export it first")
+        raise InputError(f"{source} is a checkpoint, which PyTorch runs; to use backend {backend!r}, export it first")
     checkpoint = CheckpointModel.load(source, trust_remote_code=trust_remote_code)
     config = (start or MesaConfig()).for_model(os.fspath(source))
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from mesart.evaluation.arguments import require_seed, require_whole
 from mesart.evaluation.progress import progress_bar
-from mesart.graphs import MesaConfig, MesaError, Plan, Span, TorchReference
+from mesart.graphs import InputError, MesaConfig, Plan, Span, TorchReference
 from mesart.graphs.manifest import Manifest, Quantisation
 from mesart.graphs.plan import Bucket
 from mesart.runtime import MesaModel
@@ -214,10 +214,10 @@ def _buckets(manifest: Manifest, wanted: Sequence[int] | None) -> list[Bucket]:
         return manifest.buckets
     known = {bucket.chunks: bucket for bucket in manifest.buckets}
     if not wanted:
-        raise MesaError("name a bucket, or none at all for every bucket")
+        raise InputError("name a bucket, or none at all for every bucket")
     for chunks in wanted:
         if chunks not in known:
-            raise MesaError(f"the bundle has no bucket of {chunks} chunks; it has {', '.join(map(str, known))}")
+            raise InputError(f"the bundle has no bucket of {chunks} chunks; it has {', '.join(map(str, known))}")
     return [known[chunks] for chunks in wanted]
 
 

@@ -30,7 +30,7 @@ from mesart.export.trace import no_collection, trace_place, trace_roles
 from mesart.export.weights import WeightFiles, WeightMode, open_network
 from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import (
     DTYPES,
     ENGINE_FILE,
@@ -129,18 +129,18 @@ def export_model(
     if isinstance(config, BaselineConfig):
         config = config.up_to(buckets[-1].max_tokens)
     if dtype not in DTYPES:
-        raise MesaError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+        raise InputError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     quantisation = choose_quantisation(quantise, group_size, symmetric=symmetric)
     checked = check_checkpoint(model, trust_remote_code=trust_remote_code)
     scheme = read_scheme(os.fspath(model), checked)
     if scheme is not None and quantisation is not None:
-        raise MesaError(f"{model} is quantised already ({scheme.name}); leave --quantise out")
+        raise InputError(f"{model} is quantised already ({scheme.name}); leave --quantise out")
     if calibrate is not None and quantisation is None:
-        raise MesaError("a calibration belongs to a quantisation; give --quantise int8 or int4 too")
+        raise InputError("a calibration belongs to a quantisation; give --quantise int8 or int4 too")
     if calibrate is not None and quantise == "fp8":
-        raise MesaError("fp8 needs no calibration; leave --calibrate out")
+        raise InputError("fp8 needs no calibration; leave --calibrate out")
     if (calibrate is None) != (calibration_text is None):
-        raise MesaError("a calibration is a method and a text; give --calibrate with --calibration-text")
+        raise InputError("a calibration is a method and a text; give --calibrate with --calibration-text")
     source = local_folder(model)
     require_apart(target, source)
     texts = read_texts(source, checked, say, trust_remote_code=trust_remote_code)
@@ -304,7 +304,7 @@ def _quantise(files: WeightFiles, graphs: _Graphs, how: Quantisation, only: Coll
     """The same weights in all graphs; a tied table of embeddings is used as it is too."""
     names = set().union(*(quantise_products(graph, how, files.experts, only) for graph in graphs.files.values()))
     if not names:
-        raise MesaError(f"{type(graphs.module.model).__name__} has no linear layer of two dimensions to quantise")
+        raise InputError(f"{type(graphs.module.model).__name__} has no linear layer of two dimensions to quantise")
     values = (value for graph in graphs.files.values() for value in graph.graph.initializers.values())
     files.quantise(names, {value.metadata_props.get("weight", "") for value in values})
 

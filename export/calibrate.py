@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from mesart.export.checkpoint import load_model
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import Quantisation
 from mesart.graphs.user_data import user_data
 
@@ -57,7 +57,7 @@ def calibrated(
         MesaError: the text is too short, no such method, or there is no tokenizer.
     """
     if method not in METHODS:
-        raise MesaError(f"unknown calibration {method!r}; there are {', '.join(METHODS)}")
+        raise InputError(f"unknown calibration {method!r}; there are {', '.join(METHODS)}")
     from auto_round import AutoRound  # noqa: PLC0415  (slow to import, and rarely needed)
 
     with user_data(f"{source} has no tokenizer that loads, and calibration needs one"):
@@ -94,7 +94,7 @@ def _excerpts(tokenizer: Any, text: str, tokens: int) -> list[Tensor]:
     ids = [tokenizer(text[at : at + length], add_special_tokens=False)["input_ids"][:tokens] for at in places]
     whole = [torch.tensor([row]) for row in ids if len(row) == tokens]
     if len(whole) < EXCERPTS // 2:
-        raise MesaError(
+        raise InputError(
             f"the calibration text of {len(text):,} characters gives {len(whole)} excerpts of {tokens} tokens; "
             f"at least {EXCERPTS // 2} are needed, so give a longer one"
         )

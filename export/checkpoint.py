@@ -23,7 +23,7 @@ from mesart.export.checkpoint_weights import index_entries, open_weights
 from mesart.export.model_sizes import check_sizes
 from mesart.export.quantised_checkpoint import read_scheme
 from mesart.graphs.config import read_config_file
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.json_file import described
 from mesart.graphs.manifest import DTYPES
 from mesart.graphs.user_data import user_data
@@ -78,7 +78,7 @@ def load_model(
         MesaError: no checkpoint, no causal language model, no safetensors, quantised, truncated or missing weights.
     """
     if dtype not in DTYPES:
-        raise MesaError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+        raise InputError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     source = os.fspath(checkpoint)
     if config is None:
         config = check_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
@@ -86,7 +86,7 @@ def load_model(
             open_weights(Path(source), config)
     scheme = read_scheme(source, config)
     if scheme is not None:
-        raise MesaError(f"{source} is quantised ({scheme.name}); export it, and use the bundle")
+        raise InputError(f"{source} is quantised ({scheme.name}); export it, and use the bundle")
     loaded: Any
     with user_data(f"{source} cannot be loaded"):
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -100,12 +100,12 @@ def load_model(
     model, report = loaded
     missing = sorted(map(str, report.get("missing_keys") or ()))
     if missing:
-        raise MesaError(f"{source} lacks the weight {_first(missing)}; is it complete, and of this config?")
+        raise InputError(f"{source} lacks the weight {_first(missing)}; is it complete, and of this config?")
     mismatched = sorted(report.get("mismatched_keys") or (), key=str)
     if mismatched:
         name, *shapes = mismatched[0] if isinstance(mismatched[0], tuple) else (mismatched[0],)
         as_what = " instead of ".join(str([*shape]) for shape in shapes)
-        raise MesaError(
+        raise InputError(
             f"{source} has the wrong shape for the weight {_first([name, *mismatched[1:]])}"
             f"{f': {as_what}' if as_what else ''}; is it complete, and of this config?"
         )
@@ -140,9 +140,9 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     if path.exists():
         refuse_adapter(path)
         if not (path / "config.json").is_file():
-            raise MesaError(f"{source} holds no config.json; give the folder of a transformers checkpoint")
+            raise InputError(f"{source} holds no config.json; give the folder of a transformers checkpoint")
     elif source.count("/") != 1:
-        raise MesaError(f"{source} does not exist; give the folder of a transformers checkpoint or a hub id")
+        raise InputError(f"{source} does not exist; give the folder of a transformers checkpoint or a hub id")
     file = path / "config.json"
     if not path.exists():
         with user_data(f"{source} has no readable model config"):
@@ -152,9 +152,9 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     check_sizes(named, fields)
     quantised = fields.get("quantization_config")
     if quantised is not None and not isinstance(quantised, dict):
-        raise MesaError(f"{named}: quantization_config is {described(quantised)}; it must be an object")
+        raise InputError(f"{named}: quantization_config is {described(quantised)}; it must be an object")
     if fields.get("auto_map") and not trust_remote_code and fields.get("model_type") not in CONFIG_MAPPING:
-        raise MesaError(f"{source} brings Python code of its own; read it, and pass --trust-remote-code to run it")
+        raise InputError(f"{source} brings Python code of its own; read it, and pass --trust-remote-code to run it")
     with user_data(f"{named} is no model config that transformers can read"):
         with _without_running_settings(source, fields) as cleaned:
             config: Any = AutoConfig.from_pretrained(cleaned, trust_remote_code=trust_remote_code)
@@ -164,9 +164,9 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
         causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         text = config.get_text_config()
     if not isinstance(text, PreTrainedConfig):
-        raise MesaError(f"{named}: text_config is {described(text)}, which model_type {config.model_type!r} has not")
+        raise InputError(f"{named}: text_config is {described(text)}, which model_type {config.model_type!r} has not")
     if (not causal and not own) or config.is_encoder_decoder:
-        raise MesaError(f"{source} is no causal language model (model_type {config.model_type!r})")
+        raise InputError(f"{source} is no causal language model (model_type {config.model_type!r})")
     return config
 
 
@@ -210,7 +210,7 @@ def refuse_adapter(folder: Path) -> None:
     """
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).exists():
-            raise MesaError(
+            raise InputError(
                 f"{folder} holds an adapter ({name}), which export cannot apply; merge it into the model first (peft: "
                 "model.merge_and_unload().save_pretrained(folder)), or take its files away"
             )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mesart.export.file_kinds import mistaken
 from mesart.export.safetensors_file import Stored, read_header
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.json_file import described, read_object
 from mesart.graphs.user_data import reason
 
@@ -55,12 +55,12 @@ def open_weights(folder: Path, config: Any = None) -> CheckpointWeights:
     for file in files:
         if not file.is_file():
             named = f", which {index.name} names" if index is not None else ""
-            raise MesaError(f"{folder} has no {file.relative_to(folder)}{named}; is the download complete?")
+            raise InputError(f"{folder} has no {file.relative_to(folder)}{named}; is the download complete?")
     pickled = files[0].suffix == ".bin"
     tensors, read = _open_pickles(files) if pickled else _open_safetensors(files)
     for name, file_name in where.items():
         if name not in tensors:
-            raise MesaError(f"{index} names {name} in {file_name}, which does not hold it; is the download complete?")
+            raise InputError(f"{index} names {name} in {file_name}, which does not hold it; is the download complete?")
     return CheckpointWeights(files, pickled, tensors, read)
 
 
@@ -82,7 +82,7 @@ def _files(folder: Path, named: Any) -> tuple[list[Path], Path | None, Mapping[s
             return _paths(folder, where), index, where
     others = sorted(path.name for path in folder.glob("*") if path.suffix in (".gguf", ".safetensors", ".bin", ".pth"))
     found = f"; {others[0]} is no name that transformers looks for" if others else ""
-    raise MesaError(f"{folder} has no model.safetensors and no pytorch_model.bin{found}")
+    raise InputError(f"{folder} has no model.safetensors and no pytorch_model.bin{found}")
 
 
 def _paths(folder: Path, where: Mapping[str, str]) -> list[Path]:
@@ -103,20 +103,20 @@ def index_entries(path: Path, folder: Path) -> dict[str, str]:
     try:
         index = read_object(path, _INDEX_BYTES)
     except MesaError as error:
-        raise MesaError(f"{path} is not a valid index of weights: {error}") from error
+        raise InputError(f"{path} is not a valid index of weights: {error}") from error
     where, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(metadata, dict):
-        raise MesaError(
+        raise InputError(
             f"{path} is not a valid index of weights: metadata is {described(metadata)}; it must be an object"
         )
     if not isinstance(where, dict) or not where:
-        raise MesaError(
+        raise InputError(
             f"{path} is not a valid index of weights: weight_map is {described(where)}; it must be an object "
             "that names the file of each tensor"
         )
     for name, entry in where.items():
         if not isinstance(entry, str):
-            raise MesaError(
+            raise InputError(
                 f"{path} is not a valid index of weights: {name!r:.80} is in {described(entry)}; expected a file's name"
             )
     for entry in set(where.values()):
@@ -129,13 +129,13 @@ def _check_entry(source: Path, folder: Path, what: str, entry: Any, suffixes: tu
     plain = isinstance(entry, str) and entry.isprintable() and "\\" not in entry and len(entry) <= 255
     parts = PurePosixPath(entry).parts if plain else ("..",)
     if not plain or entry.startswith("/") or ".." in parts or not entry.endswith(suffixes):
-        raise MesaError(
+        raise InputError(
             f"{source}: {what} is {entry!r:.80}; expected a file inside of the checkpoint that ends in {suffixes[0]}"
         )
     # Not Path.resolve: it has a RuntimeError for links that lead to themselves.
     home, path = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / entry))
     if not path.is_relative_to(home) and path.parent != home.parent.parent / "blobs":
-        raise MesaError(
+        raise InputError(
             f"{source}: {what}, {entry!r}, is a link to {path}, outside of the checkpoint; put the file itself there"
         )
 
@@ -157,7 +157,7 @@ def _open_safetensors(files: list[Path]) -> tuple[dict[str, Stored], Callable[[S
 
 
 def _in_two_files(name: str, one: Path, other: Path) -> MesaError:
-    return MesaError(f"{name} is in {one} and in {other}, and differs; one of them is not of this model")
+    return InputError(f"{name} is in {one} and in {other}, and differs; one of them is not of this model")
 
 
 def _equal(one: Stored, other: Stored) -> bool:
@@ -193,19 +193,19 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # unpickling can fail in any way
         what = mistaken(file, pickles=True)
         why = f"it {what}" if what is not None else reason(error)
-        raise MesaError(f"{file} is no file of tensors that is safe to load: {why}") from error
+        raise InputError(f"{file} is no file of tensors that is safe to load: {why}") from error
     if not isinstance(state, dict):
-        raise MesaError(f"{file} holds a {type(state).__name__}; expected tensors by their names (model.state_dict())")
+        raise InputError(f"{file} holds a {type(state).__name__}; expected tensors by their names (model.state_dict())")
     found = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not found:
         inner = next((name for name, value in state.items() if isinstance(value, dict) and value), None)
         nested = f"; its weights may be under {inner!r:.40}: save that part alone" if inner is not None else ""
-        raise MesaError(f"{file} holds no tensors by their names{nested}")
+        raise InputError(f"{file} holds no tensors by their names{nested}")
     for name, tensor in found.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
             kind = kind if tensor.device.type == "cpu" else f"on the device {tensor.device}, without numbers"
-            raise MesaError(f"{file}: {name} is {kind}; expected a plain (strided) tensor")
+            raise InputError(f"{file}: {name} is {kind}; expected a plain (strided) tensor")
     return found
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.errors import CapacityError, MesaError, first_line
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk is full: your quota is used up"}
 _LIBRARY_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -43,7 +43,7 @@ def explained(place: Path, needed: int = 0, also: str = "") -> Iterator[None]:
         line = _explain(error, place, needed)
         if line is None:
             raise
-        raise MesaError(f"{line}; {also}" if also else line) from error
+        raise CapacityError(f"{line}; {also}" if also else line) from error
 
 
 def _explain(error: Exception, place: Path, needed: int) -> str | None:
@@ -86,7 +86,9 @@ def require_space(folder: Path, target: Path, kind: str, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise MesaError(f"the disk of {target} has {free >> 20} MiB free, the {kind} needs about {needed >> 20} MiB")
+        raise CapacityError(
+            f"the disk of {target} has {free >> 20} MiB free, the {kind} needs about {needed >> 20} MiB"
+        )
 
 
 def write_new(path: Path, data: bytes | str) -> None:
@@ -150,7 +152,7 @@ def require_no_link(root: Path, inside: str) -> None:
     for part in Path(inside).parts:
         path = path / part
         if path.is_symlink():
-            raise MesaError(
+            raise CapacityError(
                 f"{path} is a link, and writing would follow it; make a copy of the folder without links (cp -rL)"
             )
 

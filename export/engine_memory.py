@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mesart.export.engine_graphs import EngineShapes
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import Manifest, ProfileInfo, Weights
 
 _GIB = 1 << 30
@@ -89,7 +89,7 @@ def require_fit(memory: Memory, available: int, name: str) -> None:
         MesaError: says by how much.
     """
     if memory.total > available:
-        raise MesaError(
+        raise InputError(
             f"{name} has {available / _GIB:.1f} GiB, the bucket of {memory.chunks} chunks needs "
             f"{(memory.total - available) / _GIB:.1f} GiB more: {memory}; give a smaller --max-tokens or a larger card"
         )

@@ -28,7 +28,7 @@ from mesart.export.engine_memory import estimate, require_fit
 from mesart.export.fp8 import computed_products, count_products
 from mesart.export.gpus import Gpu, local_gpu, parse_gpus
 from mesart.export.tensorrt_builder import NoKernelError, Plan, Progress, TensorRtBuilder
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.manifest import (
     ENGINES_FOLDER,
     EngineInfo,
@@ -87,7 +87,7 @@ def build_engines(
     manifest = Manifest.read(folder)
     manifest.verify(folder)
     if manifest.config.reach is not None:
-        raise MesaError(
+        raise InputError(
             f"{folder} holds a method that drops keys, in a ring, and engines write a cache that "
             "grows; run it with onnxruntime or openvino"
         )
@@ -126,7 +126,7 @@ def build_engines(
 
 def check_dtype(manifest: Manifest) -> None:
     if manifest.dtype == "float32":
-        raise MesaError(
+        raise InputError(
             "TensorRT's attention kernels compute float16 and bfloat16, this bundle is float32; "
             "export again with --dtype bfloat16, or float16 for GPUs before sm80"
         )
@@ -135,7 +135,7 @@ def check_dtype(manifest: Manifest) -> None:
 def check_quantisation(manifest: Manifest) -> None:
     how = manifest.quantisation
     if how is not None and not how.symmetric:
-        raise MesaError(
+        raise InputError(
             "TensorRT takes no quantised weights with zero points; export again without --asymmetric, "
             "or use another backend (onnxruntime, openvino)"
         )
@@ -144,14 +144,14 @@ def check_quantisation(manifest: Manifest) -> None:
 def check_brain(manifest: Manifest, targets: Sequence[Gpu]) -> None:
     old = [gpu.name for gpu in targets if gpu.generation < 80]
     if old and manifest.dtype == "bfloat16":
-        raise MesaError(f"{old[0]} computes no bfloat16; export again with --dtype float16")
+        raise InputError(f"{old[0]} computes no bfloat16; export again with --dtype float16")
 
 
 def check_fp8(manifest: Manifest, targets: Sequence[Gpu]) -> None:
     how = manifest.quantisation
     old = [gpu.name for gpu in targets if gpu.generation < 89]
     if old and how is not None and how.scheme == "fp8":
-        raise MesaError(
+        raise InputError(
             f"{old[0]} computes no fp8, which needs sm89 (Ada), sm90 (Hopper) or newer; export again with "
             "--quantise int8 or int4, or name other GPUs"
         )
@@ -163,14 +163,14 @@ def find_targets(flavour: Flavour, gpus: str | None) -> list[Gpu]:
         return asked
     local = local_gpu()
     if local is None and flavour == "tensorrt":
-        raise MesaError(
+        raise InputError(
             "TensorRT builds on the GPU that the engines are for, and there is none here (or no driver, or no "
             "cuda-python: pip install 'mesart[tensorrt]'); --engine tensorrt-rtx --gpu ... builds without one"
         )
     if local is None:
-        raise MesaError("there is no GPU here to build for; name those that the engines are for, as --gpu sm89,sm120")
+        raise InputError("there is no GPU here to build for; name those that the engines are for, as --gpu sm89,sm120")
     if asked and [gpu.capability for gpu in asked] != [local.capability]:
-        raise MesaError(
+        raise InputError(
             f"TensorRT builds for this machine's GPU only, {local.name} ({local.capability}), not for {gpus}"
         )
     return [local]
@@ -181,7 +181,7 @@ def buckets_for(manifest: Manifest, max_tokens: int | None) -> list[Bucket]:
         return manifest.buckets
     needed = [b for b in manifest.buckets if b.max_tokens < max_tokens]
     if len(needed) == len(manifest.buckets):
-        raise MesaError(
+        raise InputError(
             f"the bundle's largest bucket serves {manifest.buckets[-1].max_tokens} tokens, not {max_tokens}; "
             f"export again with --max-tokens {max_tokens}"
         )
@@ -313,7 +313,7 @@ class _Log:
         line = json.dumps(entry).encode() + b"\n"
         with open(os.open(self._path, _APPEND, 0o666), "r+b", buffering=0) as file:
             if os.fstat(file.fileno()).st_nlink > 1:
-                raise MesaError(f"{self._path} is also another file (a hard link), which is not ours; delete it")
+                raise InputError(f"{self._path} is also another file (a hard link), which is not ours; delete it")
             end = file.seek(0, os.SEEK_END)
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
                 line = b"\n" + line  # the last one was torn

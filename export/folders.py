@@ -12,7 +12,7 @@ from pathlib import Path
 from mesart.export.disk import explained, require_space, sync, sync_folder
 from mesart.export.stage import clear_leftovers, is_stage, mounts, real_place, staged
 from mesart.export.swap import NEW, take_place
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.manifest import MANIFEST_FILE
 
 Entries = Callable[[Path], Collection[str]]
@@ -45,7 +45,7 @@ def check_target(
             nothing that could be written.
     """
     if not os.fspath(output) or "\0" in os.fspath(output):  # an empty name would mean the working folder
-        raise MesaError(f"{os.fspath(output)!r} is no name of a folder; give another output folder")
+        raise InputError(f"{os.fspath(output)!r} is no name of a folder; give another output folder")
     target = Path(output)
     with explained(target):
         real = real_place(target)
@@ -57,24 +57,24 @@ def check_target(
         except (FileNotFoundError, NotADirectoryError):
             return
         if not target.exists():
-            raise MesaError(
+            raise InputError(
                 f"{target} is a link to {os.readlink(target)}, which does not exist; make that folder first"
             )
         mode = real.stat().st_mode
         if stat.S_ISREG(mode) and not force:
-            raise MesaError(f"{target} is a file; give another output folder, or --force to replace it")
+            raise InputError(f"{target} is a file; give another output folder, or --force to replace it")
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a device, say, which no --force replaces
-            raise MesaError(f"{target} is neither a folder nor a plain file; give another output folder")
+            raise InputError(f"{target} is neither a folder nor a plain file; give another output folder")
         if stat.S_ISDIR(mode):
             _check_folder(target, real, marker, kind, entries, force=force)
 
 
 def _check_folder(target: Path, real: Path, marker: str, kind: str, entries: Entries | None, *, force: bool) -> None:
     if not os.access(real, os.W_OK | os.X_OK):
-        raise MesaError(f"{target} may not be written to; give another output folder")
+        raise InputError(f"{target} may not be written to; give another output folder")
     inner = next((path for path in mounts() if real in path.parents), None)
     if inner is not None:
-        raise MesaError(f"{target} holds the mount point {inner}; give another output folder")
+        raise InputError(f"{target} holds the mount point {inner}; give another output folder")
     try:
         require_own(real, target, marker, kind, entries)
     except MesaError:
@@ -82,7 +82,7 @@ def _check_folder(target: Path, real: Path, marker: str, kind: str, entries: Ent
             raise
         for place, what in (("~", "your home folder"), ("..", "what the working folder lies in")):
             if _is_in(real_place(Path(place).expanduser()), real):
-                raise MesaError(
+                raise InputError(
                     f"{target} holds {what}, which not even --force replaces; give another output folder"
                 ) from None
 
@@ -99,22 +99,22 @@ def require_own(folder: Path, target: Path, marker: str, kind: str, entries: Ent
         MesaError: names what is not ours.
     """
     if not folder.is_dir():
-        raise MesaError(f"{target} is a file; give another output folder, or --force to replace it")
+        raise InputError(f"{target} is a file; give another output folder, or --force to replace it")
     found = list(_files(folder, real_place(target)))
     if not found:
         return
     way_out = "give another output folder, or --force to replace it"
     if marker not in found:
-        raise MesaError(f"{target} exists and is no {kind}; {way_out}")
+        raise InputError(f"{target} exists and is no {kind}; {way_out}")
     if entries is None:
         return
     try:
         own = entries(folder)
     except MesaError as error:
-        raise MesaError(f"{target} exists and is no {kind} that this version can read; {way_out}") from error
+        raise InputError(f"{target} exists and is no {kind} that this version can read; {way_out}") from error
     foreign = next((name for name in found if name not in own), None)
     if foreign is not None:
-        raise MesaError(f"{target} holds {foreign}, which is not the {kind}'s; {way_out}, with all that is in it")
+        raise InputError(f"{target} holds {foreign}, which is not the {kind}'s; {way_out}, with all that is in it")
 
 
 def _files(folder: Path, target: Path) -> Iterator[str]:
@@ -137,11 +137,11 @@ def require_apart(target: Path, source: Path) -> None:
     real, origin = real_place(target), real_place(source)
     with explained(target):
         if _is_in(origin, real) and _is_in(real, origin):
-            raise MesaError(f"{target} is the source, {source}, itself; give another output folder")
+            raise InputError(f"{target} is the source, {source}, itself; give another output folder")
         if any(_is_replaced(path, real) for path in (origin, *_link_targets(origin))):
-            raise MesaError(f"{target} holds the source, {source}, or files of it; give another output folder")
+            raise InputError(f"{target} holds the source, {source}, or files of it; give another output folder")
         if _is_in(real, _repository(origin)):
-            raise MesaError(f"{target} lies in the source, {source}; give another output folder")
+            raise InputError(f"{target} lies in the source, {source}; give another output folder")
 
 
 def _is_replaced(path: Path, target: Path) -> bool:

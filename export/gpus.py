@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 GIB = 1 << 30
 
@@ -63,7 +63,9 @@ def _parse(text: str) -> Gpu:
     if re.fullmatch(r"sm\d{2,3}", name):
         return Gpu(name, name, None)
     if name not in _CARDS:
-        raise MesaError(f"unknown GPU {text.strip()!r}; give a compute capability such as sm89, or {', '.join(_CARDS)}")
+        raise InputError(
+            f"unknown GPU {text.strip()!r}; give a compute capability such as sm89, or {', '.join(_CARDS)}"
+        )
     capability, memory = _CARDS[name]
     return Gpu(name, capability, memory * GIB)
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from mesart.export.safetensors_file import Stored
 from mesart.graphs.config import check_whole
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 _MOST_LAYERS: Final = 10_000
 
@@ -64,12 +64,14 @@ def check_sizes_against(source: object, config: Any, tensors: Mapping[str, Store
     stored = max(layers) if layers else len(tensors)  # a layer has a tensor at least
     asked = getattr(text, "num_hidden_layers", None)
     if isinstance(asked, int) and asked > stored:
-        raise MesaError(f"{source}: num_hidden_layers is {asked}, but the weights have {stored}; is it of this config?")
+        raise InputError(
+            f"{source}: num_hidden_layers is {asked}, but the weights have {stored}; is it of this config?"
+        )
     longest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     for name in ("vocab_size", "hidden_size"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > longest:
-            raise MesaError(
+            raise InputError(
                 f"{source}: {name} is {value}, but the longest axis of a weight is {longest}; is it of this config?"
             )
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from mesart.export.experts import find_groups, split_group
 from mesart.export.fp8 import quantise_fp8, round_inputs
 from mesart.export.safetensors_file import Pending
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import Quantisation
 from mesart.graphs.torch_fp8 import FP8
 from mesart.graphs.torch_weights import QUANTISED, SCALES, ZERO_POINTS, Packed
@@ -76,16 +76,16 @@ def choose_quantisation(scheme: str | None, group_size: int | None, *, symmetric
     """
     if scheme is None:
         if group_size is not None or not symmetric:
-            raise MesaError("a group size and zero points belong to a quantisation; give --quantise int8 or int4 too")
+            raise InputError("a group size and zero points belong to a quantisation; give --quantise int8 or int4 too")
         return None
     if scheme not in SCHEMES:
-        raise MesaError(f"unknown quantisation {scheme!r}; there are {', '.join(SCHEMES)}")
+        raise InputError(f"unknown quantisation {scheme!r}; there are {', '.join(SCHEMES)}")
     if scheme == "fp8" and (group_size is not None or not symmetric):
-        raise MesaError("fp8 has one scale for each weight and no zero points; leave the group size and asymmetry out")
+        raise InputError("fp8 has one scale for each weight and no zero points; leave the group size and asymmetry out")
     if group_size is None and scheme == "int4":
         group_size = DEFAULT_GROUP
     if group_size is not None and group_size not in GROUP_SIZES:
-        raise MesaError(f"engines take groups of {', '.join(map(str, GROUP_SIZES))} inputs, not of {group_size}")
+        raise InputError(f"engines take groups of {', '.join(map(str, GROUP_SIZES))} inputs, not of {group_size}")
     return Quantisation(scheme, SCHEMES[scheme], group_size, symmetric)
 
 
@@ -102,7 +102,7 @@ def check_groups(inputs: Mapping[str, int], how: Quantisation) -> None:
         if count % group:
             fitting = [size for size in GROUP_SIZES if math.gcd(*inputs.values()) % size == 0]
             advice = f"; {fitting[-1]} divides those of all layers" if fitting else "; int8 without groups takes any"
-            raise MesaError(f"groups of {group} do not divide the {count} inputs of {name}{advice}")
+            raise InputError(f"groups of {group} do not divide the {count} inputs of {name}{advice}")
 
 
 def quantise(weight: Tensor, how: Quantisation) -> Packed:

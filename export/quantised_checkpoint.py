@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mesart.export.quantise import GROUP_SIZES, SCHEMES, pack, scales_shape
 from mesart.export.safetensors_file import Stored
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.manifest import Quantisation
 from mesart.graphs.torch_weights import Packed, dequantise
 
@@ -120,7 +120,7 @@ def _scheme(
         raise _unreadable(source, f"{name}, {bits!s:.40} bits")
     group_size = None if group_size is None or group_size == -1 else group_size
     if group_size is not None and (type(group_size) is not int or group_size not in GROUP_SIZES):
-        raise MesaError(
+        raise InputError(
             f"{source} is quantised in groups of {group_size!s:.40} inputs; engines take "
             f"{', '.join(map(str, GROUP_SIZES))}"
         )
@@ -129,12 +129,12 @@ def _scheme(
 
 def _object(source: str, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise MesaError(f"{source}/config.json: {name} is {value!r:.40}; it must be an object")
+        raise InputError(f"{source}/config.json: {name} is {value!r:.40}; it must be an object")
     return value
 
 
 def _unreadable(source: str, name: str) -> MesaError:
-    return MesaError(
+    return InputError(
         f"{source} is quantised ({name}), which export cannot read: it reads gptq, awq (gemm), auto-round and "
         "compressed-tensors (pack-quantized) of 4 or 8 bits; give the checkpoint that it was made from"
     )
@@ -339,17 +339,17 @@ def open_packed(
     layout = scheme.layout
     names = [name.removesuffix(f".{layout.PARTS[0]}") for name in tensors if name.endswith(f".{layout.PARTS[0]}")]
     if not names:
-        raise MesaError(f"{source} says that it is quantised ({scheme.name}), but holds no {layout.PARTS[0]}")
+        raise InputError(f"{source} says that it is quantised ({scheme.name}), but holds no {layout.PARTS[0]}")
     for name in tensors:
         layer, _, part = name.rpartition(".")
         if part in (*layout.PARTS, *layout.OPTIONAL) and layer not in names:
-            raise MesaError(f"{source} has {name} without {layer}.{layout.PARTS[0]}, which export cannot read")
+            raise InputError(f"{source} has {name} without {layer}.{layout.PARTS[0]}, which export cannot read")
     weights = {}
     for name in names:
         parts = {part: f"{name}.{part}" for part in (*layout.PARTS, *layout.OPTIONAL)}
         for part in layout.PARTS:
             if parts[part] not in tensors:
-                raise MesaError(f"{source} lacks {parts[part]}; is the download complete?")
+                raise InputError(f"{source} lacks {parts[part]}; is the download complete?")
         weight = layout(name, scheme, {k: tensors[full] for k, full in parts.items() if full in tensors}, read)
         _check_parts(source, weight)
         _check(source, weight, scheme)
@@ -371,24 +371,24 @@ def _check_parts(source: Path, weight: _Layout) -> None:
             fits, wanted = dtype == torch.int32, "int32"
         if not fits or len(stored.shape) != axes or 0 in stored.shape:
             kind = f"{str(dtype).removeprefix('torch.')} {[*stored.shape]}"
-            raise MesaError(
+            raise InputError(
                 f"{source}: {weight.name}.{part} is {kind}; it must be {wanted} of {axes} ax{'e' if axes > 1 else 'i'}s"
             )
     if wrong := weight.contradiction():
-        raise MesaError(f"{source}: {weight.name}: {wrong}")
+        raise InputError(f"{source}: {weight.name}: {wrong}")
 
 
 def _check(source: Path, weight: _Layout, scheme: Scheme) -> None:
     outputs, inputs = weight.shape
     if scheme.group_size is not None and inputs % scheme.group_size:
-        raise MesaError(
+        raise InputError(
             f"{source}: groups of {scheme.group_size} do not divide the {inputs} inputs of {weight.name}, so that "
             "engines cannot take them; quantise again in other groups"
         )
     groups = inputs // (scheme.group_size or inputs)
     found = tuple(weight.scales().shape), tuple(weight.zeros().shape)
     if found != ((groups, outputs), (groups, outputs)):
-        raise MesaError(
+        raise InputError(
             f"{source}: the scales and zeros of {weight.name} are {found[0]} and {found[1]} instead of "
             f"{(groups, outputs)}; all packed layers must have {scheme.bits} bits and the groups of the config"
         )
@@ -396,7 +396,7 @@ def _check(source: Path, weight: _Layout, scheme: Scheme) -> None:
     if index is not None and groups > 1 and bool((index >= 0).all()):
         in_order = torch.arange(inputs) // (inputs // groups)
         if not torch.equal(index.long(), in_order):
-            raise MesaError(
+            raise InputError(
                 f"{source} groups the inputs of {weight.name} out of order (act-order), which no engine takes; "
                 "quantise again without it (desc_act=False)"
             )

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mesart.export.file_kinds import mistaken
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.user_data import reason
 
 DTYPES = {
@@ -105,7 +105,7 @@ def read_header(file: Path) -> dict[str, Stored]:
                 _refuse(file, f"its header has {length} bytes, {_LONGEST_HEADER} at most are allowed")
             text = stream.read(length)
     except OSError as error:
-        raise MesaError(f"{file} cannot be read: {error.strerror}") from error
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
     header = _parse(file, text)
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (
@@ -133,7 +133,7 @@ def _refuse(file: Path, why: str, cause: BaseException | None = None) -> NoRetur
     what = mistaken(file)
     if what is not None:
         why = f"it {what}"
-    raise MesaError(f"{file} is truncated or no safetensors file: {why}") from cause
+    raise InputError(f"{file} is truncated or no safetensors file: {why}") from cause
 
 
 def _parse(file: Path, text: bytes) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mesart.export.disk import explained
 from mesart.export.swap import remove, settle
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 _LOCK_FILE = "owner.lock"
 _UNLOCKED = "unlocked-"
@@ -79,7 +79,7 @@ def staged(target: Path, last: str) -> Iterator[Stage]:
 
 def _end(folder: Path, target: Path, last: str) -> None:
     if not settle(folder, target, last):
-        raise MesaError(f"{target} was changed meanwhile; what was there before is in {folder}")
+        raise InputError(f"{target} was changed meanwhile; what was there before is in {folder}")
     _remove_stage(folder)
 
 

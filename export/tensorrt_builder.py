@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 
 from mesart.export.disk import replace_file
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.errors import EngineError, InputError, MesaError, first_line
 from mesart.graphs.manifest import Flavour, TensorInfo
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -56,7 +56,7 @@ class TensorRtBuilder:
     def __init__(self, flavour: Flavour, capabilities: Sequence[str], timing_cache: Path) -> None:
         module = _MODULES[flavour]
         if importlib.util.find_spec(module) is None:
-            raise MesaError(f"building needs the package {module}: pip install 'mesart[{flavour}]'")
+            raise InputError(f"building needs the package {module}: pip install 'mesart[{flavour}]'")
         self.trt: Any = importlib.import_module(module)
         self.version: str = self.trt.__version__
         self._rtx = flavour == "tensorrt-rtx"
@@ -65,7 +65,7 @@ class TensorRtBuilder:
         known = [name for name in self.trt.ComputeCapability.__members__ if name.startswith("SM")] if self._rtx else []
         for capability in capabilities:
             if self._rtx and capability.upper() not in known:
-                raise MesaError(
+                raise InputError(
                     f"TensorRT for RTX {self.version} builds for {', '.join(known).lower()}, not for {capability}; "
                     "use --engine tensorrt on such a machine"
                 )
@@ -101,7 +101,7 @@ class TensorRtBuilder:
         if not parser.parse(graph, str(folder / "engine.onnx")):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             reasons = [f"{error.node_operator()} ({error.node_name()}): {error.desc()}" for error in errors]
-            raise MesaError(f"TensorRT {self.version} cannot read the graph: {first_line_of(reasons)}")
+            raise EngineError(f"TensorRT {self.version} cannot read the graph: {first_line_of(reasons)}")
         operators = [node.op_type for node in onnx.load_model_from_string(graph).graph.node]
         self._check_attention(network, operators.count("Attention"), operators.count("TensorScatter"))
         config = builder.create_builder_config()
@@ -126,7 +126,7 @@ class TensorRtBuilder:
             raise monitor.error
         if serialized is None:
             self._require_kernel()
-            raise MesaError(f"TensorRT {self.version} cannot build the engine: {first_line_of(self._logger.errors)}")
+            raise EngineError(f"TensorRT {self.version} cannot build the engine: {first_line_of(self._logger.errors)}")
         if not self._rtx:
             replace_file(self._timing_cache, bytes(config.get_timing_cache().serialize()))
         fixed = profiles[0] if profiles else {}
@@ -150,13 +150,13 @@ class TensorRtBuilder:
             layer.__class__ = trt.IAttentionInputLayer  # how TensorRT's Python API casts a layer
         whole = sum(not layer.attention.decomposable for layer in found)
         if whole != attentions:
-            raise MesaError(
+            raise EngineError(
                 f"TensorRT {self.version} runs {whole} of the graph's {attentions} attention layers in its own kernel; "
                 "this version cannot run the model"
             )
         updates = sum(layer.type == trt.LayerType.KV_CACHE_UPDATE for layer in layers)
         if updates != cache_updates:
-            raise MesaError(f"TensorRT {self.version} updates {updates} of {cache_updates} caches in place")
+            raise EngineError(f"TensorRT {self.version} updates {updates} of {cache_updates} caches in place")
 
     def _tensor(self, tensor: Any, fixed: Shapes) -> TensorInfo:
         names = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32"}

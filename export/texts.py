@@ -19,18 +19,16 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, GenerationConfig
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.generation import GENERATION_FILE, SamplingConfig, eos_ids, unsupported_settings
 from mesart.graphs.json_file import read_object
+from mesart.graphs.tokenizer_limits import Limits, check_ids
 from mesart.graphs.user_data import user_data
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _VOCABULARIES = ("tokenizer.json", *_SENTENCEPIECE, "tekken.json", "tiktoken.model", "vocab.json", "vocab.txt")
 _SETTINGS = "tokenizer_config.json"
 """A checkpoint that has one of these files has a tokenizer."""
-
-_MOST_IDS = 1 << 24
-"""Of a vocabulary; the largest have a million. Saving one, the library makes a list of all ids that are left out."""
 
 
 _VOCABULARY_BYTES = 256 << 20
@@ -58,7 +56,7 @@ class Texts:
                 with (folder / name).open("xb") as file:
                     file.write(content)
             except FileExistsError as error:
-                raise MesaError(f"the checkpoint has weights in a file called {name}; rename that file") from error
+                raise InputError(f"the checkpoint has weights in a file called {name}; rename that file") from error
 
 
 def read_texts(source: Path, config: Any, say: Callable[[str], None], *, trust_remote_code: bool = False) -> Texts:
@@ -101,7 +99,7 @@ def tokenizer_files(
         if not any((folder / name).is_file() for name in (*_VOCABULARIES, _SETTINGS)):
             return {}
         _require_vocabulary(folder, own_code=trust_remote_code)
-        _require_near_ids(folder)
+        _check_limits(folder)
     auto: Any = AutoTokenizer
     with user_data(f"{source} has a tokenizer that cannot be loaded"):
         tokenizer = auto.from_pretrained(os.fspath(source), config=config, trust_remote_code=trust_remote_code)
@@ -110,11 +108,11 @@ def tokenizer_files(
     with user_data(f"{source} has a tokenizer that cannot be saved"):
         files = _saved(tokenizer, save_jinja_files=not flat)
     if "tokenizer.json" not in files:
-        raise MesaError(f"{source} has no fast tokenizer (tokenizer.json); convert it with transformers first")
+        raise InputError(f"{source} has no fast tokenizer (tokenizer.json); convert it with transformers first")
     with user_data(f"{source} has a tokenizer that cannot be used"):
         size = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"]).get_vocab_size(with_added_tokens=False)
     if size == 0:
-        raise MesaError(f"{source} has a tokenizer without a vocabulary; is the download complete?")
+        raise InputError(f"{source} has a tokenizer without a vocabulary; is the download complete?")
     return files
 
 
@@ -123,7 +121,7 @@ def _require_vocabulary(folder: Path, *, own_code: bool) -> None:
     needs: transformers often names the wrong one."""
     present = [name for name in _VOCABULARIES if (folder / name).is_file()]
     if not present and not own_code:  # whose files may have any name
-        raise MesaError(
+        raise InputError(
             f"{folder} has {_SETTINGS} but no vocabulary ({', '.join(_VOCABULARIES)}); is the download complete?"
         )
     if {"tokenizer.json", "tekken.json"} & {*present}:
@@ -135,26 +133,17 @@ def _require_vocabulary(folder: Path, *, own_code: bool) -> None:
         first = file.read(1)
     package = "sentencepiece" if first == b"\n" else "tiktoken"  # the tag of a message's first field; or lines of text
     if find_spec(package) is None:
-        raise MesaError(f"{path} is a tokenizer of {package}, which is not installed: pip install {package}")
+        raise InputError(f"{path} is a tokenizer of {package}, which is not installed: pip install {package}")
 
 
-def _require_near_ids(folder: Path) -> None:
-    """Refuses ids that are no index of any table of embeddings, of the vocabulary or of added tokens."""
-    ids: dict[str, list[Any]] = {}
-    if (folder / "tokenizer.json").is_file():
-        values = read_object(folder / "tokenizer.json", _VOCABULARY_BYTES)
-        model, added = values.get("model"), values.get("added_tokens")
-        words = model.get("vocab") if isinstance(model, dict) else None
-        ids["tokenizer.json"] = [
-            *(words.values() if isinstance(words, dict) else ()),
-            *(token.get("id") for token in (added if isinstance(added, list) else ()) if isinstance(token, dict)),
-        ]
-    if (folder / "vocab.json").is_file():
-        ids["vocab.json"] = list(read_object(folder / "vocab.json", _VOCABULARY_BYTES).values())
-    for name, found in ids.items():
-        largest = max((index for index in found if isinstance(index, int)), default=0)
-        if largest >= _MOST_IDS:
-            raise MesaError(f"{folder / name}: a token has the id {largest}; no vocabulary has {_MOST_IDS} tokens")
+def _check_limits(folder: Path) -> None:
+    """Refuses what would fill the memory, in which the library ends the process."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        Limits.of(read_object(path, _VOCABULARY_BYTES), str(path))
+    path = folder / "vocab.json"
+    if path.is_file():
+        check_ids(read_object(path, _VOCABULARY_BYTES).values(), str(path))
 
 
 def _saved(what: Any, **options: Any) -> dict[str, bytes]:
@@ -172,7 +161,7 @@ def _generation_settings(source: Path) -> bytes:
         with user_data(f"{path} is damaged"):
             values = json.loads(content.decode("utf-8"))
         if not isinstance(values, dict):
-            raise MesaError(f"{path} is damaged: a JSON object is expected")
+            raise InputError(f"{path} is damaged: a JSON object is expected")
         return content
     generation: Any = GenerationConfig
     with user_data(f"{source / 'config.json'} has generation settings that cannot be read"):
@@ -187,7 +176,7 @@ def _report(source: Path, values: Mapping[str, Any], config: Any, say: Callable[
         followed = {**values, **dict.fromkeys(setting.split("=")[0] for setting in ignored)}
         SamplingConfig.from_generation_config(followed)
     except MesaError as error:
-        raise MesaError(f"{where}: {error}") from error
+        raise InputError(f"{where}: {error}") from error
     if ignored:
         say(f"{where}: mesart does not follow {', '.join(ignored)}")
     size = config.get_text_config().vocab_size

@@ -22,7 +22,7 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import nn
 
 from mesart.export.decompose import decomposed_one_by_one
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.errors import InputError, MesaError, first_line
 from mesart.graphs.role import RoleModule
 
 OPSET = 23
@@ -141,9 +141,9 @@ def _to_onnx(module: nn.Module, example: tuple[object, ...], shapes: tuple[objec
         except MesaError:
             raise
         except Exception as error:  # torch raises many kinds; all mean the same to the user
-            raise MesaError(f"{name} cannot be traced: {_reason(error, program)}") from error
+            raise InputError(f"{name} cannot be traced: {_reason(error, program)}") from error
     if translated is None:
-        raise MesaError(f"{name} cannot be traced: the ONNX exporter returned nothing")
+        raise InputError(f"{name} cannot be traced: the ONNX exporter returned nothing")
     return translated.model
 
 

@@ -33,7 +33,7 @@ from mesart.export.specialise import specialise
 from mesart.export.tensorrt_builder import NoKernelError, TensorRtBuilder
 from mesart.export.triton_model import BUNDLE_FOLDER, MODEL, MODEL_FILE
 from mesart.graphs.baseline import BaselineConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.manifest import MANIFEST_FILE, GraphInfo, Manifest, TensorInfo
 
 TritonEngine = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
@@ -107,13 +107,13 @@ def export_triton_repository(
     say = report or (lambda line: None)
     source, target = Path(bundle), Path(output)
     if engine not in get_args(TritonEngine):
-        raise MesaError(f"unknown engine {engine!r}; there are {', '.join(get_args(TritonEngine))}")
+        raise InputError(f"unknown engine {engine!r}; there are {', '.join(get_args(TritonEngine))}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise MesaError(f"{name!r} cannot name a model; use letters, digits, '_', '-' and '.'")
+        raise InputError(f"{name!r} cannot name a model; use letters, digits, '_', '-' and '.'")
     manifest = Manifest.read(source)
     check_target(output, MARKER_FILE, KIND, force=force, entries=repository_entries, keep=[source], report=say)
     if isinstance(manifest.config, BaselineConfig):
-        raise MesaError(
+        raise InputError(
             f"{source} holds {manifest.config.method}, exported to compare Mesa with; a Triton repository serves "
             "Mesa only"
         )
@@ -161,9 +161,9 @@ def repository_entries(repository: Path) -> Collection[str]:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise MesaError(f"{path} holds no list of files") from error
+        raise InputError(f"{path} holds no list of files") from error
     if not isinstance(names, list):
-        raise MesaError(f"{path} holds no list of files")
+        raise InputError(f"{path} holds no list of files")
     return {name for name in names if isinstance(name, str)}
 
 
@@ -182,11 +182,11 @@ def _capabilities(manifest: Manifest, engine: TritonEngine, gpus: str | None) ->
     """What plans are built for; none for onnxruntime, which builds none."""
     if engine == "onnxruntime":
         if gpus:
-            raise MesaError("--gpu says what TensorRT builds for; leave it out with --engine onnxruntime")
+            raise InputError("--gpu says what TensorRT builds for; leave it out with --engine onnxruntime")
         return []
     check_dtype(manifest)
     if engine == "tensorrt" and local_gpu() is None:
-        raise MesaError(
+        raise InputError(
             "TensorRT builds on the GPU that will serve the plans, and there is none here (or no driver, or no "
             "cuda-python: pip install 'mesart[tensorrt]'); --engine onnxruntime needs none"
         )
@@ -224,7 +224,7 @@ def _write_plan_model(
             f"what the model of text takes, or --engine onnxruntime"
         ) from error
     except MesaError as error:
-        raise MesaError(f"{model.name}: {error}") from error
+        raise InputError(f"{model.name}: {error}") from error
     file = _version_folder(model) / "model.plan"
     write_new(file, plan.data)
     _write_config(model, "tensorrt_plan", file.name, plan.inputs, plan.outputs, "KIND_GPU")

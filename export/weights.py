@@ -29,7 +29,7 @@ from mesart.export.quantise import PackedParts, quantise, quantised_bytes
 from mesart.export.quantise import pending as pending_parts
 from mesart.export.quantised_checkpoint import Repacked, open_packed, read_scheme
 from mesart.export.safetensors_file import Pending, Stored, read_header, write_file
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import WEIGHTS_FILE, FileInfo, Quantisation, sha256
 from mesart.graphs.torch_weights import expert_weights, match_weights
 from mesart.graphs.user_data import user_data
@@ -100,16 +100,16 @@ def open_network(
     if names is None:
         difference = _first_difference(module, shapes)
         if scheme is not None:
-            raise MesaError(
+            raise InputError(
                 f"{checkpoint} is quantised ({scheme.name}) and lacks weights that {type(module).__name__} has, "
                 f"or has them under other names (it {difference}); give the checkpoint that it was made from"
             )
         if sum(map(math.prod, shapes.values())) < sum(p.numel() for p in module.parameters()):
             # No conversion makes numbers; transformers would draw the missing ones at random, which may take for ever.
-            raise MesaError(f"{checkpoint} {difference}; is it complete, and of this config?")
+            raise InputError(f"{checkpoint} {difference}; is it complete, and of this config?")
         # transformers builds some weights from others (experts), or knows their old names; or some are missing.
         if weights.pickled:
-            raise MesaError(
+            raise InputError(
                 f"{weights.files[0]} holds other weights than {type(module).__name__} has: it {difference}; if "
                 "transformers loads it, save it as safetensors (save_pretrained)"
             )
@@ -173,10 +173,10 @@ def _check_dtypes(module: nn.Module, stored: Mapping[str, Stored]) -> None:
     for name, tensor in stored.items():
         target = targets[name]
         if tensor.shape != tuple(target.shape):
-            raise MesaError(f"{tensor.file} has {name} as {[*tensor.shape]} instead of {[*target.shape]}")
+            raise InputError(f"{tensor.file} has {name} as {[*tensor.shape]} instead of {[*target.shape]}")
         if tensor.dtype is None or (target.is_floating_point() and not tensor.dtype.is_floating_point):
             kind = "a dtype that export does not read" if tensor.dtype is None else str(tensor.dtype)
-            raise MesaError(
+            raise InputError(
                 f"{tensor.file} has {name} in {kind}, expected floating point numbers; if it is quantised, its "
                 "config.json must say how (quantization_config)"
             )
@@ -203,13 +203,13 @@ def _match_packed(checkpoint: Path, module: nn.Module, packed: Mapping[str, Repa
     matched = {}
     for name, weight in packed.items():
         if name not in parameters:
-            raise MesaError(
+            raise InputError(
                 f"{checkpoint} packs {name}, which {type(module).__name__} holds in another form (as experts are); "
                 "give the checkpoint that it was made from"
             )
         shape = tuple(parameters[name].shape)
         if weight.shape != shape:
-            raise MesaError(
+            raise InputError(
                 f"{checkpoint} packs {name} as {weight.shape}, but the model's is {shape}; all packed layers must "
                 "have the config's bits"
             )
@@ -229,7 +229,7 @@ def _check_biases(
     for weight in packed:
         name = weight.removesuffix("weight") + "bias"
         if name in tensors and name not in known and bool(read(tensors[name]).any()):
-            raise MesaError(f"{checkpoint} has {name}, which {type(module).__name__} has not; is it of this config?")
+            raise InputError(f"{checkpoint} has {name}, which {type(module).__name__} has not; is it of this config?")
 
 
 def name_files(files: Iterable[Path]) -> dict[Path, str]:
@@ -387,7 +387,7 @@ class WeightFiles:
         for name, stored in self._linked.items():
             found = headers[stored.file].get(stored.name)
             if found is None or replace(found, file=stored.file) != stored:
-                raise MesaError(f"{stored.file} was changed while it was exported; export again")
+                raise InputError(f"{stored.file} was changed while it was exported; export again")
             places[name] = (self._files[stored.file], stored.offset, stored.bytes)
         return places
 

@@ -9,14 +9,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError, CapacityError, EngineError, InputError, MesaError
 from mesart.graphs.plan import Bucket, Plan, Span
 from mesart.graphs.stairs import Stairs
 
 if TYPE_CHECKING:
     from mesart.graphs.reference import TorchReference
 
-__all__ = ["Bucket", "MesaConfig", "MesaError", "Plan", "Span", "Stairs", "TorchReference"]
+__all__ = [
+    "Bucket",
+    "BundleError",
+    "CapacityError",
+    "EngineError",
+    "InputError",
+    "MesaConfig",
+    "MesaError",
+    "Plan",
+    "Span",
+    "Stairs",
+    "TorchReference",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.reach import Reach
 
 if TYPE_CHECKING:
@@ -119,20 +119,20 @@ def mesa_attention(
     inputs = _running.get()
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
-        raise MesaError(f"{type(module).__name__} has no layer_idx: cannot tell which keys of the past are its own")
+        raise InputError(f"{type(module).__name__} has no layer_idx: cannot tell which keys of the past are its own")
     for name in _UNSUPPORTED:
         if unused.get(name) is not None:
-            raise MesaError(
+            raise InputError(
                 f"layer {layer} ({type(module).__name__}) uses {name}, which Mesa attention does not compute"
             )
     if isinstance(attention_mask, Window):
         sliding_window = attention_mask.tokens  # some models say it by their mask alone
     elif attention_mask is not None:
-        raise MesaError(
+        raise InputError(
             f"layer {layer} ({type(module).__name__}) makes a mask of its own, which Mesa attention ignores"
         )
     if layer in inputs.new_keys:
-        raise MesaError(
+        raise InputError(
             f"layer {layer} ({type(module).__name__}) attends more than once; only one cache a layer is kept"
         )
     inputs.new_keys[layer], inputs.new_values[layer] = key, value
@@ -140,7 +140,7 @@ def mesa_attention(
     window = sliding_window if sliding_window is not None and sliding_window < inputs.extent else None
     by_position = window is not None or alibi_slopes is not None or inputs.reach is not None
     if by_position and (inputs.position_ids is None or inputs.past_position_ids is None):
-        raise MesaError(f"layer {layer} ({type(module).__name__}) looks at positions of keys; give past_position_ids")
+        raise InputError(f"layer {layer} ({type(module).__name__}) looks at positions of keys; give past_position_ids")
 
     kv_heads, new = key.shape[1], key.shape[2]
     group = query.shape[1] // kv_heads

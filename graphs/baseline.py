@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.config import AUTO, MOST_POSITIONS, MesaConfig, check_number, check_whole
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.frequencies import Frequencies, dynamic_ntk, yarn
 from mesart.graphs.reach import Reach
 from mesart.graphs.stairs import Stairs
@@ -49,7 +49,7 @@ class BaselineConfig(MesaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method not in BASELINES:
-            raise MesaError(
+            raise InputError(
                 f"{self.method!r:.40} is no method with static graphs; there are mesa, {', '.join(BASELINES)}"
             )
         for name in ("factor", "fast", "slow"):
@@ -137,7 +137,7 @@ class BaselineConfig(MesaConfig):
             if tokens <= length:
                 return Stairs(0, 1, offset)
             offset += length
-        raise MesaError(
+        raise InputError(
             f"a text of {tokens} tokens is longer than the position table of this {self.method} bundle, "
             f"{self.max_tokens} tokens; export again with --max-tokens {tokens}"
         )
@@ -166,7 +166,7 @@ class BaselineConfig(MesaConfig):
         known = np.arange(len(cos))[:, None] * radians
         # A table is float32, its angles too: they lose 6e-8 of their size.
         if np.abs(cos / scale - np.cos(known)).max() > 1e-6 * len(cos) + 1e-5:
-            raise MesaError(
+            raise InputError(
                 f"the rotary table's angles do not grow evenly with the position, so {self.method} cannot go on with "
                 "them beyond train_length"
             )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError, MesaError
 from mesart.graphs.records import Must
 
 _BLOCK_BYTES = 16 << 20
@@ -140,7 +140,7 @@ class BundleFiles:
                 raise self._changed(name)
 
     def _changed(self, name: str) -> MesaError:
-        return MesaError(f"{self.folder}: {name} has changed since the bundle was loaded; load it again")
+        return BundleError(f"{self.folder}: {name} has changed since the bundle was loaded; load it again")
 
     def _stat(self, name: str) -> os.stat_result:
         try:
@@ -174,7 +174,7 @@ class BundleFiles:
         return hashlib.sha256(content).hexdigest()
 
     def _error(self, name: str, problem: str) -> MesaError:
-        return MesaError(f"{self.folder}: {name} {problem}; {self._advice}")
+        return BundleError(f"{self.folder}: {name} {problem}; {self._advice}")
 
 
 def reason(error: OSError | ValueError) -> str:

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.json_file import described, read_object
 from mesart.graphs.reach import Reach
 from mesart.graphs.stairs import ORDINARY, Stairs
@@ -62,8 +62,9 @@ class MesaConfig:
     field            rule                           meaning
     ================ ============================== ==========================================================
     head_length      min(128, 5 T / 32)             F, the first tokens, seen by every chunk
-    chunk_length     min(4096, T / 2)               C, a middle chunk
+    chunk_length     min(1024, T / 2)               C, a middle chunk
     tail_min         min(512, 3 T / 16)             the least number of tokens that see everything
+    tail_max         max(512, tail_min)             the most of them, of a text in chunks; None: no limit (the paper)
     linear_window    min(512, T / 8)                N, distances up to here stay as they are
     stair_width      per bucket, from ``rho``       E, keys that share one position beyond the window
     log_n            True                           queries scaled by max(1, ln(t + 1) / ln T)
@@ -82,6 +83,7 @@ class MesaConfig:
     head_length: int = AUTO
     chunk_length: int = AUTO
     tail_min: int = AUTO
+    tail_max: int | None = AUTO
     linear_window: int = AUTO
     stair_width: int | None = None
     log_n: bool = True
@@ -95,44 +97,52 @@ class MesaConfig:
                 check_whole(name, getattr(self, name), least=1)
         if self.stair_width is not None:
             check_whole("stair_width", self.stair_width, least=1)
+        if self.tail_max is not None and self.tail_max is not AUTO:
+            check_whole("tail_max", self.tail_max, least=1)
         if not isinstance(self.log_n, bool):
-            raise MesaError(f"log_n is {self.log_n!r}; it must be true or false")
+            raise InputError(f"log_n is {self.log_n!r}; it must be true or false")
         check_number("rho", self.rho, 0, 1)
         if self.train_length is AUTO:
             return
         if self.train_length < 16:
-            raise MesaError(f"train_length is {self.train_length}; a window of at least 16 tokens is needed")
+            raise InputError(f"train_length is {self.train_length}; a window of at least 16 tokens is needed")
         if self.train_length > MOST_POSITIONS:
-            raise MesaError(
+            raise InputError(
                 f"train_length is {self.train_length}, more than the {MOST_POSITIONS} positions that a bundle can "
                 "hold; give the length that the model was trained on (--train-length)"
             )
         rule = {
             "head_length": max(1, min(128, self.train_length * 5 // 32)),
-            "chunk_length": max(1, min(4096, self.train_length // 2)),
+            "chunk_length": max(1, min(1024, self.train_length // 2)),
             "tail_min": max(1, min(512, self.train_length * 3 // 16)),
             "linear_window": max(1, min(512, self.train_length // 8)),
         }
         for name, value in rule.items():
             if getattr(self, name) is AUTO:
                 object.__setattr__(self, name, value)
+        if self.tail_max is AUTO:
+            object.__setattr__(self, "tail_max", max(512, self.tail_min))
         self._check()
 
     def _check(self) -> None:
         window = self.head_length + self.chunk_length
         if window > self.train_length:
-            raise MesaError(
+            raise InputError(
                 f"head_length + chunk_length = {self.head_length} + {self.chunk_length} = {window} is more than the "
                 f"trained {self.train_length} positions; lower one of them by {window - self.train_length}"
             )
         check_whole("short_length", self.short_length, least=0, most=self.train_length - 1)
+        if self.tail_max is not None and self.tail_max < self.tail_min:
+            raise InputError(
+                f"tail_max = {self.tail_max} is less than tail_min = {self.tail_min}; raise it, or lower tail_min"
+            )
         if not self.linear_window < self.stair_range:
-            raise MesaError(
+            raise InputError(
                 f"linear_window = {self.linear_window} leaves no room for stairs in rho * train_length = "
                 f"{self.stair_range} positions; lower linear_window or raise rho"
             )
         if self.stair_range + self.tail_min > self.train_length:
-            raise MesaError(
+            raise InputError(
                 f"rho * train_length + tail_min = {self.stair_range} + {self.tail_min} is more than the trained "
                 f"{self.train_length} positions; lower tail_min or rho"
             )
@@ -186,13 +196,13 @@ class MesaConfig:
             MesaError: at the end, beyond :data:`MOST_TOKENS`, or there is no ``train_length`` yet.
         """
         if self.train_length is AUTO:
-            raise MesaError("the configuration has no train_length; give one, or use MesaConfig.from_model")
+            raise InputError("the configuration has no train_length; give one, or use MesaConfig.from_model")
         power = 1
         while True:
             for chunks in (power, power * 3 // 2) if power > 1 else (1,):
                 tokens = self.head_length + chunks * self.chunk_length + self.tail_min
                 if tokens > 2 * MOST_TOKENS:  # the bucket of a text is less than twice as long
-                    raise MesaError(f"no bucket is for more than {MOST_TOKENS} tokens; give fewer (--max-tokens)")
+                    raise InputError(f"no bucket is for more than {MOST_TOKENS} tokens; give fewer (--max-tokens)")
                 if tokens > self.train_length:
                     yield chunks, tokens
             power *= 2
@@ -218,7 +228,7 @@ class MesaConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         if unknown:
-            raise MesaError(f"unknown configuration field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+            raise InputError(f"unknown configuration field {unknown[0]!r}; known are {', '.join(sorted(known))}")
         return cls(**fields)
 
     def for_model(self: Self, checkpoint: ModelSource) -> Self:
@@ -236,7 +246,7 @@ class MesaConfig:
         """
         if fields.get("train_length") is None:
             fields["train_length"] = _train_length(_config_fields(checkpoint))
-        return cls(**{name: value for name, value in fields.items() if value is not None})
+        return cls(**{name: value for name, value in fields.items() if value is not None or name == "tail_max"})
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -249,7 +259,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     fields = read_object(path, CONFIG_BYTES, finite=True)
     kind = fields.get("model_type", "")
     if not isinstance(kind, str):
-        raise MesaError(f"{path}: model_type is {described(kind)}; it must be a string")
+        raise InputError(f"{path}: model_type is {described(kind)}; it must be a string")
     return fields
 
 
@@ -261,7 +271,7 @@ def _config_fields(checkpoint: ModelSource) -> dict[str, Any]:
     if path.is_file():
         return read_config_file(path)
     if Path(checkpoint).exists():
-        raise MesaError(f"{checkpoint} holds no config.json; give a transformers checkpoint folder")
+        raise InputError(f"{checkpoint} holds no config.json; give a transformers checkpoint folder")
     from transformers.utils.hub import cached_file  # noqa: PLC0415  (only a hub id needs it; this module stays light)
 
     # The file alone: making transformers' object of it could run Python code that the repository brings.
@@ -273,7 +283,7 @@ def _config_fields(checkpoint: ModelSource) -> dict[str, Any]:
 def _train_length(fields: dict[str, Any]) -> int:
     text = fields.get("text_config")
     if text is not None and not isinstance(text, dict):
-        raise MesaError(f"the model's config: text_config is {described(text)}; it must be an object")
+        raise InputError(f"the model's config: text_config is {described(text)}; it must be an object")
     fields = text or fields
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = fields.get(name)
@@ -281,12 +291,12 @@ def _train_length(fields: dict[str, Any]) -> int:
             continue
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         if isinstance(value, bool) or not whole or not 16 <= value <= MOST_POSITIONS:
-            raise MesaError(
+            raise InputError(
                 f"the model's config: {name} is {described(value)}; it must be a whole number from 16 to "
                 f"{MOST_POSITIONS}. If the model is sound, pass train_length (--train-length)"
             )
         return int(value)
-    raise MesaError("the model's config names no trained length (max_position_embeddings); pass train_length")
+    raise InputError("the model's config names no trained length (max_position_embeddings); pass train_length")
 
 
 def check_whole(name: str, value: Any, least: int, most: int = MOST_TOKENS) -> None:
@@ -296,11 +306,11 @@ def check_whole(name: str, value: Any, least: int, most: int = MOST_TOKENS) -> N
         MesaError: it is that.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise MesaError(f"{name} is {value!r:.40}; it must be a whole number")
+        raise InputError(f"{name} is {value!r:.40}; it must be a whole number")
     if value < least:
-        raise MesaError(f"{name} is {value!s:.40}; it must be at least {least}")
+        raise InputError(f"{name} is {value!s:.40}; it must be at least {least}")
     if value > most:
-        raise MesaError(f"{name} is {value!s:.40}; it must be at most {most}")
+        raise InputError(f"{name} is {value!s:.40}; it must be at most {most}")
 
 
 def check_number(name: str, value: Any, least: float, most: float) -> None:
@@ -310,4 +320,4 @@ def check_number(name: str, value: Any, least: float, most: float) -> None:
         MesaError: it is that.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:  # NaN neither
-        raise MesaError(f"{name} is {value!r:.40}; it must be a number from {least} to {most}")
+        raise InputError(f"{name} is {value!r:.40}; it must be a number from {least} to {most}")

@@ -1,4 +1,4 @@
-"""The error of the user's input."""
+"""What goes wrong, in kinds that whoever calls may tell apart; each is one line for people."""
 
 from __future__ import annotations
 
@@ -9,12 +9,31 @@ _SOURCE_POSITION = re.compile(r"(Exception from|Check '.*' failed at) \S*src/\S+
 
 
 class MesaError(Exception):
-    """An error of the user's input, shown as one line; the command line exits with status 2."""
+    """The base of all errors that are raised on purpose, each of one of the kinds below; the command line exits with 2.
+
+    A message says what came, what was expected, and what helps.
+    """
 
     def __init__(self, message: str) -> None:
         line = " ".join(message.split())
         # Other libraries quote what is in a file, whatever it does to a terminal.
         super().__init__(line if line.isprintable() else "".join(map(_printable, line)))
+
+
+class InputError(MesaError):
+    """What was given cannot be used: an argument, a prompt, a checkpoint, a package or a device that is not there."""
+
+
+class BundleError(MesaError):
+    """A bundle is incomplete, damaged, altered, or of another version."""
+
+
+class EngineError(MesaError):
+    """What executes graphs failed, or gave no numbers."""
+
+
+class CapacityError(MesaError):
+    """There is not enough memory or disk for what was asked."""
 
 
 def _printable(character: str) -> str:

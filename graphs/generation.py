@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 
 GENERATION_FILE: Final = "generation_config.json"
 
@@ -151,7 +151,7 @@ def eos_ids(values: Mapping[str, Any], where: str) -> tuple[int, ...]:
         return ()
     ids = found if isinstance(found, list) else [found]
     if not all(type(index) is int and 0 <= index < _MOST_IDS for index in ids):
-        raise MesaError(f"{where}: eos_token_id is {_short(found)}; it must be a token id or a list of token ids")
+        raise InputError(f"{where}: eos_token_id is {_short(found)}; it must be a token id or a list of token ids")
     return tuple(dict.fromkeys(ids))
 
 

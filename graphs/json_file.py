@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 _DEEPEST: Final = 64
 """Levels of nesting; configs have about five, and libraries copy them by recursion."""
@@ -28,26 +28,26 @@ def read_object(path: Path, most_bytes: int, *, finite: bool = False) -> dict[st
         with path.open("rb") as stream:
             content = stream.read(most_bytes + 1)
     except OSError as error:
-        raise MesaError(f"{path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > most_bytes:
-        raise MesaError(f"{path} has more than {most_bytes >> 20} MiB; is it what its name says?")
+        raise InputError(f"{path} has more than {most_bytes >> 20} MiB; is it what its name says?")
     try:
         value = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise MesaError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); is it damaged?") from error
+        raise InputError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); is it damaged?") from error
     except RecursionError as error:
-        raise MesaError(f"{path} is nested too deep") from error
+        raise InputError(f"{path} is nested too deep") from error
     except ValueError as error:  # also a whole number of thousands of digits
-        raise MesaError(f"{path} is not valid JSON ({error}); is the checkpoint complete?") from error
+        raise InputError(f"{path} is not valid JSON ({error}); is the checkpoint complete?") from error
     if not isinstance(value, dict):
-        raise MesaError(f"{path} holds {described(value)} where a JSON object is expected")
+        raise InputError(f"{path} holds {described(value)} where a JSON object is expected")
     _check(path, value, finite=finite)
     return value
 
 
 def _check(path: Path, value: Any, *, finite: bool, place: str = "", depth: int = 0) -> None:
     def refuse(what: str) -> NoReturn:
-        raise MesaError(f"{path}: {ascii(place)[1:-1].lstrip('.')[:100] or 'the object'} is {what}")
+        raise InputError(f"{path}: {ascii(place)[1:-1].lstrip('.')[:100] or 'the object'} is {what}")
 
     if depth > _DEEPEST:
         refuse("nested too deep")
@@ -71,4 +71,12 @@ def described(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-__all__ = ["described", "read_object"]
+def type_name(value: object) -> str:
+    """What JSON calls a value's type, with its article."""
+    if isinstance(value, bool):
+        return "a truth value"
+    names = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "null")
+
+
+__all__ = ["described", "read_object", "type_name"]

@@ -18,7 +18,7 @@ from mesart.graphs.agreement import check_agreement
 from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.bundle_files import BundleFiles, FileInfo, Hash, reason, sha256
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError, CapacityError
 from mesart.graphs.plan import Bucket
 from mesart.graphs.records import Mismatch, Must, parse_json, read_record, shown
 
@@ -178,11 +178,11 @@ class EngineInfo:
             plan = unpacker.decompress(packed, self.unpacked)
             whole = len(plan) == self.unpacked and not unpacker.decompress(unpacker.unconsumed_tail, 1)
         except zlib.error as error:
-            raise MesaError(f"{bundle}: {self.file} is no gzip file ({error}); run `mesart build` again") from error
+            raise BundleError(f"{bundle}: {self.file} is no gzip file ({error}); run `mesart build` again") from error
         except MemoryError as error:
-            raise MesaError(f"{bundle}: {self.file} unpacks to {self.unpacked} bytes, more than is free") from error
+            raise CapacityError(f"{bundle}: {self.file} unpacks to {self.unpacked} bytes, more than is free") from error
         if not whole or not unpacker.eof or unpacker.unused_data:
-            raise MesaError(
+            raise BundleError(
                 f"{bundle}: {self.file} does not unpack to the {self.unpacked} bytes that the manifest says; "
                 "run `mesart build` again"
             )
@@ -208,7 +208,7 @@ class EngineSet:
             for index, profile in enumerate(engine.profiles):
                 if (profile.role, profile.bucket) == (role, bucket):
                     return engine, index
-        raise MesaError(
+        raise BundleError(
             f"no engine for the {role}{'' if bucket is None else f' of {bucket} chunks'}; run `mesart build`"
         )
 
@@ -277,7 +277,7 @@ class Manifest:
         for graph in self.graphs:
             if graph.role == role and graph.bucket == bucket:
                 return graph
-        raise MesaError(f"the bundle holds no {role} graph{'' if bucket is None else f' for {bucket} chunks'}")
+        raise BundleError(f"the bundle holds no {role} graph{'' if bucket is None else f' for {bucket} chunks'}")
 
     @property
     def looks_at_positions(self) -> bool:
@@ -310,7 +310,7 @@ class Manifest:
             version = fields["schema_version"]
             if type(version) is not int or version != SCHEMA_VERSION:
                 newer = type(version) is int and version > SCHEMA_VERSION
-                raise MesaError(
+                raise BundleError(
                     f"{path} has schema {shown(version)}, this version of mesart reads {SCHEMA_VERSION}; "
                     + ("upgrade mesart" if newer else "export the model again")
                 )
@@ -318,9 +318,9 @@ class Manifest:
             manifest = read_record(cls, fields)
             check_agreement(manifest)
         except (Mismatch, ValueError) as error:
-            raise MesaError(f"{path} cannot be read ({error}); export the model again") from error
+            raise BundleError(f"{path} cannot be read ({error}); export the model again") from error
         if content[-_SEAL_BYTES:] != _seal(content[:-_SEAL_BYTES]):
-            raise MesaError(f"{path} was altered (its SHA-256 differs); export the model again")
+            raise BundleError(f"{path} was altered (its SHA-256 differs); export the model again")
         return manifest
 
     def open_files(self, bundle: Path) -> BundleFiles:
@@ -370,19 +370,19 @@ def _content(path: Path) -> bytes:
         status = os.stat(path)
     except (OSError, ValueError) as error:
         if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            raise MesaError(
+            raise BundleError(
                 f"{path.parent} is no bundle: it holds no {MANIFEST_FILE}; make one with `mesart export`"
             ) from error
-        raise MesaError(f"{path} cannot be read: {reason(error)}") from error
+        raise BundleError(f"{path} cannot be read: {reason(error)}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise MesaError(f"{path.parent} is no bundle: its {MANIFEST_FILE} is no regular file")
+        raise BundleError(f"{path.parent} is no bundle: its {MANIFEST_FILE} is no regular file")
     if status.st_size > _MOST_BYTES:
-        raise MesaError(f"{path} has {status.st_size} bytes, more than the {_MOST_BYTES} that a manifest may have")
+        raise BundleError(f"{path} has {status.st_size} bytes, more than the {_MOST_BYTES} that a manifest may have")
     try:
         with path.open("rb") as file:
             return file.read(_MOST_BYTES)
     except OSError as error:
-        raise MesaError(f"{path} cannot be read: {reason(error)}") from error
+        raise BundleError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def engine_info(fields: dict[str, Any]) -> EngineInfo:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import AUTO, MesaConfig, check_whole
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.stairs import Stairs
 
 
@@ -86,7 +86,7 @@ def bucket_for(config: MesaConfig, tokens: int) -> Bucket:
     for bucket in all_buckets(config):
         if bucket.max_tokens >= tokens:
             return bucket
-    raise MesaError(f"no bucket holds {tokens} tokens; export again with --max-tokens {tokens}")
+    raise InputError(f"no bucket holds {tokens} tokens; export again with --max-tokens {tokens}")
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ class Plan:
             MesaError: an empty prompt, or a fixed stair width that leaves the trained range.
         """
         if tokens < 1:
-            raise MesaError("the prompt is empty; give at least one token")
+            raise InputError("the prompt is empty; give at least one token")
         if config.train_length is AUTO:
-            raise MesaError("the configuration has no train_length; give one, or use MesaConfig.from_model")
+            raise InputError("the configuration has no train_length; give one, or use MesaConfig.from_model")
         if isinstance(config, BaselineConfig):
             return cls(config, 0, tokens, None, (), Span(0, tokens), config.stairs(tokens))
         if tokens <= config.train_length:
@@ -138,7 +138,7 @@ class Plan:
         A plan with ``start == 0`` computes the whole text again, those of the cache included.
         """
         if tokens < 1:
-            raise MesaError("the prompt is empty; give at least one token")
+            raise InputError("the prompt is empty; give at least one token")
         if cached == 0:
             return cls.of(config, tokens)
         length = cached + tokens
@@ -182,14 +182,16 @@ def query_scales(config: MesaConfig, span: Span) -> NDArray[np.float32]:
 def _cut(config: MesaConfig, start: int, stop: int, width: int) -> tuple[tuple[Span, ...], Span, Stairs]:
     """Chunks of ``C`` and a tail, which is the rest: at least ``tail_min``, though a single chunk may leave less.
 
-    A tail that does not fit in the trained range hands all but ``tail_min`` tokens to a short last chunk.
+    A tail longer than ``tail_max``, or that does not fit in the trained range, hands all but ``tail_min`` tokens to a
+    short last chunk: each token of a tail costs as much as the text is long, one of a chunk as much as a chunk.
     """
     whole = max(1, (stop - start - config.tail_min) // config.chunk_length)
     edges = [start + index * config.chunk_length for index in range(whole + 1)]
     if edges[-1] >= stop:  # a continuation too short for a whole chunk and too long for the trained range
         edges[-1] = stop - config.tail_min
     stairs = Stairs(edges[-1] - config.linear_window, width)
-    if stairs.position(stop - 1) >= config.train_length and stop - edges[-1] > config.tail_min:
+    is_long = config.tail_max is not None and stop - edges[-1] > config.tail_max
+    if (is_long or stairs.position(stop - 1) >= config.train_length) and stop - edges[-1] > config.tail_min:
         edges.append(stop - config.tail_min)
         stairs = Stairs(edges[-1] - config.linear_window, width)
     _require_range(config, stairs, stop)
@@ -213,11 +215,11 @@ def _require_range(config: MesaConfig, stairs: Stairs, tokens: int) -> None:
         return
     steps = config.train_length - (tokens - stairs.anchor)
     if steps < 1:
-        raise MesaError(
+        raise InputError(
             f"linear_window + tail = {tokens - stairs.anchor} tokens leave no trained position for stairs "
             f"(train_length = {config.train_length}); lower linear_window, tail_min or chunk_length"
         )
-    raise MesaError(
+    raise InputError(
         f"stair_width = {stairs.width} leaves the trained range of {config.train_length} positions at {tokens} tokens; "
         f"a stair_width of {-(-stairs.anchor // steps)} or more would do (or leave it out: it is then chosen)"
     )

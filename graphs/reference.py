@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mesart.graphs.attention import MASKED
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.plan import Plan, Span
 from mesart.graphs.role import RoleModule, RoleOutputs
 from mesart.graphs.stairs import ORDINARY, Stairs
@@ -166,10 +166,10 @@ class TorchReference:
         try:
             ids = torch.as_tensor(input_ids, dtype=torch.int64)
         except ValueError as error:
-            raise MesaError("the reference takes prompts of one length; run others one by one") from error
+            raise InputError("the reference takes prompts of one length; run others one by one") from error
         ids = ids[None] if ids.dim() == 1 else ids
         if ids.shape[1] == 0:
-            raise MesaError("the prompt is empty; give at least one token")
+            raise InputError("the prompt is empty; give at least one token")
         if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise MesaError(f"token ids must lie in 0..{self.vocab_size - 1}; got {int(ids.min())}..{int(ids.max())}")
+            raise InputError(f"token ids must lie in 0..{self.vocab_size - 1}; got {int(ids.min())}..{int(ids.max())}")
         return ids

@@ -19,7 +19,7 @@ from mesart.graphs.adapters import prepare
 from mesart.graphs.attention import AttentionForm, AttentionInputs, attention_inputs
 from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.rotary import LayerSpec, Place, probe_layers
 
 
@@ -54,7 +54,7 @@ class RoleModule(nn.Module):
         self.model = copy.deepcopy(model, shared).eval()
         self.config = self.model.config
         if getattr(self.config, "is_encoder_decoder", False) or self.model.get_output_embeddings() is None:
-            raise MesaError(
+            raise InputError(
                 f"{type(model).__name__} is no causal language model; it has no decoder with a language head"
             )
         config = window if isinstance(window, MesaConfig) else MesaConfig(window)
@@ -65,7 +65,7 @@ class RoleModule(nn.Module):
         self.layers: list[LayerSpec] = probe_layers(self.model, table)
         count = int(self.config.num_hidden_layers)
         if len(self.layers) != count:
-            raise MesaError(
+            raise InputError(
                 f"{type(model).__name__} has {count} layers, of which {len(self.layers)} use transformers' attention "
                 "interface; all must"
             )
@@ -73,7 +73,7 @@ class RoleModule(nn.Module):
         self.reach = config.reach
         if isinstance(config, BaselineConfig):
             if config.turns and all(spec.layout is None for spec in self.layers):
-                raise MesaError(
+                raise InputError(
                     f"{config.method} changes rotary positions, and {type(model).__name__} has none (ALiBi or NoPE); "
                     "use origin, mesa, streaming-llm or lm-infinite on it"
                 )
@@ -138,7 +138,7 @@ class RoleModule(nn.Module):
             )
         missing = set(range(len(self.layers))) - set(inputs.new_keys)
         if missing:
-            raise MesaError(f"layer {min(missing)} computed no keys through transformers' attention interface")
+            raise InputError(f"layer {min(missing)} computed no keys through transformers' attention interface")
         order = range(len(self.layers))
         return RoleOutputs(
             output.logits.float(), [inputs.new_keys[i] for i in order], [inputs.new_values[i] for i in order]
@@ -149,16 +149,16 @@ def _with_short_length(config: MesaConfig, found: int, model: Any) -> MesaConfig
     """The configuration with the length of short texts that was found in the model."""
     name = type(model).__name__
     if config.short_length not in (0, found):
-        raise MesaError(f"short_length is {config.short_length}, but that of {name} is {found}; leave it out")
+        raise InputError(f"short_length is {config.short_length}, but that of {name} is {found}; leave it out")
     if not found:
         return config
     if config.reach is not None:
-        raise MesaError(
+        raise InputError(
             f"{name} turns texts of up to {found} tokens by frequencies of their own (LongRoPE), so longer ones are "
             "computed again from their start, and a method that drops keys could not; use origin or mesa on it"
         )
     if scaled_by_position(model.config):
-        raise MesaError(
+        raise InputError(
             f"{name} turns texts of up to {found} tokens by frequencies of their own (LongRoPE), and scales its "
             f"queries by their positions; export with train_length <= {found}"
         )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mesart.graphs.attention import AttentionInputs, attention_inputs
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 SharedKeys: TypeAlias = "dict[Any, tuple[Tensor, Tensor]]"
 Turns: TypeAlias = "dict[str | None, tuple[Tensor, Tensor]]"
@@ -91,7 +91,7 @@ def install_rotary_table(model: nn.Module, train_length: int) -> RotaryTable:
     """
     found = _rotary_modules(model)
     if len(found) != 1:
-        raise MesaError(
+        raise InputError(
             f"{type(model).__name__} has {len(found) or 'no'} rotary embedding module{'s' * (len(found) > 1)}; exactly "
             "one that the whole model shares can be traced (RoPE models, and ALiBi models that are known; keys with "
             "learned positions cannot be moved)"
@@ -150,7 +150,7 @@ def _short_length(turns: Callable[[Tensor], Turns], train_length: int, name: str
         middle = (low + high) // 2
         low, high = (middle, high) if alike(first_two(middle), shortest) else (low, middle)
     if not alike(first_two(high), longest):
-        raise MesaError(
+        raise InputError(
             f"{name} turns texts of more than {low} tokens by frequencies that change with their length; export with "
             f"train_length <= {low}"
         )
@@ -183,7 +183,7 @@ def _turns(rotary: nn.Module, positions: Tensor) -> Turns:
         arguments = () if layer_type is None else (layer_type,)
         found = real(torch.zeros(1, dtype=torch.float32), positions[None], *arguments)
         if not isinstance(found, tuple):
-            raise MesaError(f"{type(rotary).__name__} gives complex numbers, not cos and sin; ONNX has none")
+            raise InputError(f"{type(rotary).__name__} gives complex numbers, not cos and sin; ONNX has none")
         cos, sin = found
         tables[layer_type] = (cos[0].float(), sin[0].float())
     return tables
@@ -248,7 +248,7 @@ def _probe(layer: nn.Module, table: str | None, size: int | None, shared: tuple[
             quarter = quarter_turn(plain[..., part], layout) * (-1 if backwards else 1)
             if torch.allclose(turned[..., part], quarter, atol=1e-5):
                 return LayerSpec(kv_heads, key_size, value_size, layout, table, first, turning, backwards)
-    raise MesaError(
+    raise InputError(
         f"{type(layer).__name__} turns its keys in a way that is not known here (neither halves nor interleaved pairs "
         f"of {size} neighbouring dimensions)"
     )
@@ -283,11 +283,11 @@ def _keys(real: nn.Module, rotation: tuple[Tensor, Tensor] | None, shared: Share
             with contextlib.suppress(IndexError):
                 real(hidden_states=hidden, position_embeddings=rotation, attention_mask=None, **wanted)
         except TypeError as error:
-            raise MesaError(
+            raise InputError(
                 f"{type(real).__name__} cannot be run alone to see how it turns its keys: {error}"
             ) from error
     if index not in inputs.new_keys:
-        raise MesaError(f"{type(real).__name__} does not call transformers' attention interface; it cannot be traced")
+        raise InputError(f"{type(real).__name__} does not call transformers' attention interface; it cannot be traced")
     return inputs.new_keys[index], inputs.new_values[index]
 
 

@@ -7,7 +7,7 @@ import errno
 import os
 from typing import Final
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 LIMIT: Final = 256 << 20
 """Bytes of a text at most; a device such as /dev/zero has no end."""
@@ -29,12 +29,12 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def decode_text(data: bytes, name: str) -> str:
     """The same of bytes that were read already; ``name`` is what the message calls them."""
     if len(data) > LIMIT:
-        raise MesaError(f"{name} holds more than {LIMIT >> 20} MiB; give a shorter text")
+        raise InputError(f"{name} holds more than {LIMIT >> 20} MiB; give a shorter text")
     mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
     try:
         return data[mark:].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise MesaError(
+        raise InputError(
             f"{name} is no UTF-8 text ({error.reason} at byte {mark + error.start}); convert it first, with iconv say"
         ) from error
 

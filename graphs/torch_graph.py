@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from mesart.graphs.config import read_config_file
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError, InputError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.records import shown
 from mesart.graphs.role import RoleModule
@@ -69,7 +69,7 @@ def _load_config(bundle: Path, manifest: Manifest, *, trust_remote_code: bool) -
     if fields.get("auto_map") and trust_remote_code:
         _require_own_code(bundle, manifest, fields["auto_map"])
     if fields.get("auto_map") and not trust_remote_code and fields.get("model_type") not in CONFIG_MAPPING:
-        raise MesaError(
+        raise InputError(
             f"{bundle} brings Python code of its own, which PyTorch needs and no other backend; read it, and pass "
             "--trust-remote-code to run it"
         )
@@ -79,7 +79,7 @@ def _load_config(bundle: Path, manifest: Manifest, *, trust_remote_code: bool) -
         text = config.get_text_config()
         found = text.num_hidden_layers, text.vocab_size
     if found != (len(manifest.layers), manifest.model["vocab_size"]):
-        raise MesaError(
+        raise BundleError(
             f"{bundle}: config.json has {found[0]} layers and a vocabulary of {found[1]}, the manifest "
             f"{len(manifest.layers)} and {manifest.model['vocab_size']}; export the model again"
         )
@@ -93,11 +93,11 @@ def _require_own_code(bundle: Path, manifest: Manifest, auto_map: Any) -> None:
     """
     for name in auto_map.values() if isinstance(auto_map, dict) else ():
         if "--" in str(name):
-            raise MesaError(f"{bundle}: config.json names code of another repository, {shown(name)}; export again")
+            raise BundleError(f"{bundle}: config.json names code of another repository, {shown(name)}; export again")
     for path in bundle.rglob("*.py"):
         name = path.relative_to(bundle).as_posix()
         if name not in manifest.files:
-            raise MesaError(f"{bundle}: {name} is none of the bundle's files, and could run; remove it")
+            raise BundleError(f"{bundle}: {name} is none of the bundle's files, and could run; remove it")
 
 
 def open_torch(path: Path, opened: dict[str, tuple[RoleModule, Manifest]], *, trust_remote_code: bool = False) -> Run:
@@ -152,7 +152,7 @@ def _role_module(bundle: Path, model: nn.Module, manifest: Manifest) -> RoleModu
         module = RoleModule(model, manifest.config)
     found = [(spec.kv_heads, spec.key_size, spec.value_size) for spec in module.layers]
     if found != [(layer.kv_heads, layer.key_size, layer.value_size) for layer in manifest.layers]:
-        raise MesaError(f"{bundle}: config.json has other layers than the manifest; export the model again")
+        raise BundleError(f"{bundle}: config.json has other layers than the manifest; export the model again")
     return module
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError
 from mesart.graphs.manifest import Manifest, Quantisation
 from mesart.graphs.torch_fp8 import round_inputs
 
@@ -117,7 +117,9 @@ def fill_weights(model: nn.Module, bundle: Path, manifest: Manifest) -> None:
             shapes.setdefault(name, tuple(targets[name].shape))
     names = match_weights(model, shapes)
     if names is None:
-        raise MesaError(f"{bundle} lacks weights of {type(model).__name__}, or has them in other shapes; export again")
+        raise BundleError(
+            f"{bundle} lacks weights of {type(model).__name__}, or has them in other shapes; export again"
+        )
 
     def read(name: str) -> Tensor:
         tensor: Tensor = where[name].get_tensor(name)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.errors import InputError, MesaError, first_line
 
 _LONGEST: Final = 300
 """Characters of a reason; libraries quote whole configs."""
@@ -39,7 +39,7 @@ def user_data(what: str, way_out: str = "") -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         end = f"; {way_out}" if way_out else ""
-        raise MesaError(f"{what}: {reason(error)}{end}") from error
+        raise InputError(f"{what}: {reason(error)}{end}") from error
 
 
 def reason(error: BaseException) -> str:

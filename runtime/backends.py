@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import MesaError, first_line, telling_line
+from mesart.graphs.errors import BundleError, CapacityError, EngineError, InputError, first_line, telling_line
 from mesart.graphs.manifest import GraphInfo
 from mesart.runtime.engine_imports import import_onnxruntime, import_openvino, leave_alone_in_forks
 from mesart.runtime.engines import PACKAGES
@@ -72,7 +72,7 @@ class OnnxRuntimeBackend:
         self.device = "cuda" if cuda else "cpu"
         self.graph_role: SymbolicRole = "any" if cuda else "onnxruntime"
         if dtype == "bfloat16" and not cuda:
-            raise MesaError(
+            raise InputError(
                 "onnxruntime computes no bfloat16 on the CPU; use backend 'openvino', or export with --dtype float32"
             )
         self._providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
@@ -93,7 +93,7 @@ class OnnxRuntimeBackend:
         try:
             session = self._onnxruntime.InferenceSession(os.fspath(path), self._options, providers=self._providers)
         except Exception as error:  # onnxruntime raises kinds of its own, all for a graph that it cannot load
-            raise MesaError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
+            raise EngineError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
         check_signature(path, info, *onnxruntime_signature(session))
         names = [output.name for output in session.get_outputs()]
         known = {value.name for value in session.get_inputs()}
@@ -102,7 +102,7 @@ class OnnxRuntimeBackend:
             try:
                 outputs = session.run(names, {name: value for name, value in feeds.items() if name in known})
             except Exception as error:
-                raise MesaError(f"onnxruntime failed in {path.name}: {first_line(error)}") from error
+                raise EngineError(f"onnxruntime failed in {path.name}: {first_line(error)}") from error
             return dict(zip(names, outputs, strict=True))
 
         return run
@@ -136,7 +136,7 @@ class OpenVinoBackend:
             model = self._core.read_model(linked.serialised() if linked else os.fspath(path))
             compiled = self._core.compile_model(model, "CPU", self._options)
         except (RuntimeError, MemoryError) as error:
-            raise MesaError(f"OpenVINO cannot load {path}: {telling_line(error)}") from error
+            raise EngineError(f"OpenVINO cannot load {path}: {telling_line(error)}") from error
         check_signature(path, info, *openvino_signature(compiled))
         return _OpenVinoGraph(self._openvino, compiled, path.name, linked)
 
@@ -163,7 +163,7 @@ class _OpenVinoGraph:
         try:
             self._request.infer(tensors, share_inputs=True, share_outputs=True)
         except (RuntimeError, MemoryError) as error:
-            raise MesaError(f"OpenVINO failed in {self._name}: {telling_line(error)}") from error
+            raise EngineError(f"OpenVINO failed in {self._name}: {telling_line(error)}") from error
         results: dict[str, Array] = {}
         for names, port in self._outputs:
             data = self._request.get_tensor(port).data
@@ -171,7 +171,7 @@ class _OpenVinoGraph:
             results.update(dict.fromkeys(names, array))
         self._end = _last_number(next(iter(results.values())))
         if self._end is not None and self._end[0] == _POISON[self._end.itemsize]:
-            raise MesaError(
+            raise CapacityError(
                 f"OpenVINO computed nothing in {self._name} and gave no reason: it is probably out of memory; use "
                 "fewer rows or shorter prompts, or give the process more memory"
             )
@@ -182,7 +182,7 @@ class _OpenVinoGraph:
         for names, port in self._inputs:
             name = next((name for name in names if name in feeds), None)
             if name is None:
-                raise MesaError(
+                raise BundleError(
                     f"{self._name} has an input {min(names, default='without a name')!r} that nothing is fed to; "
                     "export the bundle again"
                 )
@@ -210,7 +210,7 @@ class TorchBackend:
     def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
         del dtype, threads  # the bundle's; torch's own setting
         if activations:
-            raise MesaError("backend 'torch' is the reference and rounds no activations; leave activations out")
+            raise InputError("backend 'torch' is the reference and rounds no activations; leave activations out")
         self.trust_remote_code = False
         """Whether Python code of the bundle may run."""
         self._opened: dict[str, Any] = {}
@@ -225,7 +225,7 @@ class TorchBackend:
             try:
                 return graph(feeds)
             except RuntimeError as error:  # among others for memory that it does not get
-                raise MesaError(f"PyTorch failed in {path.name}: {first_line(error)}") from error
+                raise EngineError(f"PyTorch failed in {path.name}: {first_line(error)}") from error
 
         return run
 
@@ -262,11 +262,11 @@ def choose_backend(
     require_threads(threads)
     if name != "auto":
         if name not in _BACKENDS:
-            raise MesaError(f"unknown backend {name!r}; there are auto, {', '.join(backend_names())}")
+            raise InputError(f"unknown backend {name!r}; there are auto, {', '.join(backend_names())}")
         package, make = _BACKENDS[name]
         if importlib.util.find_spec(package) is None:
             extra = "export" if name == "torch" else name
-            raise MesaError(f"backend {name!r} needs the package {package}: pip install 'mesart[{extra}]'")
+            raise InputError(f"backend {name!r} needs the package {package}: pip install 'mesart[{extra}]'")
         return make(dtype, threads, activations), "asked for"
     present = present_backends()
     if "onnxruntime" in present and dtype != "bfloat16":
@@ -274,13 +274,13 @@ def choose_backend(
         if backend.device == "cuda":
             return backend, "the fastest here: it has a GPU"
     if not present:
-        raise MesaError("no backend is installed: pip install 'mesart[openvino]' or 'mesart[onnxruntime]'")
+        raise InputError("no backend is installed: pip install 'mesart[openvino]' or 'mesart[onnxruntime]'")
     for candidate in present:
         if candidate == "onnxruntime" and dtype == "bfloat16":
             continue
         made = _BACKENDS[candidate][1](dtype, threads, activations)
         return made, f"the fastest of those installed ({', '.join(present)})"
-    raise MesaError("none of the installed backends computes bfloat16 on this machine: pip install 'mesart[openvino]'")
+    raise InputError("none of the installed backends computes bfloat16 on this machine: pip install 'mesart[openvino]'")
 
 
 def require_threads(threads: int | None) -> None:
@@ -290,7 +290,7 @@ def require_threads(threads: int | None) -> None:
         return
     whole = type(threads) is int  # True is none
     if not whole or not 1 <= threads <= most:
-        raise MesaError(
+        raise InputError(
             f"threads is {threads!r}; it must be a whole number from 1 to {most} "
             f"({THREADS_PER_CORE} for each of this machine's cores), or left out for all of them"
         )

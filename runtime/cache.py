@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import EngineError, MesaError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import Span
 from mesart.runtime.backends import Array
@@ -147,7 +147,7 @@ def _usable(array: Array) -> bool:
 
 
 def broken_numbers(what: str, role: str, manifest: Manifest) -> MesaError:
-    return MesaError(
+    return EngineError(
         f"{what} of the {role}: the weights are broken, or {manifest.dtype} overflows "
         "(export with another --dtype); `mesart validate` names the layer"
     )

@@ -28,7 +28,7 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
 from jinja2.utils import Namespace
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError
 from mesart.graphs.user_data import user_data
 
 _SOURCE: Final = 1 << 16  # characters; the longest templates that are known have 30 thousand
@@ -85,14 +85,14 @@ class ChatTemplate:
 
     def __init__(self, source: str, where: str) -> None:
         if len(source) > _SOURCE:
-            raise MesaError(f"the chat template of {where} has {len(source):,} characters; {_SOURCE:,} are allowed")
+            raise BundleError(f"the chat template of {where} has {len(source):,} characters; {_SOURCE:,} are allowed")
         self._environment = _Environment()
         try:
             self._template = self._environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise MesaError(f"the chat template of {where} is damaged: line {error.lineno}: {error}") from error
+            raise BundleError(f"the chat template of {where} is damaged: line {error.lineno}: {error}") from error
         except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's compiler, which has limits of its own
-            raise MesaError(f"the chat template of {where} is nested too deeply, or too long") from error
+            raise BundleError(f"the chat template of {where} is nested too deeply, or too long") from error
 
     def render(self, values: Mapping[str, Any], size: int) -> str:
         """The text for these values.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import CapacityError, EngineError, InputError, MesaError
 
 ALIGNMENT = 256
 """Of every device address that an engine reads or writes."""
@@ -48,13 +48,13 @@ class Cuda:
         try:
             self._api: Any = importlib.import_module("cuda.bindings.runtime")
         except ImportError as missing:
-            raise MesaError(
+            raise InputError(
                 "engines need the package cuda-python: pip install 'mesart[tensorrt-rtx]', or 'mesart[tensorrt]'"
             ) from missing
         error, count = self._api.cudaGetDeviceCount()
         if error != self._api.cudaError_t.cudaSuccess or not count:
             reason = self._text(error) if count is None else "it counts none"
-            raise MesaError(f"there is no GPU here, or no driver for it ({reason}); use another backend")
+            raise InputError(f"there is no GPU here, or no driver for it ({reason}); use another backend")
         self._call("cudaSetDevice", 0)
         attributes = self._api.cudaDeviceAttr
         major = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, 0)
@@ -97,7 +97,7 @@ class Cuda:
     def out_of_memory(self, size: int, what: str) -> MesaError:
         """The error that says that ``size`` bytes for something are more than there are."""
         free, total = self.memory()
-        return MesaError(
+        return CapacityError(
             f"the GPU is out of memory: {what} take {size / GIB:.2f} GiB, {free / GIB:.2f} of {total / GIB:.2f} GiB "
             "are free; use fewer rows, shorter prompts, or export with a smaller --max-tokens"
         )
@@ -191,7 +191,7 @@ class Cuda:
     def _check(self, error: Any, name: str) -> None:
         if error != self._api.cudaError_t.cudaSuccess:
             self._api.cudaGetLastError()
-            raise MesaError(f"CUDA: {name}: {self._text(error)}")
+            raise EngineError(f"CUDA: {name}: {self._text(error)}")
 
     def _text(self, error: Any) -> str:
         _, text = self._api.cudaGetErrorString(error)

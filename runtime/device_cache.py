@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError, EngineError, InputError
 from mesart.graphs.manifest import Manifest, ProfileInfo, Role
 from mesart.graphs.plan import Span
 from mesart.graphs.stairs import ORDINARY
@@ -251,7 +251,7 @@ class DeviceCache:
     def forget(self, row: int, start: int) -> None:
         """Clears the slots, and the scratch: what failed may have left NaN there."""
         if self._torn:
-            raise MesaError("keys of the cache are partly moved")
+            raise EngineError("keys of the cache are partly moved")
         self._synchronize()
         for tensor in self._rows[row].tensors:
             tensor.clear(self._cuda, start)
@@ -290,7 +290,7 @@ class DeviceCache:
         for bucket in self._buckets:
             if bucket.max_tokens >= tokens:
                 return bucket.chunks
-        raise MesaError(
+        raise InputError(
             f"prompt and generated text reach {tokens} tokens, more than the largest bucket's "
             f"{self._buckets[-1].max_tokens}; export and build again with a larger --max-tokens"
         )
@@ -486,7 +486,7 @@ class _Row:
 def _require_slots(profile: ProfileInfo, start: int, stop: int) -> None:
     """All tokens of a run, also those that fill it up, have a slot, and the real ones can be seen."""
     if start + profile.new > profile.slots or stop > profile.columns:
-        raise MesaError(
+        raise BundleError(
             f"the {profile.role} engine of {profile.bucket} chunks has {profile.slots} slots, {profile.columns} of "
             f"them seen, too few for tokens {start} to {start + profile.new - 1}; run `mesart build` again"
         )

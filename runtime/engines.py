@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.bundle_files import BundleFiles
-from mesart.graphs.errors import MesaError, first_line
+from mesart.graphs.errors import BundleError, EngineError, InputError, MesaError, first_line
 from mesart.graphs.manifest import (
     EngineInfo,
     EngineSet,
@@ -116,7 +116,7 @@ class Engines:
         context.bind(addresses)
         self._logger.lines.clear()
         if not context.trt.execute_async_v3(self.cuda.stream):
-            raise MesaError(f"TensorRT failed in the {role}: {self._reason()}")
+            raise EngineError(f"TensorRT failed in the {role}: {self._reason()}")
 
     def capturable(self, role: Role, bucket: int | None) -> bool:
         """Whether a run can become part of a CUDA graph."""
@@ -180,7 +180,9 @@ class Engines:
             if name not in mapped:
                 mapped[name] = np.memmap(self._bundle / name, dtype=np.uint8, mode="r")
             if offset + size > mapped[name].size:
-                raise MesaError(f"{self._bundle / name} is shorter than the engines' weights; run `{self._command()}`")
+                raise BundleError(
+                    f"{self._bundle / name} is shorter than the engines' weights; run `{self._command()}`"
+                )
             for start in range(0, size, _PIECE):
                 yield address + start, mapped[name][offset + start : offset + min(start + _PIECE, size)]
 
@@ -193,7 +195,7 @@ class Engines:
         self._logger.lines.clear()
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise MesaError(f"TensorRT refuses {info.file}: {self._reason()}; run `{self._command()}`")
+            raise BundleError(f"TensorRT refuses {info.file}: {self._reason()}; run `{self._command()}`")
         self._check_tensors(info, engine)
         if self.set.weights == "embedded":
             self.weight_bytes += len(plan)
@@ -211,15 +213,17 @@ class Engines:
             found - outputs - {tensor.name for tensor in info.inputs} - {weight.name for weight in info.weights}
         )
         if differ:
-            raise MesaError(f"{info.file} and the manifest differ in the tensor {min(differ)}; run `{self._command()}`")
+            raise BundleError(
+                f"{info.file} and the manifest differ in the tensor {min(differ)}; run `{self._command()}`"
+            )
         for name in sorted(found):
             if engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
-                raise MesaError(f"{info.file} wants {name} in host memory; run `{self._command()}`")
+                raise BundleError(f"{info.file} wants {name} in host memory; run `{self._command()}`")
         for tensor in info.outputs:
             if tensor.name.startswith("present."):
                 cache = tensor.name.replace("present.", "past_key_values.")
                 if engine.get_aliased_input_tensor(tensor.name) != cache:
-                    raise MesaError(f"{info.file} does not update {cache} in place; run `{self._command()}`")
+                    raise BundleError(f"{info.file} does not update {cache} in place; run `{self._command()}`")
 
     def _context(self, role: Role, bucket: int | None) -> _Context:
         info, index = self.set.find(role, bucket)
@@ -231,11 +235,11 @@ class Engines:
         self._logger.lines.clear()
         made = self._create_context(engine)
         if made is None:
-            raise MesaError(f"TensorRT makes no context for the {role}: {self._reason()}")
+            raise EngineError(f"TensorRT makes no context for the {role}: {self._reason()}")
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         context = _Context(made, info, names)
         if engine.num_optimization_profiles > 1 and not made.set_optimization_profile_async(index, self.cuda.stream):
-            raise MesaError(f"{info.file} has no profile {index}; run `{self._command()}`")
+            raise BundleError(f"{info.file} has no profile {index}; run `{self._command()}`")
         for tensor in info.inputs:
             if tensor.name in names and -1 in tuple(engine.get_tensor_shape(tensor.name)):
                 context.set_shape(tensor, self._shape(tensor, info.profiles[index]))
@@ -312,13 +316,13 @@ class _Context:
 
     def set_shape(self, tensor: TensorInfo, shape: tuple[int, ...]) -> None:
         if not self.trt.set_input_shape(tensor.name, shape):
-            raise MesaError(f"{self.info.file} does not take {tensor.name} of shape {list(shape)}; build it again")
+            raise BundleError(f"{self.info.file} does not take {tensor.name} of shape {list(shape)}; build it again")
 
     def _bind(self, name: str, address: int) -> None:
         if name not in self.names or self.bound.get(name) == address:
             return
         if not self.trt.set_tensor_address(name, address):
-            raise MesaError(f"{self.info.file} does not take {name} at address {address:#x}")
+            raise EngineError(f"{self.info.file} does not take {name} at address {address:#x}")
         self.bound[name] = address
 
 
@@ -331,16 +335,18 @@ def choose(bundle: Path, manifest: Manifest, flavour: Flavour, version: str, cap
     command = f"run `{build_command(bundle, flavour, capability)}`"
     sets = [engines for engines in manifest.engines if engines.flavour == flavour]
     if not sets:
-        raise MesaError(f"{bundle} holds no engines of {flavour}; {command}")
+        raise BundleError(f"{bundle} holds no engines of {flavour}; {command}")
     same = [engines for engines in sets if engines.version == version]
     if not same:
         built = ", ".join(dict.fromkeys(engines.version for engines in sets))
-        raise MesaError(f"the engines of {bundle} were built with {flavour} {built}, installed is {version}; {command}")
+        raise BundleError(
+            f"the engines of {bundle} were built with {flavour} {built}, installed is {version}; {command}"
+        )
     for engines in same:
         if capability in engines.compute_capabilities:
             return engines
     names = ", ".join(dict.fromkeys(name for engines in same for name in engines.compute_capabilities))
-    raise MesaError(f"the engines of {bundle} run on {names}, this GPU is {capability}; {command}")
+    raise BundleError(f"the engines of {bundle} run on {names}, this GPU is {capability}; {command}")
 
 
 def build_command(bundle: Path, flavour: Flavour, capability: str) -> str:
@@ -371,12 +377,12 @@ def _import(flavour: Flavour) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise MesaError(f"backend {flavour!r} needs the package {package}: pip install 'mesart[{flavour}]'") from error
+        raise InputError(f"backend {flavour!r} needs the package {package}: pip install 'mesart[{flavour}]'") from error
 
 
 def _require_half(manifest: Manifest) -> None:
     if manifest.dtype == "float32":
-        raise MesaError(
+        raise InputError(
             "TensorRT's attention kernels compute float16 and bfloat16, this bundle is float32; export again with "
             "--dtype bfloat16 or float16, then run `mesart build`"
         )

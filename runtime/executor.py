@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import EngineError, InputError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import Plan, Span, query_scales
 from mesart.graphs.stairs import ORDINARY, Stairs
@@ -107,7 +107,7 @@ class Executor:
     def require_cache(self) -> None:
         """Raises a :class:`MesaError` if a call failed so badly that nobody knows what is in the cache."""
         if self._lost:
-            raise MesaError("the cache was lost when a call failed and could not be undone; call prefill first")
+            raise EngineError("the cache was lost when a call failed and could not be undone; call prefill first")
 
     def _run(self, index: int, plan: Plan, ids: Sequence[int], all_logits: bool) -> NDArray[np.float32]:
         """Computes a plan. ``row.stairs`` says at any time where the tokens stand that were there before."""
@@ -186,11 +186,11 @@ class Executor:
         largest = self.manifest.buckets[-1].max_tokens
         if tokens > largest:
             if tokens <= self.manifest.max_tokens:
-                raise MesaError(
+                raise InputError(
                     f"a prompt of {tokens} tokens is longer than the largest bucket that engines were built for, "
                     f"{largest} tokens; run `mesart build` with --max-tokens {tokens}, or without it"
                 )
-            raise MesaError(
+            raise InputError(
                 f"a prompt of {tokens} tokens is longer than the largest bucket of this bundle, {largest} tokens; "
                 f"export again with --max-tokens {tokens}"
             )
@@ -207,10 +207,10 @@ class Executor:
         if not all_logits:
             return
         if self.cache.last_logits_only:
-            raise MesaError("these graphs give the last logits only, no all_logits; load the symbolic graph")
+            raise InputError("these graphs give the last logits only, no all_logits; load the symbolic graph")
         sizes = {min(len(plan.tail), len(turn)) for plan, turn in zip(plans, turns, strict=True)}
         if len(sizes) > 1:
-            raise MesaError(
+            raise InputError(
                 f"all_logits of a batch needs tails of one length, these have {', '.join(map(str, sorted(sizes)))}; "
                 "run the prompts one by one"
             )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError
 from mesart.graphs.records import shown
 from mesart.runtime.linked_weights import IN_MEMORY
 
@@ -29,13 +29,15 @@ def check_locations(path: Path, weight_files: Collection[str]) -> None:
         found.add(graph[match.end() : match.end() + size])
     for other in found - {name.encode() for name in weight_files}:
         name = shown(other.decode("utf-8", "replace"))
-        raise MesaError(f"{path} has weights in {name}, which is no weight file of the bundle; export the model again")
+        raise BundleError(
+            f"{path} has weights in {name}, which is no weight file of the bundle; export the model again"
+        )
 
 
 def require_file_names(path: Path) -> None:
     """Engines take an address in memory for a file name, also from a file, and would read whatever is there."""
     if IN_MEMORY in path.read_bytes():
-        raise MesaError(f"{path} refers to weights by an address in memory, not by a file's name; export again")
+        raise BundleError(f"{path} refers to weights by an address in memory, not by a file's name; export again")
 
 
 __all__ = ["check_locations", "require_file_names"]

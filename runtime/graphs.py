@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from mesart.graphs.bundle_files import BundleFiles
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import Manifest, Role
 from mesart.runtime.backends import Array, Backend, Graph
 from mesart.runtime.external_data import check_locations
@@ -136,7 +136,7 @@ class SpecialisedGraphs:
         for bucket in self._manifest.buckets:
             if bucket.max_tokens >= tokens:
                 return bucket.max_tokens
-        raise MesaError(
+        raise InputError(
             f"prompt and generated text reach {tokens} tokens, more than the largest bucket's "
             f"{self._manifest.buckets[-1].max_tokens}; export again with a larger --max-tokens"
         )

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError, EngineError
 from mesart.graphs.manifest import Manifest, Role
 from mesart.graphs.plan import Span
 from mesart.graphs.stairs import ORDINARY
@@ -233,7 +233,7 @@ class HostCache:
 
     def _require_whole(self) -> None:
         if self._torn:
-            raise MesaError("keys of the cache are half written")
+            raise EngineError("keys of the cache are half written")
 
     def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:
         return [key[row].copy() for key in self.keys], [value[row].copy() for value in self.values]
@@ -318,9 +318,9 @@ def _turn(place: Graph, keys: Array, old: Positions, new: Positions) -> Array:
 def _of_shape(array: Array | None, shape: tuple[int, ...], name: str, role: Role) -> Array:
     """An engine's output, if there is one of that shape."""
     if array is None:
-        raise MesaError(f"the graph of the {role} has no output {name!r}; export the bundle again")
+        raise BundleError(f"the graph of the {role} has no output {name!r}; export the bundle again")
     if array.shape != shape:
-        raise MesaError(
+        raise EngineError(
             f"the engine gave {name} of the {role} as {list(array.shape)} where {list(shape)} was asked for: the graph "
             "is not this bundle's, or the engine is out of memory; export again, or use fewer rows or shorter prompts"
         )

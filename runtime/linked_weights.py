@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError
 
 IN_MEMORY: Final = b"*/_ORT_MEM_ADDR_/*"
 """In place of a file name: the offset is an address."""
@@ -47,7 +47,9 @@ class MappedGraph:
         try:
             return self._model(memoryview(self.path.read_bytes()))
         except (IndexError, ValueError, UnicodeDecodeError) as error:
-            raise MesaError(f"{self.path} is damaged: it is no ONNX graph; copy or export the bundle again") from error
+            raise BundleError(
+                f"{self.path} is damaged: it is no ONNX graph; copy or export the bundle again"
+            ) from error
 
     def _model(self, model: memoryview) -> bytes:
         return _replaced(model, _GRAPH, lambda graph: _replaced(graph, _INITIALIZER, self._tensor))
@@ -68,17 +70,17 @@ class MappedGraph:
 
     def _address(self, name: str, offset: int, length: int) -> int:
         if Path(name).name != name:
-            raise MesaError(f"{self.path} refers to the weights {name!r}: no file of its folder; export again")
+            raise BundleError(f"{self.path} refers to the weights {name!r}: no file of its folder; export again")
         if name not in self.files:
             try:
                 self.files[name] = np.memmap(self.path.parent / name, np.uint8, "r")
             except (OSError, ValueError) as error:
-                raise MesaError(
+                raise BundleError(
                     f"{self.path.parent / name} cannot be opened: {error}; copy the bundle again"
                 ) from error
         mapped = self.files[name]
         if offset < 0 or length < 0 or offset + length > mapped.size:
-            raise MesaError(
+            raise BundleError(
                 f"{self.path} wants bytes {offset} to {offset + length} of {name}, which has {mapped.size}; "
                 "copy or export the bundle again"
             )

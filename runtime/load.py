@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from mesart.graphs.bundle_files import BundleFiles
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError, InputError
 from mesart.graphs.manifest import Flavour, Manifest
 from mesart.runtime.backends import Activations, OnnxRuntimeBackend, TorchBackend, choose_backend
 from mesart.runtime.cache import LiveCache
@@ -36,15 +36,17 @@ class Loaded:
 def require_digest(bundle: Path, manifest: Manifest, digest: str, *, verify: bool) -> None:
     """Raises a :class:`MesaError` if a bundle is not the one of that digest, or if nothing would check that it is."""
     if not re.fullmatch("sha256:[0-9a-f]{64}", digest):
-        raise MesaError(
+        raise InputError(
             f"the digest is {digest!r}; give what `mesart inspect --digest` prints, sha256: and 64 hexadecimal digits"
         )
     if not verify:
-        raise MesaError(
+        raise InputError(
             "a digest names the contents of all files, which verify=False does not read; leave one of them out"
         )
     if manifest.digest != digest:
-        raise MesaError(f"{bundle} is not the bundle that was asked for: its digest is {manifest.digest}, not {digest}")
+        raise BundleError(
+            f"{bundle} is not the bundle that was asked for: its digest is {manifest.digest}, not {digest}"
+        )
 
 
 def read_texts(files: BundleFiles) -> TextFiles:
@@ -75,9 +77,9 @@ def load_cache(
     for flavour in PACKAGES:
         if backend == flavour:
             if activations:
-                raise MesaError(f"backend {flavour!r} runs engines as they were built; leave activations out")
+                raise InputError(f"backend {flavour!r} runs engines as they were built; leave activations out")
             if specialised:
-                raise MesaError(
+                raise InputError(
                     f"backend {flavour!r} runs engines, whose shapes are fixed in any case: leave specialised out"
                 )
             return _load_engines(files, manifest, flavour, "asked for", verify=verify)
@@ -104,9 +106,11 @@ def load_cache(
 
 def _check_rounding(manifest: Manifest, activations: str) -> None:
     if activations not in get_args(Activations):
-        raise MesaError(f"activations are rounded to {', '.join(get_args(Activations))} or not at all: {activations!r}")
+        raise InputError(
+            f"activations are rounded to {', '.join(get_args(Activations))} or not at all: {activations!r}"
+        )
     if manifest.quantisation is None:
-        raise MesaError(
+        raise InputError(
             "activations are rounded in front of quantised weights only, and this bundle has none; leave activations "
             "out, or export with --quantise int4"
         )
@@ -115,9 +119,9 @@ def _check_rounding(manifest: Manifest, activations: str) -> None:
 def _require_fp8(backend: str, dtype: str, activations: str | None) -> str:
     """The backend, if it rounds to fp8 as the graphs say; ``auto``: one that does and computes the dtype on a CPU."""
     if activations is not None:
-        raise MesaError("an fp8 bundle's graphs round activations themselves; leave activations out")
+        raise InputError("an fp8 bundle's graphs round activations themselves; leave activations out")
     if backend == "openvino":
-        raise MesaError(
+        raise InputError(
             "OpenVINO rounds to fp8 otherwise than the graphs say; give backend 'onnxruntime' (float32, float16) or "
             "'torch', or build TensorRT engines"
         )

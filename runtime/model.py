@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mesart.graphs.bundle_files import BundleFiles
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import bucket_for
 from mesart.runtime.backends import Activations, Array
@@ -133,7 +133,7 @@ class MesaModel:
     @property
     def executor(self) -> Executor:
         if self._executor is None:
-            raise MesaError("the model was closed; load it again")
+            raise InputError("the model was closed; load it again")
         return self._executor
 
     @cached_property
@@ -190,7 +190,7 @@ class MesaModel:
         with self._alone() as executor:
             executor.require_cache()
             if not executor.rows[0].tokens:
-                raise MesaError("step needs a prompt in the cache; call prefill first")
+                raise InputError("step needs a prompt in the cache; call prefill first")
             self._require_rows(len(tokens))
             return executor.step([row[0] for row in tokens])[:, None]
 
@@ -198,7 +198,7 @@ class MesaModel:
     def _alone(self) -> Iterator[Executor]:
         """No other thread computes meanwhile."""
         if os.getpid() != self._process:  # before the lock, which another thread of the parent may have held
-            raise MesaError(
+            raise InputError(
                 "the process was forked after the model was loaded, and an engine's threads do not survive that; "
                 "load the model in the new process"
             )
@@ -206,7 +206,7 @@ class MesaModel:
             try:
                 yield self.executor
             except MemoryError as error:
-                raise MesaError(
+                raise InputError(
                     f"out of memory{f' ({error})' if str(error) else ''}: use fewer rows or shorter prompts, or give "
                     "the process more memory"
                 ) from error
@@ -264,7 +264,7 @@ class MesaModel:
                     logits = self._begin(executor, self._prompts(prompts), append=append)
                     history = [list(row.tokens) for row in executor.rows]
                 elif executor.turn != turn:
-                    raise MesaError(
+                    raise InputError(
                         "another call has changed the cache since this generation's last token; finish one generation "
                         "before the next, give both prompts to one, or load the model twice"
                     )
@@ -381,14 +381,14 @@ class MesaModel:
         try:
             return replace(sampling or self.default_sampling, **options)
         except TypeError as error:
-            raise MesaError(f"unknown sampling option: {error}") from error
+            raise InputError(f"unknown sampling option: {error}") from error
 
     def _encode(self, prompt: Prompt, *, append: bool) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, add_special_tokens=not append)
         rows = self._prompts(prompt)
         if len(rows) != 1:
-            raise MesaError(f"one text is one list of token ids, got {len(rows)}; generate_ids takes a batch of them")
+            raise InputError(f"one text is one list of token ids, got {len(rows)}; generate_ids takes a batch of them")
         return rows[0]
 
     def _prompts(self, input_ids: ArrayLike | Sequence[Sequence[int]]) -> list[list[int]]:
@@ -398,14 +398,14 @@ class MesaModel:
             rows: list[Array] = [np.asarray(row) for row in input_ids] if nested else list(np.atleast_2d(input_ids))  # type: ignore[union-attr]
         vocabulary = int(self.manifest.model["vocab_size"])
         if not rows:
-            raise MesaError("the prompt is empty; give at least one token")
+            raise InputError("the prompt is empty; give at least one token")
         for row in rows:
             if row.size == 0:
-                raise MesaError("the prompt is empty; give at least one token")
+                raise InputError("the prompt is empty; give at least one token")
             if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
-                raise MesaError(f"token ids must be integers, [T] or [B, T]; got {row.dtype} of shape {row.shape}")
+                raise InputError(f"token ids must be integers, [T] or [B, T]; got {row.dtype} of shape {row.shape}")
             if row.min() < 0 or row.max() >= vocabulary:
-                raise MesaError(
+                raise InputError(
                     f"token id {int(row.max() if row.max() >= vocabulary else row.min())} is outside the vocabulary of "
                     f"{vocabulary}; is the tokenizer this model's own?"
                 )
@@ -416,8 +416,8 @@ class MesaModel:
         live = len(self.executor.rows)
         if rows != live:
             if not self.executor.rows[0].tokens:
-                raise MesaError("the cache is empty; call prefill first with a batch")
-            raise MesaError(f"the cache holds {live} prompts, got tokens for {rows}")
+                raise InputError("the cache is empty; call prefill first with a batch")
+            raise InputError(f"the cache holds {live} prompts, got tokens for {rows}")
 
 
 @contextmanager
@@ -426,7 +426,7 @@ def _token_ids(value: object) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, OverflowError) as error:
-        raise MesaError(f"token ids must be integers, [T] or [B, T]; got {type(value).__name__}: {error}") from error
+        raise InputError(f"token ids must be integers, [T] or [B, T]; got {type(value).__name__}: {error}") from error
 
 
 def _is_batch(prompt: object) -> bool:
@@ -435,13 +435,13 @@ def _is_batch(prompt: object) -> bool:
         return False
     other = next((text for text in prompt if not isinstance(text, str)), None)
     if other is not None:
-        raise MesaError(f"a batch is a list of texts; one of them is {type(other).__name__}")
+        raise InputError(f"a batch is a list of texts; one of them is {type(other).__name__}")
     return True
 
 
 def _require_count(tokens: int) -> int:
     if isinstance(tokens, bool) or not isinstance(tokens, (int, np.integer)):
-        raise MesaError(f"max_new_tokens is {tokens!r}; it must be a whole number")
+        raise InputError(f"max_new_tokens is {tokens!r}; it must be a whole number")
     if tokens < 1:
-        raise MesaError(f"max_new_tokens is {tokens}; it must be at least 1")
+        raise InputError(f"max_new_tokens is {tokens}; it must be at least 1")
     return int(tokens)

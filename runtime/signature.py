@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError, MesaError
 from mesart.graphs.manifest import GraphInfo, TensorInfo
 
 _DTYPES = {
@@ -101,7 +101,7 @@ def _check(path: Path, kind: str, recorded: TensorInfo, found: Tensor) -> None:
 
 
 def _differ(path: Path, how: str) -> MesaError:
-    return MesaError(f"{path} {how}; export the model again")
+    return BundleError(f"{path} {how}; export the model again")
 
 
 __all__ = ["Signature", "Tensor", "check_signature", "onnxruntime_signature", "openvino_signature"]

@@ -23,12 +23,13 @@ from typing import Any, Final
 import tokenizers
 from tokenizers import AddedToken
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError, InputError, MesaError
 from mesart.graphs.generation import GENERATION_FILE, SamplingConfig, eos_ids
+from mesart.graphs.json_file import type_name
+from mesart.graphs.tokenizer_limits import Limits, within_seconds
 from mesart.graphs.user_data import user_data
 from mesart.runtime.chat_template import ChatTemplate
-from mesart.runtime.text_files import MORE_TEMPLATES, TextFiles, type_name
-from mesart.runtime.tokenizer_limits import Limits, within_seconds
+from mesart.runtime.text_files import MORE_TEMPLATES, TextFiles
 
 # Tokens that are missing from tokenizer.json get their ids in this order, as transformers gives them.
 _NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -109,7 +110,7 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise MesaError("the text is not valid Unicode (a lone surrogate): is its file UTF-8?") from error
+            raise InputError("the text is not valid Unicode (a lone surrogate): is its file UTF-8?") from error
         what = f"the tokenizer of {self._folder}"
         seconds = self._limits.seconds_for(text, what)
         # A batch of one: unlike encode, it leaves other threads running. And it keeps no offsets: half the time.
@@ -159,11 +160,11 @@ class Tokenizer:
                 too long or makes too much of them.
         """
         if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
-            raise MesaError('a chat is a list of messages such as {"role": "user", "content": "Hello"}')
+            raise InputError('a chat is a list of messages such as {"role": "user", "content": "Hello"}')
         values = {**self.special_tokens, "documents": None, **variables, "tools": tools, "messages": list(messages)}
         values, size = _plain(values)
         if not values["messages"] or not all(isinstance(message, dict) for message in values["messages"]):
-            raise MesaError('a chat needs at least one message such as {"role": "user", "content": "Hello"}')
+            raise InputError('a chat needs at least one message such as {"role": "user", "content": "Hello"}')
         values["messages"] = [_normalised(message) for message in values["messages"]]
         source = self._choose_template(template, has_tools=tools is not None)
         compiled = self._compiled(source, str(self._folder))
@@ -182,12 +183,12 @@ class Tokenizer:
     def _choose_template(self, name: str | None, *, has_tools: bool) -> str:
         there = self.chat_templates
         if not there:
-            raise MesaError(
+            raise InputError(
                 f"{self._folder} has no chat template: put the model's chat_template.jinja there, or give plain text"
             )
         name = name or ("tool_use" if has_tools and "tool_use" in there else "default")
         if name not in there:
-            raise MesaError(f"{self._folder} has no chat template {name!r}; there are {', '.join(sorted(there))}")
+            raise InputError(f"{self._folder} has no chat template {name!r}; there are {', '.join(sorted(there))}")
         return there[name]
 
     def _named_ids(self, name: str) -> tuple[int, ...]:
@@ -205,7 +206,7 @@ def configured_eos_ids(files: TextFiles) -> tuple[int, ...]:
     where, config = str(files.where / _CONFIG), files.json(_CONFIG)
     text = config.get("text_config") or {}
     if not isinstance(text, dict):
-        raise MesaError(f"{where}: text_config is {type_name(text)}; an object is expected")
+        raise BundleError(f"{where}: text_config is {type_name(text)}; an object is expected")
     return (
         eos_ids(files.json(GENERATION_FILE), str(files.where / GENERATION_FILE))
         or eos_ids(config, where)
@@ -223,13 +224,13 @@ def default_sampling(files: TextFiles) -> SamplingConfig:
     try:
         return SamplingConfig.from_generation_config(values)
     except MesaError as error:
-        raise MesaError(f"{files.where / GENERATION_FILE}: {error}") from error
+        raise BundleError(f"{files.where / GENERATION_FILE}: {error}") from error
 
 
 def _read_tokenizer(files: TextFiles) -> tuple[tokenizers.Tokenizer, Limits]:
     path = files.where / _TOKENIZER
     if _TOKENIZER not in files:
-        raise MesaError(
+        raise BundleError(
             f"{path} is missing: save the model's tokenizer there (transformers' AutoTokenizer, save_pretrained), "
             "or give token ids instead of text"
         )
@@ -251,10 +252,10 @@ def _read_settings(files: TextFiles) -> dict[str, Any]:
         settings.update(settings.pop("extra_special_tokens"))
     where = files.where / _SETTINGS
     if not isinstance(extra, dict | list):
-        raise MesaError(f"{where}: extra_special_tokens is {type_name(extra)}; a list or an object is expected")
+        raise BundleError(f"{where}: extra_special_tokens is {type_name(extra)}; a list or an object is expected")
     split = settings["split_special_tokens"] = settings.get("split_special_tokens") or False
     if not isinstance(split, bool):
-        raise MesaError(f"{where}: split_special_tokens is {type_name(split)}; true or false is expected")
+        raise BundleError(f"{where}: split_special_tokens is {type_name(split)}; true or false is expected")
     _check_tokens(settings, str(where), named=extra if isinstance(extra, dict) else {})
     return settings
 
@@ -265,12 +266,12 @@ def _check_tokens(settings: Mapping[str, Any], where: str, named: Mapping[str, A
     tokens |= {f"extra_special_tokens[{i}]": it for i, it in enumerate(settings.get("extra_special_tokens", []))}
     added = settings.get("added_tokens_decoder") or {}
     if not isinstance(added, dict):
-        raise MesaError(f"{where}: added_tokens_decoder is {type_name(added)}; an object is expected")
+        raise BundleError(f"{where}: added_tokens_decoder is {type_name(added)}; an object is expected")
     for index, token in added.items():
         if not (index.isdecimal() and len(index) < 11):
-            raise MesaError(f"{where}: added_tokens_decoder has the key {index[:40]!r}; a token id is expected")
+            raise BundleError(f"{where}: added_tokens_decoder has the key {index[:40]!r}; a token id is expected")
         if not isinstance(token, dict):
-            raise MesaError(f"{where}: added_tokens_decoder[{index}] is {type_name(token)}; an object is expected")
+            raise BundleError(f"{where}: added_tokens_decoder[{index}] is {type_name(token)}; an object is expected")
     tokens |= {f"added_tokens_decoder[{index}]": token for index, token in added.items()}
     tokens |= {name: it for name, it in settings.items() if name.endswith("_token") and isinstance(it, dict)}
     for name, token in tokens.items():
@@ -279,7 +280,7 @@ def _check_tokens(settings: Mapping[str, Any], where: str, named: Mapping[str, A
             found = (
                 type_name(token) if not isinstance(token, dict) else f"an object whose content is {type_name(content)}"
             )
-            raise MesaError(f"{where}: {name} is {found}; a string, or an object with its content, is expected")
+            raise BundleError(f"{where}: {name} is {found}; a string, or an object with its content, is expected")
 
 
 def _named_special_tokens(settings: Mapping[str, Any]) -> dict[str, AddedToken]:
@@ -331,7 +332,7 @@ def _chat_templates(files: TextFiles, settings: Mapping[str, Any]) -> dict[str, 
     found = settings.get("chat_template")
     if isinstance(found, list):
         if not all(isinstance(entry, dict) and {"name", "template"} <= {*entry} for entry in found):
-            raise MesaError(f"{where}: chat_template is a list; objects with name and template are expected in it")
+            raise BundleError(f"{where}: chat_template is a list; objects with name and template are expected in it")
         found = {entry["name"] if isinstance(entry["name"], str) else "": entry["template"] for entry in found}
     elif isinstance(found, str):
         found = {"default": found}
@@ -339,7 +340,7 @@ def _chat_templates(files: TextFiles, settings: Mapping[str, Any]) -> dict[str, 
         found = {}
     if not isinstance(found, dict) or not all(isinstance(source, str) for source in found.values()):
         what = "has a template that is no string" if isinstance(found, dict | list) else f"is {type_name(found)}"
-        raise MesaError(f"{where}: chat_template {what}; a string, or strings by name, is expected")
+        raise BundleError(f"{where}: chat_template {what}; a string, or strings by name, is expected")
     more = {name: name.removeprefix(f"{MORE_TEMPLATES}/").removesuffix(".jinja") for name in files.contents}
     of_files = {short: files.text(name) for name, short in more.items() if name.startswith(f"{MORE_TEMPLATES}/")}
     of_files["default"] = files.text("chat_template.jinja")
@@ -355,9 +356,9 @@ def _plain(values: dict[str, Any]) -> tuple[dict[str, Any], int]:
         text = json.dumps(values)
         copy: dict[str, Any] = json.loads(text)
     except RecursionError as error:
-        raise MesaError(f"{what}, and these are nested too deeply") from error
+        raise InputError(f"{what}, and these are nested too deeply") from error
     except (TypeError, ValueError) as error:
-        raise MesaError(f"{what}: {error}") from error
+        raise InputError(f"{what}: {error}") from error
     return copy, len(text)
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import BundleError
+from mesart.graphs.json_file import type_name
 
 TEXT_FILES: Final = (
     "tokenizer.json",
@@ -69,11 +70,13 @@ class TextFiles:
         try:
             values = json.loads(self.contents[name].decode("utf-8"))
         except RecursionError as error:
-            raise MesaError(f"{self.where / name} is damaged: its JSON is nested too deeply") from error
+            raise BundleError(f"{self.where / name} is damaged: its JSON is nested too deeply") from error
         except ValueError as error:
-            raise MesaError(f"{self.where / name} is damaged: {error}") from error
+            raise BundleError(f"{self.where / name} is damaged: {error}") from error
         if not isinstance(values, dict):
-            raise MesaError(f"{self.where / name} is damaged: a JSON object is expected, it holds {type_name(values)}")
+            raise BundleError(
+                f"{self.where / name} is damaged: a JSON object is expected, it holds {type_name(values)}"
+            )
         return values
 
     def text(self, name: str) -> str | None:
@@ -87,25 +90,19 @@ class TextFiles:
         try:
             return self.contents[name].decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
-            raise MesaError(f"{self.where / name} is damaged: it is not UTF-8 ({error})") from error
-
-
-def type_name(value: object) -> str:
-    """What JSON calls a value's type, with its article."""
-    if isinstance(value, bool):
-        return "a truth value"
-    names = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number"}
-    return next((name for kind, name in names.items() if isinstance(value, kind)), "null")
+            raise BundleError(f"{self.where / name} is damaged: it is not UTF-8 ({error})") from error
 
 
 def _read(path: Path) -> bytes:
     try:
         size = path.stat().st_size
         if size > _MOST_BYTES:
-            raise MesaError(f"{path} has {size >> 20} MiB, more than the {_MOST_BYTES >> 20} that such a file may have")
+            raise BundleError(
+                f"{path} has {size >> 20} MiB, more than the {_MOST_BYTES >> 20} that such a file may have"
+            )
         return path.read_bytes()
     except OSError as error:
-        raise MesaError(f"{path} cannot be read: {error.strerror}") from error
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
 
 
-__all__ = ["MORE_TEMPLATES", "TEXT_FILES", "TextFiles", "type_name"]
+__all__ = ["MORE_TEMPLATES", "TEXT_FILES", "TextFiles"]

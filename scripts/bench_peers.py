@@ -31,7 +31,7 @@ from typing import Any, Final
 
 from mesart.evaluation.bench import ProcessError, cpu_name, process_error, run_process
 from mesart.evaluation.corpus import library_text
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.manifest import Manifest
 from mesart.runtime import backend_names
 from mesart.runtime.text import Tokenizer
@@ -120,7 +120,7 @@ class Memory:
 
     def watch(self, pid: int) -> None:
         if not Path("/proc/self/status").is_file():
-            raise MesaError("peak memory is read from /proc, which this system lacks; run the benchmark on Linux")
+            raise InputError("peak memory is read from /proc, which this system lacks; run the benchmark on Linux")
         self._thread = threading.Thread(target=self._sample, args=(Path(f"/proc/{pid}/status"),), daemon=True)
         self._thread.start()
 
@@ -260,7 +260,7 @@ def _systems(options: argparse.Namespace) -> tuple[list[System], dict[str, str]]
     for name in peers:
         model = options.gguf if name in PACKAGES else options.checkpoint
         if not model.exists():
-            raise MesaError(f"{model} is not there; scripts/real_models.py makes it, or name another one")
+            raise InputError(f"{model} is not there; scripts/real_models.py makes it, or name another one")
         python, label, settings = options.peers_env / "bin" / "python", name, {}
         if name == "openvino-genai" and options.precision != "auto":
             settings = {"INFERENCE_PRECISION_HINT": PRECISIONS[options.precision]}
@@ -269,7 +269,7 @@ def _systems(options: argparse.Namespace) -> tuple[list[System], dict[str, str]]
             python, label, settings = Path(sys.executable), f"{name} ({dtype})", {"dtype": dtype}
         systems.append(System(label, name, model, python, settings))
     if not systems:
-        raise MesaError("nothing to measure: give --bundle or --peers")
+        raise InputError("nothing to measure: give --bundle or --peers")
     broken = {}
     installed = [name for name in peers if name in PACKAGES]
     if installed:
@@ -311,7 +311,7 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith(("ERROR", "Error"))]
         reason = next(iter([*errors, *done.stderr.strip().splitlines()[-1:]]), f"exit status {done.returncode}")
-        raise MesaError(f"the peers' environment cannot be made: {reason}")
+        raise InputError(f"the peers' environment cannot be made: {reason}")
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,7 @@ class Prompts:
             letters *= 2
             ids = tokenizer.encode(text[:letters], add_special_tokens=False)
         if len(ids) < needed:
-            raise MesaError(f"the text has {len(ids):,} tokens, fewer than {needed:,}; give shorter --lengths")
+            raise InputError(f"the text has {len(ids):,} tokens, fewer than {needed:,}; give shorter --lengths")
         return cls(ids[:tokens], ids[tokens:needed])
 
 

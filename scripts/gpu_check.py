@@ -27,7 +27,7 @@ from typing import Any
 
 from mesart.evaluation.bench import ProcessError, cpu_name, make_row, process_error, run_process, run_worker, versions
 from mesart.evaluation.json_lines import JsonLines
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.manifest import Manifest
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "evaluation" / "demo_model"
@@ -137,9 +137,9 @@ class GpuCheck:
         systems = CPU_SYSTEMS if options.cpu else GPU_SYSTEMS
         unknown = [name for name in options.backends or () if name not in systems]
         if unknown:
-            raise MesaError(f"{unknown[0]} does not run on {self.machine.device}; there are {', '.join(systems)}")
+            raise InputError(f"{unknown[0]} does not run on {self.machine.device}; there are {', '.join(systems)}")
         if options.new_tokens < 1 or min(options.lengths or [1]) < 1:
-            raise MesaError("--lengths and --new-tokens must be at least 1")
+            raise InputError("--lengths and --new-tokens must be at least 1")
         self.systems = {name: dtype for name, dtype in systems.items() if name in (options.backends or systems)}
         self.records = Records(options.work / "rows.jsonl")
         self.bundles: dict[tuple[str, str], Path | ProcessError] = {}
@@ -455,7 +455,7 @@ def find_gpu() -> Machine:
     Raises:
         MesaError: there is none.
     """
-    missing = MesaError("there is no GPU here (nvidia-smi shows none); --cpu tries the same on the CPU")
+    missing = InputError("there is no GPU here (nvidia-smi shows none); --cpu tries the same on the CPU")
     if shutil.which("nvidia-smi") is None:
         raise missing
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"

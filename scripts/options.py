@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 _MOST = 2**31 - 1
 """Of anything that is counted."""
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise MesaError(f"{message}; see `{self.prog} --help`")
+        raise InputError(f"{message}; see `{self.prog} --help`")
 
 
 def add_command(

@@ -41,7 +41,7 @@ from mesart.evaluation.suite_report import write_report
 from mesart.evaluation.threshold import run_threshold
 from mesart.evaluation.tuning import sensitivity
 from mesart.export import export_model
-from mesart.graphs import MesaConfig, MesaError
+from mesart.graphs import InputError, MesaConfig, MesaError
 from mesart.graphs.baseline import BASELINES
 from mesart.graphs.manifest import Manifest
 
@@ -95,7 +95,7 @@ def main() -> int:
     unknown = [part for part in options.parts if part not in PARTS]
     try:
         if unknown:
-            raise MesaError(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+            raise InputError(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
         for part in options.parts or PARTS:
             started = time.monotonic()
             PARTS[part](options)

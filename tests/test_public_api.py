@@ -5,7 +5,19 @@ import importlib
 import pytest
 
 PUBLIC = {
-    "mesart.graphs": {"Bucket", "MesaConfig", "MesaError", "Plan", "Span", "Stairs", "TorchReference"},
+    "mesart.graphs": {
+        "Bucket",
+        "MesaConfig",
+        "BundleError",
+        "CapacityError",
+        "EngineError",
+        "InputError",
+        "MesaError",
+        "Plan",
+        "Span",
+        "Stairs",
+        "TorchReference",
+    },
     "mesart.export": {"build_engines", "export_model", "export_triton_repository"},
     "mesart.evaluation": {
         *("CostResult", "PasskeyResult", "PerplexityResult", "SensitivityResult", "Settings", "SuiteResult"),

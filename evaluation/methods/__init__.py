@@ -22,7 +22,7 @@ from mesart.evaluation.methods.self_extend import SelfExtend
 from mesart.evaluation.methods.star_attention import StarAttention
 from mesart.evaluation.methods.streaming_llm import StreamingLLM
 from mesart.evaluation.methods.yarn import YaRN
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +56,7 @@ def make_method(name: str, train_length: int, max_tokens: int | None = None, **p
         MesaError: no such method, no such parameter, or one out of its range.
     """
     if name not in METHODS:
-        raise MesaError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+        raise InputError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     return METHODS[name].of(train_length, max_tokens, **parameters)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mesart.evaluation.methods.method import Indices, Method, Part, Positions, Span, arange, constant, cut
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 IN_CHUNK = "in chunk"
 """The view of the keys at ``i mod s``."""
@@ -37,7 +37,7 @@ class DualChunk(Method):
     def __post_init__(self) -> None:
         self.require(chunk=1)
         if self.chunk >= self.train_length:
-            raise MesaError(
+            raise InputError(
                 f"{self.name}: chunk is {self.chunk}; it must be below train_length = {self.train_length}, to leave "
                 "positions for the chunk before"
             )

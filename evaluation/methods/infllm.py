@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from mesart.evaluation.methods.method import TOKEN, ZERO, Method, Part, Span, arange, constant, cut
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class InfLLM(Method):
     def __post_init__(self) -> None:
         self.require(window=1, first_tokens=0, block=1, chosen=0, representatives=1, group=1)
         if self.representatives > self.block:
-            raise MesaError(
+            raise InputError(
                 f"{self.name}: a block of {self.block} tokens has no {self.representatives} representatives"
             )
 

@@ -30,7 +30,7 @@ from mesart.evaluation.methods.method import (
     require_types,
 )
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.plan import Plan, query_scales
 from mesart.graphs.plan import Span as PlanSpan
 
@@ -69,7 +69,7 @@ class MesaRule(Rule):
     def step(self, cached: int) -> None:
         self._plan = Plan.extend(self._config, self._plan.stairs, cached, 1)
         if self._plan.start != cached or self._plan.chunks:
-            raise MesaError(f"no trained position is left for token {cached}; raise train_length or lower tail_min")
+            raise InputError(f"no trained position is left for token {cached}; raise train_length or lower tail_min")
 
     def parts(self, start: int, stop: int) -> list[Part]:
         t = arange(start, stop)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 Indices = NDArray[np.int64]
 Positions = NDArray[np.float64]
@@ -140,13 +140,13 @@ class Method(Rule):
             MesaError: an unknown parameter, or one out of its range.
         """
         if train_length < 16:
-            raise MesaError(f"train_length is {train_length}; a window of at least 16 tokens is needed")
+            raise InputError(f"train_length is {train_length}; a window of at least 16 tokens is needed")
         if max_tokens is not None and max_tokens < 1:
-            raise MesaError(f"max_tokens is {max_tokens}; it must be at least 1")
+            raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
         known = [f.name for f in dataclasses.fields(cls) if f.name not in ("train_length", "log_n")] + ["log_n"]
         unknown = [name for name in parameters if name not in known]
         if unknown:
-            raise MesaError(f"{cls.name} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
+            raise InputError(f"{cls.name} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
         require_types(cls, parameters)
         reach = max(train_length, max_tokens or DEFAULT_REACH * train_length)
         return cls(train_length, **{**cls.defaults(train_length, reach, parameters), **parameters})
@@ -165,7 +165,7 @@ class Method(Rule):
         return {**fields, "log_n": fields.pop("log_n")}  # last, as it is an addition to most
 
     def parts(self, start: int, stop: int) -> list[Part]:
-        raise MesaError(f"what a query sees under {self.name} depends on the prompt: ask for_prompt(tokens)")
+        raise InputError(f"what a query sees under {self.name} depends on the prompt: ask for_prompt(tokens)")
 
     def for_prompt(self, tokens: int) -> Rule:
         """The rule for a prompt of ``tokens`` tokens and what is generated behind it."""
@@ -203,7 +203,7 @@ class Method(Rule):
         Raises:
             MesaError: its graphs are not static.
         """
-        raise MesaError(
+        raise InputError(
             f"{self.name} takes several attentions a layer that depend on the prompt, so it cannot be exported; its "
             "PyTorch form runs in `mesart eval`"
         )
@@ -212,7 +212,7 @@ class Method(Rule):
         """Raises a :class:`MesaError` if a parameter is below the least value it may have."""
         for name, value in least.items():
             if getattr(self, name) < value:
-                raise MesaError(f"{self.name}: {name} is {getattr(self, name)}; it must be at least {value:g}")
+                raise InputError(f"{self.name}: {name} is {getattr(self, name)}; it must be at least {value:g}")
 
 
 def require_types(owner: type, parameters: Mapping[str, Any]) -> None:
@@ -229,7 +229,7 @@ def require_types(owner: type, parameters: Mapping[str, Any]) -> None:
             value = parameters[field_.name]
             (expected, types) = kinds[str(field_.type)]
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                raise MesaError(f"{field_.name} is {value!r}; it must be {expected}")
+                raise InputError(f"{field_.name} is {value!r}; it must be {expected}")
 
 
 def cut(start: int, stop: int, size: int, offset: int = 0, period: int | None = None) -> Iterator[Span]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mesart.evaluation.methods.method import Positions
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.rotary import LayerSpec
 
 Angles = tuple[Tensor, Tensor]
@@ -34,7 +34,7 @@ def frequencies(table: tuple[Tensor, Tensor], layer: LayerSpec) -> Positions:
     every = np.arange(len(cos))[:, None] * angles
     # A table is float32, its angles too: they lose 6e-8 of their size.
     if np.abs(cos / scale - np.cos(every)).max() > 1e-6 * len(cos) + 1e-5:
-        raise MesaError(
+        raise InputError(
             "the rotary table's angles do not grow evenly with the position; no method here knows such a model"
         )
     return -angles if layer.backwards else angles

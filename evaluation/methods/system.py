@@ -13,7 +13,7 @@ from mesart.evaluation.methods.execution import Execution, Live
 from mesart.evaluation.methods.method import Method
 from mesart.evaluation.methods.wrapped import WrappedModel
 from mesart.evaluation.systems import System
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 RUN_LENGTH = 4096
 """Tokens that go through the model together; bounds its activations, and changes no result."""
@@ -34,7 +34,7 @@ class MethodSystem(System):
         self.method = method
         self._model = WrappedModel(model, method.train_length)
         if method.rotary_only and not any(f is not None for f in self._model.frequencies):
-            raise MesaError(
+            raise InputError(
                 f"{method.name} changes rotary positions, and {type(model).__name__} has none (ALiBi or NoPE); "
                 "use origin, mesa, streaming-llm or lm-infinite on it"
             )
@@ -46,9 +46,9 @@ class MethodSystem(System):
     def prefill(self, input_ids: Sequence[int], last: int) -> NDArray[np.float32]:
         tokens = [int(token) for token in input_ids]
         if not tokens:
-            raise MesaError("the prompt is empty; give at least one token")
+            raise InputError("the prompt is empty; give at least one token")
         if not 1 <= last <= len(tokens):
-            raise MesaError(f"of a prompt of {len(tokens)} tokens the last 1 to {len(tokens)} have logits, not {last}")
+            raise InputError(f"of a prompt of {len(tokens)} tokens the last 1 to {len(tokens)} have logits, not {last}")
         self._require_ids(tokens)
         total, rule = len(tokens), self.method.for_prompt(len(tokens))
         count = range(len(self._model.layers))
@@ -64,7 +64,7 @@ class MethodSystem(System):
 
     def step(self, token: int) -> NDArray[np.float32]:
         if self._live is None:
-            raise MesaError("there is no prompt to continue; prefill one first")
+            raise InputError("there is no prompt to continue; prefill one first")
         self._require_ids([token])
         cached = self._live.rows.tokens
         row: NDArray[np.float32]
@@ -97,6 +97,6 @@ class MethodSystem(System):
 
     def _require_ids(self, tokens: list[int]) -> None:
         if min(tokens) < 0 or max(tokens) >= self._model.vocabulary:
-            raise MesaError(
+            raise InputError(
                 f"token ids must lie in 0..{self._model.vocabulary - 1}; is the tokenizer this model's own?"
             )

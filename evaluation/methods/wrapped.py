@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from mesart.evaluation.methods.method import Positions
 from mesart.evaluation.methods.rotation import frequencies
 from mesart.graphs.attention import Window
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.role import RoleModule, scaled_by_position
 
 ATTENTION = "mesa-methods"
@@ -40,7 +40,7 @@ class WrappedModel:
         config: Any = role.config
         scaled = scaled_by_position(config)
         if scaled is not None:
-            raise MesaError(
+            raise InputError(
                 f"{type(model).__name__} scales its queries by their positions ({scaled}), which are all 0 here"
             )
         self.layers = role.layers
@@ -133,11 +133,11 @@ def _attention(
     del dropout
     for name in ("head_mask", "position_bias", "block_mask", "indexer_mask"):
         if unused.get(name) is not None:
-            raise MesaError(f"{type(module).__name__} uses {name}, which is not computed here")
+            raise InputError(f"{type(module).__name__} uses {name}, which is not computed here")
     if isinstance(attention_mask, Window):
         sliding_window = attention_mask.tokens
     elif attention_mask is not None:
-        raise MesaError(f"{type(module).__name__} makes a mask of its own, which would be ignored here")
+        raise InputError(f"{type(module).__name__} makes a mask of its own, which would be ignored here")
     output = running.get()(
         int(module.layer_idx),  # type: ignore[arg-type]
         query,

@@ -26,7 +26,7 @@ from mesart.evaluation.tasks.niah import (
 )
 from mesart.evaluation.tasks.passkey import Needle, Passkey, RandomPasskey
 from mesart.evaluation.tasks.vt import VariableTracking
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 SCALES: Final = ("paper", "small")
 
@@ -57,7 +57,7 @@ def tasks(scale: str = "paper") -> dict[str, Task]:
         MesaError: there is no such scale.
     """
     if scale not in SCALES:
-        raise MesaError(f"there is no scale {scale!r}; there are {', '.join(SCALES)}")
+        raise InputError(f"there is no scale {scale!r}; there are {', '.join(SCALES)}")
     return {kind.name: kind() if scale == "paper" else kind.small() for kind in _KINDS}
 
 
@@ -73,7 +73,7 @@ def find_task(name: str, scale: str = "paper") -> Task:
     """
     found = tasks(scale)
     if name not in found:
-        raise MesaError(f"there is no task {name!r}; there are {', '.join(found)}")
+        raise InputError(f"there is no task {name!r}; there are {', '.join(found)}")
     return found[name]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar, Final, NamedTuple
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 _ATTEMPTS: Final = 1000
 """Draws of a prompt; the first nearly always fits, as `Task.minimum_length` is the longest of several draws."""
@@ -106,10 +106,10 @@ class Task(ABC):
             MesaError: the length is below `minimum_length`, the depth is outside 0 to 1, or as there.
         """
         if depth is not None and not 0 <= depth <= 1:
-            raise MesaError(f"a depth is a share between 0 and 1, not {depth:g}")
+            raise InputError(f"a depth is a share between 0 and 1, not {depth:g}")
         least = self.minimum_length(writer)
         if length < least:
-            raise MesaError(
+            raise InputError(
                 f"a {self.name} prompt of {length} tokens is too short: with this tokenizer it takes at least {least}"
             )
         for _ in range(_ATTEMPTS):
@@ -118,7 +118,7 @@ class Task(ABC):
                 return self._write(writer, length, rng, drawn if depth is None else depth)
             except TooLong:
                 continue
-        raise MesaError(f"no {self.name} prompt came out as short as {length} tokens; ask for more")
+        raise InputError(f"no {self.name} prompt came out as short as {length} tokens; ask for more")
 
     def score(self, sample: Sample, answer: str) -> float:
         """The share of the references that stand in the answer, in whatever case (RULER's metric), 0 to 1."""
@@ -150,5 +150,5 @@ def _minimum_length(task: Task, writer: Writer) -> int:
         ids = tuple(writer.encode(probe))
         if not ids or written.setdefault(ids, probe) != probe:
             lost = f"{probe!r} has no tokens" if not ids else f"{written[ids]!r} and {probe!r} have the same tokens"
-            raise MesaError(f"this tokenizer cannot write the task {task.name}: {lost}")
+            raise InputError(f"this tokenizer cannot write the task {task.name}: {lost}")
     return max(len(task._write(writer, None, random.Random(f"minimum-{seed}"), 0.5).input_ids) for seed in range(8))

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from mesart.evaluation.passkey import STANDARD_FILLER
 from mesart.evaluation.tasks.base import Piece, Sample, TooLong, Writer
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 Haystack = Literal["noise", "text"]
 """What hides needles: `STANDARD_FILLER` again and again, or an excerpt of the writer's text."""
@@ -76,7 +76,7 @@ def hay(writer: Writer, haystack: Haystack, space: int, rng: random.Random) -> l
 def _excerpt(text: str, rng: random.Random) -> Iterator[str]:
     """Sentences and lines from a random place on, and on from the beginning after the end."""
     if not text or text.isspace():
-        raise MesaError("this task hides needles in a text: give one")
+        raise InputError("this task hides needles in a text: give one")
     start = text.find("\n", rng.randrange(len(text)))
     places = itertools.chain([max(0, start)], itertools.repeat(0))
     return (match.group() for place in places for match in _SENTENCE.finditer(text, place))

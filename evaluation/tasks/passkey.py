@@ -13,7 +13,7 @@ from mesart.evaluation.passkey import INTRODUCTION, QUESTION, Filler, minimum_le
 from mesart.evaluation.tasks.base import Sample, Task, TooLong, Writer
 from mesart.evaluation.tasks.draft import hay, hide, room, sample
 from mesart.evaluation.tasks.values import NUMBERS, SMALL_NUMBERS, Numbers
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 CITIES: Final = (
     *("Paris", "Rome", "Oslo", "Cairo", "Lima", "Delhi", "Tokyo", "Quito", "Dublin", "Vienna", "Lisbon", "Athens"),
@@ -49,7 +49,7 @@ class Passkey(FirstNumberTask):
     def _write(self, writer: Writer, length: int | None, rng: random.Random, depth: float) -> Sample:
         least = minimum_length(writer.encode, digits=self.digits, prefix_ids=writer.prefix_ids)
         if self.filler == "random" and not _THREE_WORDS.search(writer.text):
-            raise MesaError(f"the filler of the task {self.name} is cut from a text: give one, of some length")
+            raise InputError(f"the filler of the task {self.name} is cut from a text: give one, of some length")
         for tried in itertools.count(least) if length is None else [length]:
             try:
                 prompt = passkey_prompt(

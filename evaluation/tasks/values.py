@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from mesart.evaluation.tasks.words import ADJECTIVES, NOUNS
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 
 _ATTEMPTS: Final = 1000
 """Draws of something new, of which all may be taken already."""
@@ -42,7 +42,7 @@ class Kind(ABC):
                 if new not in seen:
                     break
             else:
-                raise MesaError(f"the prompt needs more than {len(seen)} different {self.noun}s of this size")
+                raise InputError(f"the prompt needs more than {len(seen)} different {self.noun}s of this size")
             seen.add(new)
             yield new
 

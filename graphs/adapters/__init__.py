@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from mesart.graphs.attention import ATTENTION
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.experts import EXPERTS
 from mesart.graphs.rotary import RotaryTable, install_rotary_table
 
@@ -31,13 +31,13 @@ def prepare(model: Any, train_length: int, extent: int) -> RotaryTable:
     """
     kind = model.config.model_type
     if model._is_stateful:
-        raise MesaError(
+        raise InputError(
             f"{type(model).__name__} has layers with a recurrent state; keys and values are all that is kept"
         )
     chunk = getattr(model.config, "attention_chunk_size", None)
     if chunk is not None and chunk < extent:
         more = "train_length" if extent == train_length else "max_tokens, by another method than Mesa,"
-        raise MesaError(
+        raise InputError(
             f"{type(model).__name__} attends within pieces of {chunk} tokens, less than {more} = {extent}; "
             f"export with train_length <= {chunk}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mesart import __version__
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.scripts.commands import bench, build, evaluate, export, generate, inspection, tune, validation
 from mesart.scripts.options import Parser
 
@@ -18,7 +18,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     for position, argument in enumerate(arguments, start=1):
         if "\0" in argument:  # no file can be called so, and each library has an error of its own for it
-            raise MesaError(f"argument {position} holds a NUL character")
+            raise InputError(f"argument {position} holds a NUL character")
     try:
         options = parser().parse_args(arguments)
     except SystemExit as done:  # --help and --version have been printed

@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 from typing import Any
 
-from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import MesaError
+from mesart.graphs.config import AUTO, MesaConfig
+from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import DTYPES
 from mesart.scripts import streams
 from mesart.scripts.options import add_command, add_trust, filled, share, whole
@@ -17,6 +17,7 @@ _CONFIG_HELP = {
     "head_length": "F, first tokens, seen by every chunk",
     "chunk_length": "C, tokens of a middle chunk",
     "tail_min": "least tokens of the tail, which sees everything",
+    "tail_max": "most tokens of it; none: what the chunks leave, as in the paper (default: 512, at least tail_min)",
     "linear_window": "N, distances up to here stay as they are",
     "stair_width": "E, keys that share a position beyond the window (default: per bucket)",
     "rho": "share of T_r that window and stairs may take",
@@ -89,8 +90,13 @@ def add(commands: Any) -> None:
                 option, action=argparse.BooleanOptionalAction, default=None, help="scale queries by log n (default: on)"
             )
         else:
-            kind = share if name == "rho" else whole()
-            parser.add_argument(option, type=kind, metavar="N", help=_CONFIG_HELP[name])
+            kind = {"rho": share, "tail_max": _whole_or_none}.get(name, whole())
+            default = AUTO if name == "tail_max" else None
+            parser.add_argument(option, type=kind, default=default, metavar="N", help=_CONFIG_HELP[name])
+
+
+def _whole_or_none(text: str) -> int | None:
+    return None if text == "none" else whole()(text)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -136,10 +142,11 @@ def _method_config(options: argparse.Namespace) -> MesaConfig:
         return config
     from mesart.evaluation.suite import chosen_method  # noqa: PLC0415  (rarely needed)
 
-    theirs = [name for name, value in given.items() if value is not None and name != "train_length"]
+    left_out = {"tail_max": AUTO}
+    theirs = [name for name, value in given.items() if value is not left_out.get(name) and name != "train_length"]
     if theirs:
         option = theirs[0].replace("_", "-")
-        raise MesaError(f"--{option} with --method: give it as a parameter, --method NAME:{theirs[0]}=...")
+        raise InputError(f"--{option} with --method: give it as a parameter, --method NAME:{theirs[0]}=...")
     longest = options.max_tokens if options.max_tokens is not None else 16 * config.train_length
     return chosen_method(options.method, config.train_length, longest).static()
 
@@ -154,7 +161,7 @@ def _calibration_text(options: argparse.Namespace) -> str | None:
     try:
         return library_text("train") if options.calibrate else None
     except FileNotFoundError as error:
-        raise MesaError(f"{error}; give a text file instead (--calibration-text)") from error
+        raise InputError(f"{error}; give a text file instead (--calibration-text)") from error
 
 
 __all__ = ["add"]

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.graphs.text_file import decode_text, read_text
 from mesart.scripts import streams
 from mesart.scripts.options import add_backend, add_command, add_trust, filled, number, seed, share, threads, whole
@@ -81,7 +81,7 @@ def _prompt(options: argparse.Namespace) -> str:
             return decode_text(streams.read(), "standard input")
     except OSError as error:
         name = "standard input" if options.file is None else options.file
-        raise MesaError(f"{name} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
     return _unicode("the prompt", str(options.prompt))
 
 
@@ -89,16 +89,16 @@ def _messages(text: str) -> list[dict[str, Any]]:
     try:
         messages = json.loads(_unicode("--chat", text))
     except json.JSONDecodeError as error:
-        raise MesaError(f"--chat is not valid JSON: {error}") from error
+        raise InputError(f"--chat is not valid JSON: {error}") from error
     except RecursionError as error:
-        raise MesaError("--chat is not a chat: its JSON is nested too deeply") from error
+        raise InputError("--chat is not a chat: its JSON is nested too deeply") from error
     except ValueError as error:  # a number of thousands of digits
-        raise MesaError(f"--chat cannot be read: {error}") from error
+        raise InputError(f"--chat cannot be read: {error}") from error
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise MesaError('--chat must be a list of messages, such as [{"role": "user", "content": "Hi"}]')
+        raise InputError('--chat must be a list of messages, such as [{"role": "user", "content": "Hi"}]')
     for message in messages:
         if not isinstance(message.get("role"), str):
-            raise MesaError('each message of --chat needs a "role" that is a text, such as {"role": "user", ...}')
+            raise InputError('each message of --chat needs a "role" that is a text, such as {"role": "user", ...}')
     return messages
 
 
@@ -107,7 +107,7 @@ def _unicode(name: str, text: str) -> str:
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise MesaError(f"{name} is no UTF-8 text: {error.reason}") from error
+        raise InputError(f"{name} is no UTF-8 text: {error.reason}") from error
 
 
 __all__ = ["add"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mesart.graphs.errors import MesaError
+from mesart.graphs.errors import InputError
 from mesart.scripts import streams
 
 
@@ -23,7 +23,7 @@ def require_outputs(options: argparse.Namespace) -> None:
 
         picture_format(plot)
         if plot == options.json:
-            raise MesaError(f"--json and --plot both name {plot}; each needs a file of its own")
+            raise InputError(f"--json and --plot both name {plot}; each needs a file of its own")
     for path in (options.json, plot):
         if path not in (None, "-"):
             require_file(path)

@@ -110,7 +110,18 @@ def test_ids_that_no_table_has(checkpoint_copy: Path, tmp_path: Path, place: str
     else:
         values["added_tokens"].append({**values["added_tokens"][0], "id": 10**9, "content": "<far>"})
     path.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(MesaError, match="tokenizer.json: a token has the id 1000000000; no vocabulary has 16777216"):
+    with pytest.raises(MesaError, match="tokenizer.json: a token has the id 1000000000; no vocabulary has 16,777,216"):
+        export_model(checkpoint_copy, tmp_path / "bundle", max_tokens=64)
+
+
+def test_rules_that_lengthen_a_text_again_and_again(checkpoint_copy: Path, tmp_path: Path) -> None:
+    """The library follows them as it reads the tokenizer: for each added token."""
+    path = checkpoint_copy / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    rule = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 100}
+    values["normalizer"] = {"type": "Sequence", "normalizers": [rule] * 9}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(MesaError, match=r"tokenizer\.json: the normalizer may make a text .* times as long"):
         export_model(checkpoint_copy, tmp_path / "bundle", max_tokens=64)
 
 

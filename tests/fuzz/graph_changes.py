@@ -272,6 +272,10 @@ def _offsets(rng: Random, header: dict[str, Any]) -> str:
     names = [name for name in header if name != "__metadata__"]
     name, other = rng.choice(names), rng.choice(names)
     entry = header[name]
+    if not all(isinstance(header[it]["data_offsets"], list) for it in (name, other)) or not all(
+        type(number) is int for number in (*entry["data_offsets"], *(entry["shape"] or "x"))
+    ):
+        return "nothing"  # changed before
     start, stop = entry["data_offsets"]
     offsets: tuple[Any, ...] = (
         [start + 4, stop + 4], [start - 4, stop - 4], [start, stop - 4], [start, stop + 4], [stop, start],

@@ -13,8 +13,9 @@ from mesart.graphs import MesaConfig, MesaError
 def test_rule_for_fields_left_out(train_length):
     config = MesaConfig(train_length)
     assert config.head_length == min(128, train_length * 5 // 32)
-    assert config.chunk_length == min(4096, train_length // 2)
+    assert config.chunk_length == min(1024, train_length // 2)
     assert config.tail_min == min(512, train_length * 3 // 16)
+    assert config.tail_max == 512
     assert config.linear_window == min(512, train_length // 8)
     assert (config.stair_width, config.log_n, config.rho) == (None, True, 0.5)
 
@@ -32,6 +33,8 @@ def test_given_fields_are_kept():
         ({"head_length": 0}, "head_length is 0; it must be at least 1"),
         ({"chunk_length": 0}, "chunk_length is 0; it must be at least 1"),
         ({"tail_min": -2}, "tail_min is -2; it must be at least 1"),
+        ({"tail_max": 0}, "tail_max is 0; it must be at least 1"),
+        ({"tail_min": 30, "tail_max": 29}, "tail_max = 29 is less than tail_min = 30; raise it, or lower tail_min"),
         ({"linear_window": -5}, "linear_window is -5; it must be at least 1"),
         ({"stair_width": 0}, "stair_width is 0; it must be at least 1"),
         ({"head_length": 60, "chunk_length": 200}, "lower one of them by 4"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
+from mesart.graphs import errors
 from mesart.graphs.errors import MesaError, first_line, telling_line
 
 # Of OpenVINO 2026.4, as they come.
@@ -56,6 +60,20 @@ def test_the_telling_line_of_openvino(message, reason):
 def test_the_first_line_of_others():
     assert first_line(ValueError("\n  the reason\nand pages\n")) == "the reason"
     assert first_line(ValueError()) == "ValueError"
+
+
+def test_every_error_is_of_a_kind() -> None:
+    """A server answers them differently: 400, 500, 503."""
+    root = Path(errors.__file__).parents[1]
+    folders = [root / name for name in ("export", "graphs", "runtime", "scripts", "evaluation")]
+    made = [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for folder in folders
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "MesaError"
+    ]
+    assert made == []
 
 
 def test_an_error_is_one_printable_line() -> None:

@@ -25,11 +25,13 @@ def configs(draw, fixed_width: bool = False) -> MesaConfig:
     rho = draw(st.floats(0.2, 0.9))
     stair_range = int(rho * train)
     head = draw(st.integers(1, train - 1))
+    tail_min = draw(st.integers(1, train - stair_range))
     return MesaConfig(
         train,
         head_length=head,
         chunk_length=draw(st.integers(1, train - head)),
-        tail_min=draw(st.integers(1, train - stair_range)),
+        tail_min=tail_min,
+        tail_max=draw(st.none() | st.integers(tail_min, train)),
         linear_window=draw(st.integers(1, stair_range - 1)),
         stair_width=draw(st.integers(1, 60)) if fixed_width else None,
         rho=rho,
@@ -76,12 +78,16 @@ def test_a_longer_prompt(config, data):
     check(plan)
     assert plan.head is not None
     assert plan.chunks
-    # Only the last chunk may be short, and only where the whole rest would not fit in the trained range.
+    # Only the last chunk may be short, and only where the whole rest is too long, or leaves the trained range.
     assert all(len(chunk) == config.chunk_length for chunk in plan.chunks[:-1])
     if len(plan.chunks[-1]) < config.chunk_length:
         assert len(plan.tail) == config.tail_min
+        rest = tokens - plan.chunks[-1].start
         longer = Stairs(plan.chunks[-1].start - config.linear_window, plan.stairs.width)
-        assert longer.position(tokens - 1) >= config.train_length
+        is_long = config.tail_max is not None and rest > config.tail_max
+        assert is_long or longer.position(tokens - 1) >= config.train_length
+    if config.tail_max is not None:
+        assert len(plan.tail) <= config.tail_max
 
 
 @given(configs(), st.data())
@@ -109,6 +115,18 @@ def test_a_tail_too_long_for_the_trained_range_hands_a_short_chunk_over():
     plan = Plan.of(config, 24 + 208 * 2 + 40 + 207)  # one token less than another whole chunk
     assert [len(chunk) for chunk in plan.chunks] == [208, 208, 207]
     assert len(plan.tail) == config.tail_min
+
+
+def test_a_tail_longer_than_the_most_hands_a_short_chunk_over():
+    config = MesaConfig(8192)
+    assert (config.chunk_length, config.tail_min, config.tail_max) == (1024, 512, 512)
+    plan = Plan.of(config, 128 + 1024 * 15 + 512)
+    assert ([len(chunk) for chunk in plan.chunks], len(plan.tail)) == ([1024] * 15, 512)
+    plan = Plan.of(config, 128 + 1024 * 15 + 513)
+    assert ([len(chunk) for chunk in plan.chunks], len(plan.tail)) == ([1024] * 15 + [1], 512)
+    paper = dataclasses.replace(config, tail_max=None)
+    plan = Plan.of(paper, 128 + 1024 * 15 + 512 + 1023)
+    assert ([len(chunk) for chunk in plan.chunks], len(plan.tail)) == ([1024] * 15, 512 + 1023)
 
 
 def test_log_n_scales():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mesart.graphs import TorchReference
+from mesart.graphs.manifest import Role
 from mesart.runtime import MesaModel, graphs
 from mesart.runtime.backends import Array
 from mesart.runtime.graphs import SymbolicGraphs
@@ -26,7 +27,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, int]]:
     seen = []
     run = SymbolicGraphs.run
 
-    def noted(self: SymbolicGraphs, role: graphs.Role, bucket: int | None, feeds: Mapping[str, Array]) -> object:
+    def noted(self: SymbolicGraphs, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> object:
         seen.append((role, *feeds["input_ids"].shape, feeds["past_mask"].shape[-1]))
         return run(self, role, bucket, feeds)
 

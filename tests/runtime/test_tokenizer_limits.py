@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from mesart.graphs.errors import MesaError
+from mesart.graphs.tokenizer_limits import within_seconds
 from mesart.runtime.text import Tokenizer, configured_eos_ids, default_sampling
 from mesart.runtime.text_files import TextFiles
-from mesart.runtime.tokenizer_limits import within_seconds
 
 GROWING = base64.b64encode(bytes(4) + b"a" * 999 + b"\0").decode()
 NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000

@@ -12,12 +12,12 @@ import binascii
 import re
 import reprlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from mesart.graphs.errors import MesaError
-from mesart.runtime.text_files import type_name
+from mesart.graphs.errors import BundleError, InputError
+from mesart.graphs.json_file import type_name
 
 T = TypeVar("T")
 
@@ -30,6 +30,7 @@ _FIELD: Final = 4096  # characters of a piece of text in a rule
 _TOKEN: Final = 1 << 16  # characters of a token
 _PIECES: Final = 4096  # special tokens around a text
 _COUNT: Final = 1 << 20  # any whole number in a rule
+_IDS: Final = 1 << 24  # of a vocabulary; the largest have a million. Saving it, the library lists all that are left out
 
 _SECONDS: Final = 3.0
 _CHARACTERS_PER_SECOND: Final = 50_000  # about a tenth of what a slow machine does
@@ -59,7 +60,7 @@ class Limits:
         for section in _SECTIONS:
             rules = list(_objects(values.get(section)))
             if len(rules) > _RULES:
-                raise MesaError(f"{where}: {section} has {len(rules)} rules; {_RULES} are expected at most")
+                raise BundleError(f"{where}: {section} has {len(rules)} rules; {_RULES} are expected at most")
             for rule in rules:
                 _check_rule(rule, f"{where}: {section}")
         _check_template(values.get("post_processor"), where)
@@ -68,7 +69,7 @@ class Limits:
         growths["normalizer"] *= growths.pop("pre_tokenizer")
         growth, section = max((growth, section) for section, growth in growths.items())
         if growth > _GROWTH:
-            raise MesaError(
+            raise BundleError(
                 f"{where}: the {section} may make a text {growth:.3g} times as long; {_GROWTH} is the most allowed"
             )
         return cls(growth)
@@ -80,7 +81,7 @@ class Limits:
             MesaError: the text is too long for rules that lengthen it so much.
         """
         if len(text) * self.growth > _CHARACTERS:
-            raise MesaError(
+            raise InputError(
                 f"{what} may make {self.growth:.3g} times as much of a text, too much for {len(text):,} characters"
             )
         return _SECONDS + len(text) / _CHARACTERS_PER_SECOND
@@ -108,7 +109,7 @@ def within_seconds(seconds: float, what: str, call: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     if not results:
-        raise MesaError(f"{what} was not done after {seconds:.0f} s: its rules take too long for this text")
+        raise BundleError(f"{what} was not done after {seconds:.0f} s: its rules take too long for this text")
     return results[0]
 
 
@@ -131,9 +132,9 @@ def _check_rule(rule: Mapping[str, Any], where: str) -> None:
         elif name == "precompiled_charsmap":
             _check_charsmap(value, where)
         elif isinstance(value, str) and len(value) > _FIELD:
-            raise MesaError(f"{where}: {name[:40]} has {len(value):,} characters; {_FIELD} are expected at most")
+            raise BundleError(f"{where}: {name[:40]} has {len(value):,} characters; {_FIELD} are expected at most")
         elif isinstance(value, int) and abs(value) > _COUNT and name not in ("id", "type_id"):
-            raise MesaError(f"{where}: {name[:40]} is {reprlib.repr(value)}; no more than {_COUNT} is expected")
+            raise BundleError(f"{where}: {name[:40]} is {reprlib.repr(value)}; no more than {_COUNT} is expected")
 
 
 def _check_pattern(pattern: str, where: str) -> None:
@@ -142,7 +143,7 @@ def _check_pattern(pattern: str, where: str) -> None:
         digits = most or least
         repeats *= min(int(digits[:7] or 1), _COUNT) or 1
     if len(pattern) > _PATTERN or repeats > _REPEATS:
-        raise MesaError(f"{where}: the regular expression {pattern[:40]!r}... is larger than any that makes sense")
+        raise BundleError(f"{where}: the regular expression {pattern[:40]!r}... is larger than any that makes sense")
 
 
 def _check_charsmap(value: Any, where: str) -> None:
@@ -150,13 +151,13 @@ def _check_charsmap(value: Any, where: str) -> None:
     try:
         table = base64.b64decode(value, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
-        raise MesaError(f"{where}: precompiled_charsmap is not base64") from error
+        raise BundleError(f"{where}: precompiled_charsmap is not base64") from error
     start = 4 + int.from_bytes(table[:4], "little")
     if start > len(table):
-        raise MesaError(f"{where}: precompiled_charsmap is cut off")
+        raise BundleError(f"{where}: precompiled_charsmap is cut off")
     longest = max(map(len, table[start:].split(b"\0")))
     if longest > _GROWTH:
-        raise MesaError(f"{where}: precompiled_charsmap has a replacement of {longest:,} bytes")
+        raise BundleError(f"{where}: precompiled_charsmap has a replacement of {longest:,} bytes")
 
 
 def _check_template(processor: Any, where: str) -> None:
@@ -174,11 +175,11 @@ def _check_template(processor: Any, where: str) -> None:
             special = [piece["SpecialToken"] for piece in pieces if _has(piece, "SpecialToken")]
             unknown = [it.get("id") for it in special if not (isinstance(it.get("id"), str) and it["id"] in known)]
             if unknown:
-                raise MesaError(f"{where}: post_processor: {name} has the special token {unknown[0]!r:.40}, "
+                raise BundleError(f"{where}: post_processor: {name} has the special token {unknown[0]!r:.40}, "
                                 "which special_tokens lacks")  # fmt: skip
             texts = sum(isinstance(piece, dict) and "Sequence" in piece for piece in pieces)
             if len(special) * longest > _PIECES or texts > 2:
-                raise MesaError(f"{where}: post_processor: {name} adds more to a text than makes sense")
+                raise BundleError(f"{where}: post_processor: {name} adds more to a text than makes sense")
 
 
 def _has(value: Any, name: str) -> bool:
@@ -192,6 +193,7 @@ def _has_list(value: Any, name: str) -> bool:
 def _check_vocabulary(values: Mapping[str, Any], where: str) -> None:
     model = values.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    check_ids(vocabulary.values() if isinstance(vocabulary, dict) else (), where)
     if isinstance(vocabulary, dict):
         longest = max(map(len, vocabulary), default=0)
     elif isinstance(vocabulary, list):  # of pairs of a token and its score
@@ -200,13 +202,25 @@ def _check_vocabulary(values: Mapping[str, Any], where: str) -> None:
     else:
         longest = 0
     added = values.get("added_tokens")
+    check_ids((it.get("id") for it in (added if isinstance(added, list) else []) if isinstance(it, dict)), where)
     for it in added if isinstance(added, list) else []:
         if isinstance(it, dict) and isinstance(it.get("content"), str):
             longest = max(longest, len(it["content"]))
     if isinstance(model, dict):
         _check_rule({name: it for name, it in model.items() if isinstance(it, str | int)}, f"{where}: model")
     if longest > _TOKEN:
-        raise MesaError(f"{where}: a token has {longest:,} characters; {_TOKEN} are expected at most")
+        raise BundleError(f"{where}: a token has {longest:,} characters; {_TOKEN} are expected at most")
+
+
+def check_ids(ids: Iterable[Any], where: str) -> None:
+    """Refuses ids that are no index of any table of embeddings.
+
+    Raises:
+        BundleError: names the largest.
+    """
+    largest = max((index for index in ids if isinstance(index, int)), default=0)
+    if largest >= _IDS:
+        raise BundleError(f"{where}: a token has the id {reprlib.repr(largest)}; no vocabulary has {_IDS:,} tokens")
 
 
 def _growth(section: Any, where: str) -> float:
@@ -227,10 +241,10 @@ def _growth(section: Any, where: str) -> float:
 def _least_match(pattern: Any, where: str) -> float:
     """How many characters a pattern replaces at the least; half of one stands for none: before and after each."""
     if not isinstance(pattern, dict):
-        raise MesaError(f"{where}: pattern is {type_name(pattern)}; an object is expected")
+        raise BundleError(f"{where}: pattern is {type_name(pattern)}; an object is expected")
     if isinstance(pattern.get("String"), str):
         return len(pattern["String"]) or 0.5
     return 0.5
 
 
-__all__ = ["Limits", "within_seconds"]
+__all__ = ["Limits", "check_ids", "within_seconds"]
