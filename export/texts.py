@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.generation import GENERATION_FILE, SamplingConfig, eos_ids, unsupported_settings
-from mesart.graphs.json_file import read_object
+from mesart.graphs.json_file import described
 from mesart.graphs.tokenizer_limits import Limits, check_ids
 from mesart.graphs.user_data import user_data
 
@@ -30,8 +30,7 @@ _VOCABULARIES = ("tokenizer.json", *_SENTENCEPIECE, "tekken.json", "tiktoken.mod
 _SETTINGS = "tokenizer_config.json"
 """A checkpoint that has one of these files has a tokenizer."""
 
-
-_VOCABULARY_BYTES = 256 << 20
+_MOST_BYTES = 256 << 20
 """The largest files of tokenizers have 35 MB."""
 
 
@@ -138,12 +137,20 @@ def _require_vocabulary(folder: Path, *, own_code: bool) -> None:
 
 def _check_limits(folder: Path) -> None:
     """Refuses what would fill the memory, in which the library ends the process."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        Limits.of(read_object(path, _VOCABULARY_BYTES), str(path))
-    path = folder / "vocab.json"
-    if path.is_file():
-        check_ids(read_object(path, _VOCABULARY_BYTES).values(), str(path))
+    for name in ("tokenizer.json", "vocab.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(f"{path} has more than {_MOST_BYTES >> 20} MiB; is it what its name says?")
+        with user_data(f"{path} is damaged"):
+            values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise InputError(f"{path} is damaged: it holds {described(values)} where a JSON object is expected")
+        if name == "tokenizer.json":
+            Limits.of(values, str(path))
+        else:
+            check_ids(values.values(), str(path))
 
 
 def _saved(what: Any, **options: Any) -> dict[str, bytes]:
