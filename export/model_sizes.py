@@ -18,6 +18,7 @@ _SIZES: Final = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), (1, 1 << 16)),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), (0, 1 << 16)),
     **dict.fromkeys(("num_local_experts", "n_routed_experts", "num_experts"), (0, 1 << 16)),
+    "sliding_window": (-1, 1 << 40),
     "num_labels": (0, 1 << 20),  # transformers names each
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "n_inner", "head_dim"), (0, 1 << 28)),
 }

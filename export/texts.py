@@ -178,6 +178,9 @@ def _generation_settings(source: Path) -> bytes:
 
 def _report(source: Path, values: Mapping[str, Any], config: Any, say: Callable[[str], None]) -> None:
     where = source / GENERATION_FILE
+    for name in ("bos_token_id", "pad_token_id"):  # not followed, but transformers stumbles over others
+        if not isinstance(values.get(name), (int, type(None))):
+            raise InputError(f"{where}: {name} is {described(values[name])}; it must be a token id")
     try:
         ignored = unsupported_settings(values)
         followed = {**values, **dict.fromkeys(setting.split("=")[0] for setting in ignored)}

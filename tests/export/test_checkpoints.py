@@ -234,6 +234,7 @@ class TestConfig:
             ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "config.json"),
             ({"rope_parameters": []}, "config.json"),
             ({"text_config": 5}, "text_config is 5"),
+            ({"sliding_window": 1e9}, "sliding_window is 1000000000.0"),
             ({"text_config": {}}, "text_config is an object"),
             ({"model_type": [1]}, "model_type is a list"),
             ({"model_type": [1], "auto_map": {"AutoConfig": "own.Config"}}, "model_type is a list"),

@@ -67,6 +67,7 @@ def test_what_is_not_followed_is_said(checkpoint_copy: Path) -> None:
         (b'{"do_sample": true, "temperature": "hot"}', "generation_config.json: temperature is hot"),
         (b'{"do_sample": 3}', "generation_config.json: do_sample is 3"),
         (b'{"eos_token_id": [[1]]}', "generation_config.json: eos_token_id is"),
+        (b'{"pad_token_id": "x"}', 'generation_config.json: pad_token_id is "x"; it must be a token id'),
         (b"{", "generation_config.json is damaged"),
         (b"\xff", "generation_config.json is damaged"),
         (b'{"a":' * 9999 + b"1" + b"}" * 9999, "generation_config.json is damaged"),

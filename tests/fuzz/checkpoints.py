@@ -334,10 +334,10 @@ def _compare(folder: Path, out: Path, options: Sequence[str]) -> str:
     ids = [token % vocabulary for token in ids]
     with torch.no_grad():
         wanted = model.to(getattr(torch, dtype))(torch.tensor([ids])).logits.float().numpy()
-    with MesaModel.load(out, "torch" if dtype == "bfloat16" else "onnxruntime", threads=1) as loaded:
-        got = loaded.prefill(ids, all_logits=True)
     if not np.isfinite(wanted).all():
         return OTHER
+    with MesaModel.load(out, "torch" if dtype == "bfloat16" else "onnxruntime", threads=1) as loaded:
+        got = loaded.prefill(ids, all_logits=True)
     scale = max(1.0, float(np.abs(wanted).max()))
     tolerance = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}[dtype] if "--quantise" not in options else 0.5
     if got.shape != wanted.shape or float(np.abs(got - wanted).max()) > tolerance * scale:
