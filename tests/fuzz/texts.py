@@ -153,6 +153,8 @@ def _padding(rng: Random, tree: Tree) -> str:
 
 def _model(rng: Random, tree: Tree) -> str:
     model = tree["model"]
+    if not isinstance(model, dict):
+        return "model left"
     vocabulary, merges = model.get("vocab", {}), model.get("merges", [])
     if not isinstance(vocabulary, dict) or not isinstance(merges, list):
         return "model left"
