@@ -127,7 +127,7 @@ def test_a_bundle(
     rows = [line for line in lines if "onnxruntime, float32" in line and line.startswith("|")]
     assert rows[0].startswith(f"| 100 | mesart {bundle().name} (onnxruntime, float32) | ")
     assert rows[0].count(" ms |") == 1
-    assert "| failed: mesart.graphs.errors.MesaError: " in rows[1]
+    assert "| failed: mesart.graphs.errors.InputError: " in rows[1]
     assert lines[-1].endswith(": on onnxruntime, computes and caches in float32")
     assert captured.err.count("round") == 3  # what failed is not tried again
 
