@@ -109,13 +109,14 @@ def generate_text(
     As the harness's own models do, it reads the new tokens by themselves: what a tokenizer leaves out at the beginning
     of a text (often a space) is left out.
     """
-    text, pieces, history = TextStream(tokenizer, stop), [], list(prompt)
+    text, pieces, token = TextStream(tokenizer, stop), [], -1
+    sampler.note(prompt)
     for index in range(count):
-        logits = system.step(history[-1]) if index else system.prefill(prompt, 1)[-1]
-        token = sampler(logits, history)
+        logits = system.step(token) if index else system.prefill(prompt, 1)[-1]
+        token = sampler(logits)
         if token in tokenizer.eos_token_ids:
             break
-        history.append(token)
+        sampler.note([token])
         pieces.append(text.push(token))
         if text.stopped:
             break

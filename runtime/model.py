@@ -263,6 +263,8 @@ class MesaModel:
                 if index == 0:
                     logits = self._begin(executor, self._prompts(prompts), append=append)
                     history = [list(row.tokens) for row in executor.rows]
+                    for sampler, tokens in zip(samplers, history, strict=True):
+                        sampler.note(tokens)
                 elif executor.turn != turn:
                     raise InputError(
                         "another call has changed the cache since this generation's last token; finish one generation "
@@ -271,10 +273,11 @@ class MesaModel:
                 else:
                     logits = executor.step([None if ended[row] else history[row][-1] for row in rows])
                     self._hold([history[row][-1:] if ended[row] else [] for row in rows])
-                chosen = [None if ended[row] else samplers[row](logits[row], history[row]) for row in rows]
+                chosen = [None if ended[row] else samplers[row](logits[row]) for row in rows]
                 for row, token in enumerate(chosen):
                     if token is not None:
                         history[row].append(token)
+                        samplers[row].note([token])
                         ended[row] = token in end
                 self._hold([tokens[-1:] for tokens in history])
                 turn = executor.turn

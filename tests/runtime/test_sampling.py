@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from mesart.graphs.errors import MesaError
-from mesart.runtime.sampling import Sampler, SamplingConfig
+from mesart.runtime.sampling import Sampler, SamplingConfig, _draw
 
 Logits = NDArray[np.float32]
 unit = st.floats(0, 1, width=16)
@@ -42,7 +42,8 @@ logits = arrays.arrays(np.float32, st.integers(1, 60), elements=scores).filter(l
 
 def scattered(sampler: Sampler, drawn: Logits, history: list[int]) -> Logits:
     """The candidates as transformers writes them: ``[V]`` with ``-inf`` for the tokens left out."""
-    ids, kept = sampler.candidates(drawn, history)
+    sampler.note(history)
+    ids, kept = sampler.candidates(drawn)
     full = np.full(drawn.size, -np.inf, dtype=np.float32)
     full[ids] = kept
     return full
@@ -84,6 +85,39 @@ def test_same_as_transformers(config: SamplingConfig, drawn: Logits, history: li
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    drawn=logits,
+    parts=st.lists(st.lists(st.integers(0, 70), max_size=8), max_size=6),
+    penalty=st.floats(0.5, 2),
+    as_array=st.booleans(),
+)
+def test_noted_in_parts(drawn: Logits, parts: list[list[int]], penalty: float, as_array: bool) -> None:
+    """A text that grows, with tokens that come again, is penalised as transformers penalises the whole."""
+    sampler = Sampler(SamplingConfig(temperature=1.0, repetition_penalty=penalty))
+    untouched, text = drawn.copy(), list[int]()
+    scores: Any = torch.from_numpy(drawn)[None]
+    for part in parts:
+        text.extend(part)
+        sampler.note(np.array(part, dtype=np.int64) if as_array else part)
+        ids: Any = torch.tensor([[token for token in text if token < drawn.size]], dtype=torch.long)
+        theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, scores)[0].numpy()
+        np.testing.assert_array_equal(sampler.candidates(drawn)[1], theirs)
+    np.testing.assert_array_equal(drawn, untouched)
+
+
+def test_penalty_beyond_float32() -> None:
+    """Models write the smallest float for tokens that are out; a penalty makes them -inf, which excludes them too."""
+    smallest, largest = np.finfo(np.float32).min, np.finfo(np.float32).max
+    sampler = Sampler(SamplingConfig(repetition_penalty=2.0))
+    sampler.note([0, 1])
+    assert sampler(np.array([smallest, 3, 2], dtype=np.float32)) == 2
+    sampler = Sampler(SamplingConfig(repetition_penalty=0.5))
+    sampler.note([1])
+    with pytest.raises(MesaError, match="token 1 is infinite"):
+        sampler(np.array([0, largest], dtype=np.float32))
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -116,7 +150,33 @@ def test_same_as_generate(values: dict[str, Any]) -> None:
         theirs = processed[0].numpy()
         np.testing.assert_allclose(scattered(sampler, raw[0].numpy(), history), theirs, rtol=1e-6)
         if not values.get("do_sample"):
-            assert sampler(raw[0].numpy(), history) == made.sequences[0, 4 + step]
+            assert sampler(raw[0].numpy()) == made.sequences[0, 4 + step]
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(1, 3000), k=st.integers(1, 200), step=st.sampled_from([0.001, 0.5, 3]), seed=st.integers(0, 99))
+def test_top_k_of_many(size: int, k: int, step: float, seed: int) -> None:
+    """Looking at few tokens first finds what sorting all finds, ties included."""
+    random = np.random.default_rng(seed)
+    drawn = (np.round(random.normal(0, 4, size) / step) * step).astype(np.float32)
+    drawn[random.random(size) < 0.3] = -np.inf
+    drawn[0] = 0
+    ids, _ = Sampler(SamplingConfig(temperature=1.0, top_k=k)).candidates(drawn)
+    np.testing.assert_array_equal(ids, np.flatnonzero(drawn >= np.sort(drawn)[::-1][min(k, size) - 1]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(1, 3000), zeros=st.sampled_from([0, 0.5, 0.999]), seed=st.integers(0, 99))
+def test_draw_of_many(size: int, zeros: float, seed: int) -> None:
+    """Finding the block first draws what the cumulative sum of all draws: exact here, the weights are whole numbers."""
+    random = np.random.default_rng(seed)
+    weights = np.where(random.random(size) < zeros, 0, random.integers(1, 4, size)).astype(np.float32)
+    weights[random.integers(size)] = 1
+    cumulative = np.cumsum(weights.astype(np.float64))
+    for drawn in (0, 0.25, 0.5, 1 - 2**-20, *random.integers(0, 2**20, 20) / 2**20):
+        expected = np.searchsorted(cumulative, cumulative[-1] * (1 - drawn))
+        assert _draw(weights, float(drawn)) == expected
+        assert weights[expected] > 0
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -139,7 +199,8 @@ def test_seed_repeats() -> None:
 def test_greedy_is_the_default() -> None:
     assert Sampler(SamplingConfig())(np.array([0, 3, 3, 1], dtype=np.float32)) == 1
     repeated = Sampler(SamplingConfig(repetition_penalty=2.0))
-    assert repeated(np.array([0, 3, 2, 1], dtype=np.float32), history=np.array([1, 1])) == 2
+    repeated.note(np.array([1, 1]))
+    assert repeated(np.array([0, 3, 2, 1], dtype=np.float32)) == 2
 
 
 def test_large_vocabulary_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,8 +254,10 @@ def test_broken_logits(drawn: list[float], message: str, temperature: float) -> 
 def test_wrong_use() -> None:
     with pytest.raises(ValueError, match=r"shape \[1, 3\]"):
         Sampler(SamplingConfig())(np.zeros((1, 3), dtype=np.float32))
+    sampler = Sampler(SamplingConfig(repetition_penalty=1.1))
     with pytest.raises(ValueError, match="token id -1"):
-        Sampler(SamplingConfig(repetition_penalty=1.1))(np.zeros(3, dtype=np.float32), [2, -1])
+        sampler.note([0, -1])
+    assert sampler(np.array([1, 0.99], dtype=np.float32)) == 0  # nothing was noted
 
 
 def test_unsupported_options_are_named() -> None:
