@@ -34,11 +34,7 @@ from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.manifest import MANIFEST_FILE, Manifest, sha256
 from mesart.graphs.plan import Plan, buckets_up_to
-from mesart.runtime.backends import choose_backend
-from mesart.runtime.executor import Executor
-from mesart.runtime.graphs import SymbolicGraphs
-from mesart.runtime.host_cache import HostCache
-from mesart.runtime.load import read_texts
+from mesart.runtime.load import load_runner, read_texts
 from mesart.runtime.model import MesaModel
 from mesart.runtime.text import Tokenizer
 from mesart.runtime.text_files import TEXT_FILES
@@ -628,14 +624,16 @@ def _open(
         manifest = Manifest.read(folder)
         files = manifest.open_files(folder)
         files.verify(keep=TEXT_FILES)
-        engine, choice = choose_backend(backend, manifest.dtype)
-        graphs = SymbolicGraphs(files, manifest, engine)
+        loaded = load_runner(files, manifest, backend)
+        models: list[MesaModel] = []
 
         def run_bundle(config: MesaConfig, length: int) -> System:
             # The manifest says how to cut; the symbolic graph takes the cuts as they come.
             changed = replace(manifest, config=config, buckets=list(buckets_up_to(config, length)))
-            executor = Executor(changed, HostCache(changed, graphs))
-            return MesaBundle(MesaModel(files, changed, executor, engine.name, engine.device, choice))
+            for model in models:
+                model.clear()  # all have one store
+            models[:] = [MesaModel(files, replace(loaded, manifest=changed))]
+            return MesaBundle(models[0])
 
         if isinstance(manifest.config, BaselineConfig):
             raise InputError(f"{folder} holds {manifest.config.method}; only Mesa has parameters that are tuned here")
@@ -646,7 +644,7 @@ def _open(
                 "export again"
             )
         config = replace(config, short_length=manifest.config.short_length)
-        described = f"{engine.name} on {engine.device}, {manifest.dtype}"
+        described = f"{loaded.backend} on {loaded.device}, {manifest.dtype}"
         tokenizer = Tokenizer.of(read_texts(files).contents, folder)
         return run_bundle, config, tokenizer, described, "bundle", sha256(folder / MANIFEST_FILE)
     if backend not in ("auto", "torch"):

@@ -276,7 +276,7 @@ def _engine_pieces(model: MesaModel, prompt: list[int], forced: list[int]) -> It
     logits = model.prefill(prompt)
 
     def cache() -> tuple[list[Any], list[Any]]:
-        keys, values = model.executor.cache.snapshot(0)
+        keys, values = model.snapshot(0)
         return [_floats(key[None]) for key in keys], [_floats(value[None]) for value in values]
 
     config = model.manifest.config

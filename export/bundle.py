@@ -19,6 +19,7 @@ from mesart.export.contents import bundle_entries
 from mesart.export.disk import explained, require_space, write_new
 from mesart.export.folders import atomic, check_target, require_apart, require_own
 from mesart.export.forms import with_attention
+from mesart.export.paged_forms import with_grouped_attention, with_paged_attention
 from mesart.export.places import place_of_layers
 from mesart.export.quantise import EXPERT, check_groups, choose_quantisation, quantise_products
 from mesart.export.quantised_checkpoint import read_scheme
@@ -35,8 +36,10 @@ from mesart.graphs.manifest import (
     DTYPES,
     ENGINE_FILE,
     ENGINE_PLACE_FILE,
+    GROUPED_FILE,
     MANIFEST_FILE,
     ONNXRUNTIME_FILE,
+    PAGED_FILE,
     SYMBOLIC_FILE,
     FileInfo,
     GraphInfo,
@@ -263,10 +266,15 @@ def _trace(network: Any, config: MesaConfig, buckets: tuple[Bucket, ...]) -> _Gr
         each = {index: places[spec] for index, spec in enumerate(module.layers) if spec in places}
         graphs.add(ENGINE_PLACE_FILE, "engine_place", None, place_of_layers(each))
     graphs.add(SYMBOLIC_FILE, "any", None, with_attention(traced, "split"))
+    paged = with_paged_attention(traced) if config.reach is None else None
+    if paged is not None:
+        graphs.add(PAGED_FILE, "paged", None, paged)
     if next(network.parameters()).dtype != torch.bfloat16:  # which onnxruntime does not compute on CPUs
-        heads = with_attention(traced, "heads")
-        with_rotary_operator(heads)
-        graphs.add(ONNXRUNTIME_FILE, "onnxruntime", None, heads)
+        grouped = with_grouped_attention(traced) if config.reach is None else None
+        name, role = (GROUPED_FILE, "grouped") if grouped is not None else (ONNXRUNTIME_FILE, "onnxruntime")
+        graph = grouped or with_attention(traced, "heads")
+        with_rotary_operator(graph)
+        graphs.add(name, role, None, graph)
     if config.reach is None:  # engines write a cache that grows
         graphs.add(ENGINE_FILE, "engine", None, with_attention(traced, "in_place"))
     fused = with_attention(traced, "fused")

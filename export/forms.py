@@ -59,7 +59,7 @@ def with_attention(traced: ir.Model, form: Form) -> ir.Model:
 
 
 def _replace(model: ir.Model, node: ir.Node, form: Form) -> None:
-    attention = _Attention(model, node, rows=form != "heads")
+    attention = LayerAttention(model, node, rows=form != "heads")
     write: dict[Form, Callable[[], ir.Value]] = {
         "split": attention.split,
         "heads": attention.split,
@@ -73,7 +73,7 @@ def _replace(model: ir.Model, node: ir.Node, form: Form) -> None:
     model.graph.remove(node, safe=True)
 
 
-class _Attention:
+class LayerAttention:
     """The operators of one layer's attention.
 
     Queries that share a key, a group, are ``rows`` of one product, ``[B, K, G * S, D]``, so that no key is repeated; or
@@ -81,7 +81,7 @@ class _Attention:
     """
 
     def __init__(self, model: ir.Model, node: ir.Node, *, rows: bool) -> None:
-        self.model, self.tape, self.rows = model, ir.tape.Tape(), rows
+        self.model, self.node, self.tape, self.rows = model, node, ir.tape.Tape(), rows
         query, key, value, past_key, past_value, past_mask, new_mask = node.inputs[:7]
         assert query is not None and key is not None and value is not None  # noqa: PT018
         assert past_key is not None and past_value is not None  # noqa: PT018
@@ -348,11 +348,11 @@ def attend_to_all_slots(model: ir.Model) -> None:
     model.graph.inputs.remove(columns)
 
 
-def _scalar(attention: _Attention, value: int) -> ir.Value:
+def _scalar(attention: LayerAttention, value: int) -> ir.Value:
     return attention.op("Constant", value_int=value)
 
 
-def _float(attention: _Attention, value: float) -> ir.Value:
+def _float(attention: LayerAttention, value: float) -> ir.Value:
     return attention.op("Constant", value_float=value)
 
 

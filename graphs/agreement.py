@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from mesart.graphs.baseline import BaselineConfig
+from mesart.graphs.bundle_names import BLOCK, PAGED_INPUTS
 from mesart.graphs.config import AUTO
 from mesart.graphs.errors import MesaError
 from mesart.graphs.plan import buckets_up_to
@@ -86,8 +87,9 @@ def _check_roles(manifest: Manifest) -> None:
     for role in needed:
         if role not in found:
             raise Mismatch(f"have none for {_called(*role)}", ".graphs")
+    optional = {("onnxruntime", None), ("paged", None), ("grouped", None)}
     for role in found:
-        if role not in needed and role != ("onnxruntime", None):
+        if role not in needed and role not in optional:
             raise Mismatch(f"have one for {_called(*role)}, which such a bundle does not need", ".graphs")
 
 
@@ -125,6 +127,8 @@ def _sizes(manifest: Manifest, graph: GraphInfo) -> dict[str, int]:
         return {"B": 1, "S": config.head_length, "P": 0, "M": 1}
     if graph.role == "chunk":
         return {"B": 1, "S": config.chunk_length, "P": config.head_length, "M": 1}
+    if graph.role == "paged":
+        return {"B": 1}
     if graph.role not in ("tail", "step"):
         return {}
     past = next(bucket.max_tokens for bucket in manifest.buckets if bucket.chunks == graph.bucket)
@@ -157,11 +161,15 @@ def _inputs(manifest: Manifest, graph: GraphInfo) -> dict[str, tuple[str, Shape]
         "position_ids": ("int64", ["B", "S"]),
         "query_scale": ("float", ["B", 1, "S", 1]),
     }
-    if graph.role != "engine":
+    if graph.role == "paged":
+        tensors |= {name: ("int32", [axis] if axis else []) for name, axis in PAGED_INPUTS.items()}
+    elif graph.role == "grouped":
+        tensors |= {"seqlens_k": ("int32", ["B"]), "total_sequence_length": ("int32", [])}
+    elif graph.role != "engine":
         tensors["new_mask"] = ("float", ["B", 1, "S", "S"])
         tensors["past_mask"] = ("float", ["B", 1, 1, "P"])
     for name, shape in _cache(manifest.layers, "past_key_values", "P"):
-        tensors[name] = (kind, shape)
+        tensors[name] = (kind, shape if graph.role != "paged" else ["N", shape[1], BLOCK, shape[3]])
     return _fixed(tensors, sizes)
 
 
@@ -170,7 +178,9 @@ def _outputs(manifest: Manifest, graph: GraphInfo) -> dict[str, tuple[str, Shape
     if graph.role in ("place", "engine_place"):
         return _placed(manifest, graph, "moved")
     tensors: dict[str, tuple[str, Shape]] = {"logits": ("float", ["B", "M", manifest.model["vocab_size"]])}
-    for name, shape in _cache(manifest.layers, "present", "P" if graph.role == "engine" else "S"):
+    if graph.role == "paged":
+        return _fixed(tensors, _sizes(manifest, graph))
+    for name, shape in _cache(manifest.layers, "present", "P" if graph.role in ("engine", "grouped") else "S"):
         tensors[name] = (_dtype(manifest), shape)
     return _fixed(tensors, _sizes(manifest, graph))
 

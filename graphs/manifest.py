@@ -27,11 +27,15 @@ MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 SYMBOLIC_FILE = "model.onnx"
 ONNXRUNTIME_FILE = "model-onnxruntime.onnx"
+PAGED_FILE = "model-paged.onnx"
+GROUPED_FILE = "model-grouped.onnx"
 ENGINE_FILE = "engine.onnx"
 ENGINE_PLACE_FILE = "engine-place.onnx"
 ENGINES_FOLDER = "engines"
 
-Role = Literal["any", "onnxruntime", "head", "chunk", "tail", "step", "place", "engine", "engine_place"]
+Role = Literal[
+    "any", "onnxruntime", "paged", "grouped", "head", "chunk", "tail", "step", "place", "engine", "engine_place"
+]
 """What a graph computes.
 
 ``any``: the symbolic graph that serves head, chunk, tail and step; ``onnxruntime``: the same, for onnxruntime on CPUs.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,39 @@ class Span:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Compute the head, at its ordinary positions, behind nothing."""
+
+    span: Span
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Compute a chunk at its local positions, behind the head at its ordinary ones."""
+
+    span: Span
+
+
+@dataclass(frozen=True)
+class Rerotate:
+    """Rotate the keys of tokens ``0 .. stop - 1`` to their positions on ``stairs``, from wherever they are."""
+
+    stop: int
+    stairs: Stairs
+
+
+@dataclass(frozen=True)
+class TailSlice:
+    """Compute tokens behind all that come before them, at their positions on ``stairs``."""
+
+    span: Span
+    stairs: Stairs
+
+
+Step: TypeAlias = "Prefix | Chunk | Rerotate | TailSlice"
 
 
 @dataclass(frozen=True)
@@ -159,6 +193,18 @@ class Plan:
         chunks, tail, moved = _cut(config, cached, length, width)
         return cls(config, cached, length, None, chunks, tail, moved)
 
+    def steps(self) -> Iterator[Step]:
+        """What there is to do, in its order; only chunks need nothing of one another.
+
+        A step on tokens may be cut into slices, computed one after the other: each sees all before it in any case.
+        """
+        if self.head is not None:
+            yield Prefix(self.head)
+        for chunk in self.chunks:
+            yield Chunk(chunk)
+        yield Rerotate(self.tail.start, self.stairs)
+        yield TailSlice(self.tail, self.stairs)
+
     def chunk_positions(self, chunk: Span) -> NDArray[np.int64]:
         """Local positions of a chunk's tokens, behind the head, int64 ``[len(chunk)]``."""
         return np.arange(self.config.head_length, self.config.head_length + len(chunk), dtype=np.int64)
@@ -225,4 +271,17 @@ def _require_range(config: MesaConfig, stairs: Stairs, tokens: int) -> None:
     )
 
 
-__all__ = ["Bucket", "Plan", "Span", "all_buckets", "bucket_for", "buckets_up_to", "query_scales"]
+__all__ = [
+    "Bucket",
+    "Chunk",
+    "Plan",
+    "Prefix",
+    "Rerotate",
+    "Span",
+    "Step",
+    "TailSlice",
+    "all_buckets",
+    "bucket_for",
+    "buckets_up_to",
+    "query_scales",
+]

@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from mesart.runtime.engine_imports import import_onnxruntime, import_openvino, l
 from mesart.runtime.engines import PACKAGES
 from mesart.runtime.external_data import require_file_names
 from mesart.runtime.linked_weights import MappedGraph, has_links
+from mesart.runtime.openvino_paged import free_cache_types, paged_attention
 from mesart.runtime.signature import check_signature, onnxruntime_signature, openvino_signature
 
 Array = NDArray[Any]
@@ -61,6 +62,14 @@ class Backend(Protocol):
         ...
 
 
+class PagedGraph(NamedTuple):
+    """The paged graph, opened."""
+
+    graph: OpenVinoGraph
+    storage: type[np.generic]
+    """The numpy type of its cache."""
+
+
 class OnnxRuntimeBackend:
     """onnxruntime: its CUDA provider where present, else the CPU."""
 
@@ -88,13 +97,21 @@ class OnnxRuntimeBackend:
         """Unpacks quantised weights while a graph is loaded: for 8 bits, which its kernels unpack at each run else."""
         self._options.add_session_config_entry("session.disable_quant_qdq", "1")
 
-    def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
+    def _session(self, path: Path, info: GraphInfo | None) -> Any:
         require_file_names(path)
         try:
             session = self._onnxruntime.InferenceSession(os.fspath(path), self._options, providers=self._providers)
         except Exception as error:  # onnxruntime raises kinds of its own, all for a graph that it cannot load
             raise EngineError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
         check_signature(path, info, *onnxruntime_signature(session))
+        return session
+
+    def open_in_place(self, path: Path, info: GraphInfo | None = None) -> OnnxRuntimeInPlace:
+        """Compiles a graph that writes into the caches that it is given."""
+        return OnnxRuntimeInPlace(self._onnxruntime, self._session(path, info), path.name)
+
+    def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
+        session = self._session(path, info)
         names = [output.name for output in session.get_outputs()]
         known = {value.name for value in session.get_inputs()}
 
@@ -106,6 +123,40 @@ class OnnxRuntimeBackend:
             return dict(zip(names, outputs, strict=True))
 
         return run
+
+
+class OnnxRuntimeInPlace:
+    """A loaded graph that reads and writes caches where they lie: each ``present`` is its ``past_key_values``."""
+
+    def __init__(self, onnxruntime: Any, session: Any, name: str) -> None:
+        self._session, self._name = session, name
+        self._value = onnxruntime.OrtValue.ortvalue_from_numpy  # which copies nothing on a CPU
+        self._inputs = [value.name for value in session.get_inputs()]
+        self._outputs = [value.name for value in session.get_outputs()]
+
+    def __call__(self, feeds: Mapping[str, Array], caches: Mapping[str, Array], /) -> dict[str, Array]:
+        values = {name: self._value(array) for name, array in caches.items()}
+        try:
+            binding = self._session.io_binding()
+            for name in self._inputs:
+                cache = values.get(name.removeprefix("past_key_values."))
+                if cache is not None:
+                    binding.bind_ortvalue_input(name, cache)
+                else:
+                    binding.bind_ortvalue_input(name, self._value(np.asarray(feeds[name], order="C")))
+            for name in self._outputs:
+                cache = values.get(name.removeprefix("present."))
+                if cache is not None:
+                    binding.bind_ortvalue_output(name, cache)
+                else:
+                    binding.bind_output(name)
+            self._session.run_with_iobinding(binding)
+            outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+            return {
+                name: value.numpy() for name, value in outputs.items() if name.removeprefix("present.") not in values
+            }
+        except Exception as error:
+            raise EngineError(f"onnxruntime failed in {self._name}: {first_line(error)}") from error
 
 
 class OpenVinoBackend:
@@ -138,10 +189,35 @@ class OpenVinoBackend:
         except (RuntimeError, MemoryError) as error:
             raise EngineError(f"OpenVINO cannot load {path}: {telling_line(error)}") from error
         check_signature(path, info, *openvino_signature(compiled))
-        return _OpenVinoGraph(self._openvino, compiled, path.name, linked)
+        return OpenVinoGraph(self._openvino, compiled, path.name, linked)
+
+    def open_paged(self, path: Path, info: GraphInfo | None = None) -> PagedGraph:
+        """Compiles the paged graph, with OpenVINO's operator for paged attention in the place of ours.
+
+        Raises:
+            MesaError: this version of OpenVINO has no such operator, or another one than is known here.
+        """
+        require_file_names(path)
+        linked = MappedGraph(path) if has_links(path.parent) else None
+        precision = self._options["INFERENCE_PRECISION_HINT"] if self._computes_bfloat16 else "f32"
+        options = self._options | {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
+        try:
+            with paged_attention(self._openvino, self._core):
+                model = self._core.read_model(linked.serialised() if linked else os.fspath(path))
+            check_signature(path, info, *openvino_signature(model))
+            free_cache_types(self._openvino, model)
+            compiled = self._core.compile_model(model, "CPU", options)
+        except (RuntimeError, MemoryError) as error:
+            raise EngineError(f"OpenVINO cannot load {path}: {telling_line(error)}") from error
+        graph = OpenVinoGraph(self._openvino, compiled, path.name, linked)
+        return PagedGraph(graph, np.float32 if precision == "f32" else np.uint16)
+
+    @property
+    def _computes_bfloat16(self) -> bool:
+        return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-class _OpenVinoGraph:
+class OpenVinoGraph:
     """A compiled graph; see :class:`Graph`."""
 
     def __init__(self, openvino: Any, compiled: Any, name: str, linked: MappedGraph | None) -> None:
@@ -152,6 +228,7 @@ class _OpenVinoGraph:
         # A tensor that needs no conversion carries the names of both its ends.
         self._inputs = [(port.get_names(), port) for port in compiled.inputs]
         self._outputs = [(port.get_names(), port) for port in compiled.outputs]
+        self._bound: dict[str, Any] = {}
         self._end: Array | None = None
         """The last number of the first output of the run before, as bits."""
 
@@ -177,6 +254,14 @@ class _OpenVinoGraph:
             )
         return results
 
+    def bind(self, name: str, array: Array) -> None:
+        """Gives an input memory for all runs, which the graph may write into."""
+        port = next(port for names, port in self._inputs if name in names)
+        kind = port.get_element_type()
+        self._bound[name] = tensor = self._openvino.Tensor(array, self._openvino.Shape(array.shape), kind)
+        self._request.set_tensor(port, tensor)
+        self._inputs = [(names, port) for names, port in self._inputs if name not in names]
+
     def _tensors(self, feeds: Mapping[str, Array]) -> dict[str, Any]:
         openvino, tensors = self._openvino, {}
         for names, port in self._inputs:
@@ -186,7 +271,7 @@ class _OpenVinoGraph:
                     f"{self._name} has an input {min(names, default='without a name')!r} that nothing is fed to; "
                     "export the bundle again"
                 )
-            value = np.ascontiguousarray(feeds[name])
+            value = np.asarray(feeds[name], order="C")
             if port.get_element_type() == openvino.Type.bf16:
                 tensors[name] = openvino.Tensor(value, openvino.Shape(value.shape), openvino.Type.bf16)
             else:

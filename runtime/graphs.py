@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
 
 from mesart.graphs.bundle_files import BundleFiles
 from mesart.graphs.errors import InputError
-from mesart.graphs.manifest import Manifest, Role
+from mesart.graphs.manifest import GraphInfo, Manifest, Role
 from mesart.runtime.backends import Array, Backend, Graph
 from mesart.runtime.external_data import check_locations
+from mesart.runtime.kv.store import Positions
+from mesart.runtime.runners.runner import of_shape
+
+G = TypeVar("G")
 
 GRANULE = 64
 """Slots by which a cache grows where the graph leaves its length free."""
@@ -29,13 +36,12 @@ class RoleGraphs(Protocol):
 
     step_batch: int | None
     """Rows that one decoding step takes; ``None``: any number."""
-    last_logits_only: bool
+    is_static: bool
+    """Whether shapes are fixed: heads and chunks have to be whole, and only the last token's logits are there."""
 
     def run(self, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
 
-    def place(self, file: str) -> Graph: ...
-
-    def capacity(self, tokens: int, *, growing: bool = False) -> int:
+    def capacity(self, tokens: int, growing: bool) -> int:
         """Slots for a cache that holds ``tokens`` tokens; more of them if it has just become too small."""
         ...
 
@@ -51,12 +57,12 @@ class RoleGraphs(Protocol):
         """Tokens of a chunk that one run takes."""
         ...
 
-    def chunk_batch(self, chunk_length: int) -> int:
-        """Chunks that one run takes."""
-        ...
-
     def padded(self, role: Role, new: int) -> int:
         """Tokens to which a run of ``new`` tokens is filled up."""
+        ...
+
+    def close(self) -> None:
+        """Frees the engines."""
         ...
 
 
@@ -64,23 +70,22 @@ class SymbolicGraphs:
     """One graph with free axes serves every role: compiled once, weights in memory once, nothing padded."""
 
     step_batch: int | None = None
-    last_logits_only = False
+    is_static = False
 
-    def __init__(self, files: BundleFiles, manifest: Manifest, backend: Backend) -> None:
+    def __init__(self, files: GraphFiles) -> None:
+        manifest, backend = files.manifest, files.backend
         role = backend.graph_role if manifest.has(backend.graph_role) else "any"
-        self._graphs = _GraphFiles(files, manifest, backend)
-        self._graph = self._graphs.open(manifest.graph(role).file)
-        self._place = _Places(self._graphs)
+        self._files = files
+        self._graph: Graph | None = files.open(manifest.graph(role).file)
 
     def run(self, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]:
         del bucket
-        self._graphs.require_weights(role)
+        if role != "step":
+            self._files.require_weights()
+        assert self._graph is not None
         return self._graph(feeds)
 
-    def place(self, file: str) -> Graph:
-        return self._place(file)
-
-    def capacity(self, tokens: int, *, growing: bool = False) -> int:
+    def capacity(self, tokens: int, growing: bool) -> int:
         # Growing by an eighth, so that copies to larger buffers cost O(1) a token.
         slots = tokens + tokens // 8 if growing else tokens
         return (slots // GRANULE + 1) * GRANULE
@@ -96,12 +101,12 @@ class SymbolicGraphs:
     def chunk_slice(self, chunk_length: int) -> int:
         return min(chunk_length, _CHUNK_ROWS)
 
-    def chunk_batch(self, chunk_length: int) -> int:
-        return max(1, _ROWS // self.chunk_slice(chunk_length))
-
     def padded(self, role: Role, new: int) -> int:
         del role
         return new
+
+    def close(self) -> None:
+        self._graph = None
 
 
 class SpecialisedGraphs:
@@ -111,27 +116,23 @@ class SpecialisedGraphs:
     """
 
     step_batch: int | None = 1
-    last_logits_only = True
+    is_static = True
 
-    def __init__(self, files: BundleFiles, manifest: Manifest, backend: Backend, keep: int = 3) -> None:
-        self._manifest, self._keep = manifest, keep
-        self._graphs = _GraphFiles(files, manifest, backend)
+    def __init__(self, files: GraphFiles, keep: int = 3) -> None:
+        self._files, self._manifest, self._keep = files, files.manifest, keep
         self._open: dict[str, Graph] = {}
-        self._place = _Places(self._graphs)
 
     def run(self, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]:
         info = self._manifest.graph(role, bucket if role in ("tail", "step") else None)
-        self._graphs.require_weights(role)
-        graph = self._open.pop(info.file, None) or self._graphs.open(info.file)
+        if role != "step":
+            self._files.require_weights()
+        graph = self._open.pop(info.file, None) or self._files.open(info.file)
         self._open[info.file] = graph
         while len(self._open) > self._keep:
             del self._open[next(iter(self._open))]
         return graph(feeds)
 
-    def place(self, file: str) -> Graph:
-        return self._place(file)
-
-    def capacity(self, tokens: int, *, growing: bool = False) -> int:
+    def capacity(self, tokens: int, growing: bool) -> int:
         del growing  # to the next bucket
         for bucket in self._manifest.buckets:
             if bucket.max_tokens >= tokens:
@@ -152,51 +153,62 @@ class SpecialisedGraphs:
     def chunk_slice(self, chunk_length: int) -> int:
         return chunk_length
 
-    def chunk_batch(self, chunk_length: int) -> int:
-        del chunk_length
-        return 1
-
     def padded(self, role: Role, new: int) -> int:
         del new
         info = self._manifest.graph(role, self._manifest.buckets[0].chunks if role in ("tail", "step") else None)
         return int(info.size("input_ids", 1))
 
+    def close(self) -> None:
+        self._open.clear()
 
-class _GraphFiles:
-    """Opens the graphs of a bundle, now or later, as they were verified."""
+
+class GraphFiles:
+    """Opens the graphs of a bundle on a backend, now or later, as they were verified."""
 
     def __init__(self, files: BundleFiles, manifest: Manifest, backend: Backend) -> None:
-        self._files, self._manifest, self._backend = files, manifest, backend
+        self._files, self.manifest, self.backend = files, manifest, backend
         self._infos = {info.file: info for info in manifest.graphs}
 
     def open(self, file: str) -> Graph:
-        with self._files.unchanged(file, *self._manifest.weight_files, *self._code()):
-            path = self._files.folder / file
-            check_locations(path, self._manifest.weight_files)
-            return self._backend.open(path, self._infos.get(file))
+        return self.open_by(file, self.backend.open)
 
-    def require_weights(self, role: Role) -> None:
-        """Weights are mapped from their files, so whoever writes into them changes the model; asked once a prompt."""
-        if role != "step":
-            self._files.require_not_overwritten(self._manifest.weight_files)
+    def open_by(self, file: str, opened: Callable[[Path, GraphInfo | None], G]) -> G:
+        """What a function makes of a graph's file."""
+        with self._files.unchanged(file, *self.manifest.weight_files, *self._code()):
+            path = self._files.folder / file
+            check_locations(path, self.manifest.weight_files)
+            return opened(path, self._infos.get(file))
+
+    def require_weights(self) -> None:
+        """Weights are mapped from their files, so whoever writes into them changes the model; asked for each prompt."""
+        self._files.require_not_overwritten(self.manifest.weight_files)
 
     def _code(self) -> list[str]:
         """What PyTorch reads beside graphs and weights."""
         return (
             [name for name in self._files.infos if name.endswith((".json", ".py"))]
-            if self._backend.name == "torch"
+            if self.backend.name == "torch"
             else []
         )
 
 
-class _Places:
-    """The graphs that move keys, opened when first needed."""
+class Rotation:
+    """Rotates keys of any layer by the bundle's graphs; see :data:`~mesart.runtime.kv.store.Rotate`."""
 
-    def __init__(self, graphs: _GraphFiles) -> None:
-        self._graphs = graphs
-        self._open: dict[str, Graph] = {}
+    def __init__(self, files: GraphFiles) -> None:
+        self._layers = files.manifest.layers
+        self._graphs = {x.place: files.open(x.place) for x in self._layers if x.place is not None}
 
-    def __call__(self, file: str) -> Graph:
-        if file not in self._open:
-            self._open[file] = self._graphs.open(file)
-        return self._open[file]
+    def __call__(self, layer: int, keys: Array, old: Positions, new: Positions) -> Array:
+        place = self._layers[layer].place
+        if place is None:
+            return keys
+        feeds = {
+            "key": np.ascontiguousarray(keys),
+            "from_ids": np.ascontiguousarray(old),
+            "to_ids": np.ascontiguousarray(new),
+        }
+        return of_shape(self._graphs[place](feeds).get("moved"), keys.shape, "moved", "place")
+
+
+__all__ = ["GraphFiles", "RoleGraphs", "Rotation", "SpecialisedGraphs", "SymbolicGraphs"]

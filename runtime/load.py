@@ -8,23 +8,43 @@ from pathlib import Path
 from typing import get_args
 
 from mesart.graphs.bundle_files import BundleFiles
-from mesart.graphs.errors import BundleError, InputError
+from mesart.graphs.errors import BundleError, EngineError, InputError
 from mesart.graphs.manifest import Flavour, Manifest
-from mesart.runtime.backends import Activations, OnnxRuntimeBackend, TorchBackend, choose_backend
-from mesart.runtime.cache import LiveCache
-from mesart.runtime.device_cache import DeviceCache
+from mesart.runtime.backends import (
+    STORAGE,
+    Activations,
+    OnnxRuntimeBackend,
+    OpenVinoBackend,
+    TorchBackend,
+    choose_backend,
+)
 from mesart.runtime.engines import PACKAGES, Engines, usable_flavour
-from mesart.runtime.graphs import SpecialisedGraphs, SymbolicGraphs
-from mesart.runtime.host_cache import HostCache
+from mesart.runtime.graphs import GraphFiles, Rotation, SpecialisedGraphs, SymbolicGraphs
+from mesart.runtime.kv.device import DeviceStore
+from mesart.runtime.kv.paged import PagedStore
+from mesart.runtime.kv.ring import RingStore
+from mesart.runtime.kv.slab import SlabStore
+from mesart.runtime.kv.store import KvStore
+from mesart.runtime.memory import free_memory, parse_memory
+from mesart.runtime.runners.device import DeviceRunner
+from mesart.runtime.runners.grouped import GroupedRunner, capacity_in_place
+from mesart.runtime.runners.paged import PagedRunner
+from mesart.runtime.runners.runner import Runner
+from mesart.runtime.runners.unfused import UnfusedRunner
 from mesart.runtime.text_files import TEXT_FILES, TextFiles
-from mesart.runtime.window_cache import WindowCache
+
+_MEMORY_SHARE = 0.75
+"""Of the memory that is free beside the weights, what keys and values may take unless something else is asked for."""
+
+_LEAST_MEMORY = 256 << 20
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A bundle ready to run."""
 
-    cache: LiveCache
+    store: KvStore
+    runner: Runner
     manifest: Manifest
     """Of what can run: its buckets are those that there are engines for."""
     backend: str
@@ -54,18 +74,19 @@ def read_texts(files: BundleFiles) -> TextFiles:
     return TextFiles(files.folder, {name: files.read(name) for name in TEXT_FILES if name in files})
 
 
-def load_cache(
+def load_runner(
     files: BundleFiles,
     manifest: Manifest,
     backend: str,
     *,
-    threads: int | None,
-    specialised: bool,
-    verify: bool,
+    threads: int | None = None,
+    specialised: bool = False,
+    verify: bool = True,
     trust_remote_code: bool = False,
     activations: Activations | None = None,
+    kv_memory: int | str | None = None,
 ) -> Loaded:
-    """A live cache on the backend of that name; see :meth:`~mesart.runtime.MesaModel.load` for the arguments.
+    """A runner and its store on the backend of that name; see :meth:`~mesart.runtime.MesaModel.load` for the arguments.
 
     ``auto`` takes TensorRT if the bundle has engines that run here, else the fastest of the others that is installed.
 
@@ -98,10 +119,47 @@ def load_cache(
         engine.unpack_weights()
     if isinstance(engine, TorchBackend):
         engine.trust_remote_code = trust_remote_code
-    graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(files, manifest, engine)
-    cache = (WindowCache if manifest.config.reach is not None else HostCache)(manifest, graphs)
+    memory = parse_memory(kv_memory)
+    if memory is None:
+        memory = max(_LEAST_MEMORY, int(_MEMORY_SHARE * (free_memory() - manifest.weight_bytes)))
+    graph_files = GraphFiles(files, manifest, engine)
+    store, runner, form = _open_runner(graph_files, memory, specialised=specialised)
     choice += f"; the bundle's engines do not run here: {reason}" if reason else ""
-    return Loaded(cache, manifest, engine.name, engine.device, choice)
+    choice += f"; {form}" if form else ""
+    return Loaded(store, runner, manifest, engine.name, engine.device, choice)
+
+
+def _open_runner(files: GraphFiles, memory: int, *, specialised: bool) -> tuple[KvStore, Runner, str]:
+    """The runner that suits backend and bundle, its store, and what is to be said about it."""
+    manifest, engine, note = files.manifest, files.backend, ""
+    layers, storage, rotate = manifest.layers, STORAGE[manifest.dtype], Rotation(files)
+    if isinstance(engine, OpenVinoBackend) and manifest.has("paged") and not specialised:
+        try:
+            opened = files.open_by(manifest.graph("paged").file, engine.open_paged)
+        except EngineError as error:
+            note = f"without paged attention: {error}"
+        else:
+            paged = PagedStore(layers, opened.storage, rotate, memory)
+            for index in range(len(layers)):
+                opened.graph.bind(f"past_key_values.{index}.key", paged.keys[index].array)
+                opened.graph.bind(f"past_key_values.{index}.value", paged.values[index].array)
+            return paged, PagedRunner(manifest, paged, opened.graph, files.require_weights), ""
+    if (
+        isinstance(engine, OnnxRuntimeBackend)
+        and manifest.has("grouped")
+        and engine.device == "cpu"
+        and not specialised
+    ):
+        graph = files.open_by(manifest.graph("grouped").file, engine.open_in_place)
+        slab = SlabStore(layers, storage, rotate, memory, capacity_in_place)
+        return slab, GroupedRunner(manifest, graph, files.require_weights), ""
+    graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(files)
+    reach = manifest.config.reach
+    if reach is not None:
+        slab = RingStore(layers, storage, rotate, memory, graphs.capacity, reach)
+    else:
+        slab = SlabStore(layers, storage, rotate, memory, graphs.capacity)
+    return slab, UnfusedRunner(manifest, slab, graphs), note
 
 
 def _check_rounding(manifest: Manifest, activations: str) -> None:
@@ -131,11 +189,12 @@ def _require_fp8(backend: str, dtype: str, activations: str | None) -> str:
 def _load_engines(files: BundleFiles, manifest: Manifest, flavour: Flavour, choice: str, *, verify: bool) -> Loaded:
     engines = Engines(files, manifest, flavour, verify=verify)
     try:
-        cache = DeviceCache(manifest, engines)
+        store = DeviceStore(manifest, engines)
+        runner = DeviceRunner(manifest, store, engines)
     except BaseException:
         engines.close()
         raise
-    return Loaded(cache, replace(manifest, buckets=engines.buckets(manifest)), flavour, "cuda", choice)
+    return Loaded(store, runner, replace(manifest, buckets=engines.buckets(manifest)), flavour, "cuda", choice)
 
 
-__all__ = ["Loaded", "load_cache", "read_texts", "require_digest"]
+__all__ = ["Loaded", "load_runner", "read_texts", "require_digest"]

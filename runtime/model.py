@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Tokens
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from threading import RLock
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -16,48 +16,49 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mesart.graphs.bundle_files import BundleFiles
-from mesart.graphs.errors import InputError
+from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.manifest import Manifest
-from mesart.graphs.plan import bucket_for
+from mesart.graphs.plan import Plan, bucket_for
 from mesart.runtime.backends import Activations, Array
-from mesart.runtime.device_cache import DeviceCache, DeviceMemory
-from mesart.runtime.executor import Executor
-from mesart.runtime.load import load_cache, read_texts, require_digest
+from mesart.runtime.engine import Engine, Turn
+from mesart.runtime.kv.device import DeviceMemory, DeviceStore
+from mesart.runtime.load import Loaded, load_runner, read_texts, require_digest
+from mesart.runtime.reading import plan_of_turn
 from mesart.runtime.sampling import Sampler, SamplingConfig
+from mesart.runtime.scheduler import Scheduler
+from mesart.runtime.sequence import Sequence
 from mesart.runtime.stream import TextStream
 from mesart.runtime.text import Tokenizer, configured_eos_ids, default_sampling
 from mesart.runtime.text_files import TEXT_FILES
 
 Logits: TypeAlias = NDArray[np.float32]
-Prompt: TypeAlias = "str | Sequence[int]"
+Prompt: TypeAlias = "str | Tokens[int]"
 
 
 class MesaModel:
-    """A bundle on a backend. Holds one live cache, of one prompt or of a batch.
+    """A bundle on a backend, and the text or the batch of texts that it is at.
 
     Made by :meth:`load`; close it, or use it in a ``with`` statement, to free the engine's memory.
 
-    A call that fails leaves the cache as it was before; a failed :meth:`prefill` leaves it empty, as after loading.
-    Calls from several threads wait for each other. There is one cache all the same: a generation whose cache another
-    call has changed meanwhile (another generation, from the same thread or not) ends in a :class:`MesaError` at its
-    next token. A process that is forked after loading has to load the model again.
+    A call that fails leaves the texts as they were before; a failed :meth:`prefill` leaves none, as after loading.
+    Calls from several threads wait for each other. They speak of the same texts all the same: a generation whose texts
+    another call has changed meanwhile (another generation, from the same thread or not) ends in a :class:`MesaError` at
+    its next token. A process that is forked after loading has to load the model again.
 
     Attributes:
         backend: the backend's name, ``device`` where it runs and ``choice`` why it was chosen.
         manifest: what the bundle holds.
+        engine: runs any number of texts side by side; the model's own texts are some of them.
     """
 
-    def __init__(
-        self, files: BundleFiles, manifest: Manifest, executor: Executor, backend: str, device: str, choice: str
-    ) -> None:
-        self.bundle, self.manifest = files.folder, manifest
+    def __init__(self, files: BundleFiles, loaded: Loaded) -> None:
+        self.bundle, self.manifest = files.folder, loaded.manifest
         self._texts = read_texts(files)  # now: the folder may be another bundle's by the time that they are needed
-        self.backend, self.device, self.choice = backend, device, choice
-        self._executor: Executor | None = executor
-        self._lock, self._process = RLock(), os.getpid()
-        # Each row's last generated token, shown but not yet in the cache, if the cache is as it was then.
-        self._unfed: list[list[int]] = []
-        self._unfed_turn = executor.turn
+        self.backend, self.device, self.choice = loaded.backend, loaded.device, loaded.choice
+        self.engine = Engine(loaded.manifest, loaded.store, loaded.runner, Scheduler())
+        self._process = os.getpid()
+        self._live: list[Sequence] = []
+        self._changes = 0  # counts the calls that changed the texts
 
     @classmethod
     def load(
@@ -71,6 +72,7 @@ class MesaModel:
         digest: str | None = None,
         trust_remote_code: bool = False,
         activations: Activations | None = None,
+        kv_memory: int | str | None = None,
     ) -> MesaModel:
         """Opens a bundle.
 
@@ -90,6 +92,8 @@ class MesaModel:
             trust_remote_code: let backend ``torch`` run the Python code that the bundle brings, if it does.
             activations: ``int8`` lets onnxruntime and OpenVINO round activations to 8 bits in front of quantised
                 weights: faster, and not the model that was exported (docs/decoding.md has both in numbers).
+            kv_memory: the most that keys and values of all texts may take, in bytes or as ``"2GiB"``; three quarters of
+                the memory that is free if left out. Engines of ``mesart build`` take what their buckets need.
 
         Raises:
             MesaError: no bundle, another one than ``digest`` says, a missing or altered file, a backend that is unknown
@@ -101,7 +105,7 @@ class MesaModel:
             require_digest(folder, manifest, digest, verify=verify)
         files = manifest.open_files(folder)
         files.verify(contents=verify, keep=TEXT_FILES)
-        it = load_cache(
+        loaded = load_runner(
             files,
             manifest,
             backend,
@@ -110,8 +114,9 @@ class MesaModel:
             verify=verify,
             trust_remote_code=trust_remote_code,
             activations=activations,
+            kv_memory=kv_memory,
         )
-        return cls(files, it.manifest, Executor(it.manifest, it.cache), it.backend, it.device, it.choice)
+        return cls(files, loaded)
 
     def __enter__(self) -> MesaModel:
         return self
@@ -122,19 +127,9 @@ class MesaModel:
         self.close()
 
     def close(self) -> None:
-        """Frees the engine and the cache, after a call that is still computing; the model cannot be used any more."""
-        if os.getpid() != self._process:
-            return  # the engine is the parent's
-        with self._lock:
-            if self._executor is not None:
-                self._executor.cache.close()
-            self._executor = None
-
-    @property
-    def executor(self) -> Executor:
-        if self._executor is None:
-            raise InputError("the model was closed; load it again")
-        return self._executor
+        """Frees the engine and all texts, after a call that is still computing; the model cannot be used any more."""
+        if os.getpid() == self._process:  # else the engine is the parent's
+            self.engine.close()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -155,7 +150,7 @@ class MesaModel:
         """The number of chunks of the bucket that a prompt of ``tokens`` tokens is dispatched to."""
         return bucket_for(self.manifest.config, tokens).chunks
 
-    def prefill(self, input_ids: ArrayLike | Sequence[Sequence[int]], *, all_logits: bool = False) -> Logits:
+    def prefill(self, input_ids: ArrayLike | Tokens[Tokens[int]], *, all_logits: bool = False) -> Logits:
         """Computes a prompt, or a batch of prompts of any lengths; what was in the cache is forgotten.
 
         Args:
@@ -169,44 +164,121 @@ class MesaModel:
             MesaError: an empty prompt, ids outside the vocabulary, a prompt longer than the largest bucket.
         """
         prompts = self._prompts(input_ids)
-        with self._alone() as executor:
-            return np.stack(executor.prefill(prompts, all_logits=all_logits))
+        with self._alone():
+            turns = self._new_turns(prompts, all_logits=all_logits)
+            return self._computed(self._begin(turns), undo_to_nothing=True)
 
-    def extend(self, input_ids: ArrayLike | Sequence[Sequence[int]], *, all_logits: bool = False) -> Logits:
-        """Appends tokens to the live cache, such as a second turn; arguments and result as of :meth:`prefill`.
+    def extend(self, input_ids: ArrayLike | Tokens[Tokens[int]], *, all_logits: bool = False) -> Logits:
+        """Appends tokens to the live texts, such as a second turn; arguments and result as of :meth:`prefill`.
 
-        The text may outgrow the largest bucket, as it may by :meth:`step`, where the graph leaves lengths free.
+        A text may outgrow the largest bucket, as it may by :meth:`step`, where the graph leaves lengths free.
         """
         prompts = self._prompts(input_ids)
-        with self._alone() as executor:
-            self._require_rows(len(prompts))
-            return np.stack(executor.extend(prompts, all_logits=all_logits))
+        with self._alone():
+            return self._computed(self._begin(self._later_turns(prompts, all_logits=all_logits)))
 
     def step(self, token: int | ArrayLike) -> Logits:
-        """Appends one token to each row of the cache; logits of the next, float32 ``[B, 1, V]``."""
+        """Appends one token to each live text; logits of the next, float32 ``[B, 1, V]``."""
         with _token_ids(token):
             column = np.asarray(token).reshape(-1, 1)
         tokens = self._prompts(column)
-        with self._alone() as executor:
-            executor.require_cache()
-            if not executor.rows[0].tokens:
+        with self._alone():
+            if not self._live:
                 raise InputError("step needs a prompt in the cache; call prefill first")
-            self._require_rows(len(tokens))
-            return executor.step([row[0] for row in tokens])[:, None]
+            return self._computed(self._begin(self._later_turns(tokens)))
+
+    def _new_turns(self, prompts: list[list[int]], *, all_logits: bool = False) -> list[Turn]:
+        """Turns of new texts, which take the place of the live ones; those are forgotten."""
+        wanted = self._wanted(
+            [plan_of_turn(self.manifest, None, len(prompt)) for prompt in prompts], prompts, all_logits
+        )
+        for text in self._live:
+            self.engine.close_text(text)
+        self._live = []
+        self._live = [self.engine.open_text() for _ in prompts]
+        return self._turns(prompts, wanted)
+
+    def _later_turns(self, prompts: list[list[int]], *, all_logits: bool = False) -> list[Turn]:
+        """Turns of the live texts; whatever is wrong with one of them is said before anything is changed."""
+        self._require_texts(len(prompts))
+        for text in self._live:
+            text.require_kv()
+        pairs = zip(self._live, prompts, strict=True)
+        plans = [plan_of_turn(self.manifest, text, len(prompt)) for text, prompt in pairs]
+        return self._turns(prompts, self._wanted(plans, prompts, all_logits))
+
+    def _turns(self, prompts: list[list[int]], wanted: int) -> list[Turn]:
+        pairs = zip(self._live, prompts, strict=True)
+        return [Turn(text, np.array(prompt, np.int64), wanted, keep_undo=True) for text, prompt in pairs]
+
+    def _wanted(self, plans: list[Plan], prompts: list[list[int]], all_logits: bool) -> int:
+        """Of how many of the last tokens of each prompt the logits can be had, as one array."""
+        if not all_logits:
+            return 1
+        if self.engine.runner.last_logits_only:
+            raise InputError("these graphs give the last logits only, no all_logits; load the symbolic graph")
+        sizes = {min(len(plan.tail), len(prompt)) for plan, prompt in zip(plans, prompts, strict=True)}
+        if len(sizes) > 1:
+            raise InputError(
+                f"all_logits of a batch needs tails of one length, these have {', '.join(map(str, sorted(sizes)))}; "
+                "run the prompts one by one"
+            )
+        return sizes.pop()
+
+    def _begin(self, turns: list[Turn]) -> list[Turn]:
+        """Queues turns, all or none."""
+        for turn in turns:
+            self._stop_generating(turn.text)
+        added = []
+        try:
+            for turn in turns:
+                added.append(self.engine.add(turn))
+        except BaseException:
+            for turn in added:
+                self.engine.abort(turn)
+            raise
+        self._changes += 1
+        return turns
+
+    def _computed(self, turns: list[Turn], *, undo_to_nothing: bool = False) -> Logits:
+        """The logits ``[B, S, V]`` of turns, once all are computed; if one fails, all are undone."""
+        try:
+            self._run(turns, lambda turn: turn.is_finished)
+            logits = np.stack([turn.logits for turn in turns if turn.logits is not None])
+        except BaseException:
+            self._undo(turns, to_nothing=undo_to_nothing)
+            raise
+        self.engine.settle(turns)
+        return logits
+
+    def _run(self, turns: list[Turn], is_done: Callable[[Turn], bool]) -> None:
+        """Computes until all turns are done; raises the first error."""
+        while not all(turn.is_finished or is_done(turn) for turn in turns):
+            self.engine.step()
+            failed = next((turn for turn in turns if turn.error is not None), None)
+            if failed is not None and failed.error is not None:
+                raise failed.error
+
+    def _undo(self, turns: list[Turn], *, to_nothing: bool) -> None:
+        self.engine.settle(turns, undo=True)
+        if to_nothing:
+            for text in self._live:
+                self.engine.close_text(text)
+            self._live = []
 
     @contextmanager
-    def _alone(self) -> Iterator[Executor]:
+    def _alone(self) -> Iterator[None]:
         """No other thread computes meanwhile."""
         if os.getpid() != self._process:  # before the lock, which another thread of the parent may have held
             raise InputError(
                 "the process was forked after the model was loaded, and an engine's threads do not survive that; "
                 "load the model in the new process"
             )
-        with self._lock:
+        with self.engine.lock:
             try:
-                yield self.executor
+                yield
             except MemoryError as error:
-                raise InputError(
+                raise CapacityError(
                     f"out of memory{f' ({error})' if str(error) else ''}: use fewer rows or shorter prompts, or give "
                     "the process more memory"
                 ) from error
@@ -214,17 +286,35 @@ class MesaModel:
     @property
     def device_memory(self) -> DeviceMemory | None:
         """What the model takes of the GPU's memory now; ``None`` where no engines run it."""
-        cache = self.executor.cache
-        return cache.memory if isinstance(cache, DeviceCache) else None
+        store = self.engine.store
+        return store.memory if isinstance(store, DeviceStore) else None
+
+    def clear(self) -> None:
+        """Forgets the live texts, and frees what they hold."""
+        with self._alone():
+            for text in self._live:
+                self.engine.close_text(text)
+            self._live = []
+            self._changes += 1
+
+    def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:
+        """Copies of a live text's keys and values, ``[K, tokens, D]``, a layer each, as the engine keeps them."""
+        with self._alone():
+            return self.engine.store.read(self._live[row].require_kv())
+
+    @property
+    def texts(self) -> list[Sequence]:
+        """The live texts, a row each; none before the first prompt."""
+        return list(self._live)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens in the cache, a number for each row."""
-        return [len(row.tokens) for row in self.executor.rows]
+        """Tokens of the live texts, a number for each."""
+        return [len(text) for text in self._live] or [0]
 
     def generate_ids(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Tokens[Tokens[int]],
         max_new_tokens: int = 256,
         sampling: SamplingConfig | None = None,
         *,
@@ -245,7 +335,7 @@ class MesaModel:
 
     def _generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Tokens[Tokens[int]],
         max_new_tokens: int,
         sampling: SamplingConfig | None,
         append: bool,
@@ -253,50 +343,69 @@ class MesaModel:
     ) -> Iterator[list[int | None]]:
         """See :meth:`generate_ids`. ``ended``: of each row; the caller may end more of them between two tokens."""
         count = _require_count(max_new_tokens)
-        choice, end, rows = sampling or self.default_sampling, set(self.eos_token_ids), range(len(ended))
+        choice, rows = sampling or self.default_sampling, range(len(ended))
         seeds = [None if choice.seed is None else choice.seed + row for row in rows]
-        samplers = [Sampler(replace(choice, seed=seed)) for seed in seeds]
-        history: list[list[int]] = []
-        turn = 0
-        for index in range(count):
-            with self._alone() as executor:
-                if index == 0:
-                    logits = self._begin(executor, self._prompts(prompts), append=append)
-                    history = [list(row.tokens) for row in executor.rows]
-                    for sampler, tokens in zip(samplers, history, strict=True):
-                        sampler.note(tokens)
-                elif executor.turn != turn:
-                    raise InputError(
-                        "another call has changed the cache since this generation's last token; finish one generation "
-                        "before the next, give both prompts to one, or load the model twice"
-                    )
-                else:
-                    logits = executor.step([None if ended[row] else history[row][-1] for row in rows])
-                    self._hold([history[row][-1:] if ended[row] else [] for row in rows])
-                chosen = [None if ended[row] else samplers[row](logits[row]) for row in rows]
-                for row, token in enumerate(chosen):
-                    if token is not None:
-                        history[row].append(token)
-                        samplers[row].note([token])
-                        ended[row] = token in end
-                self._hold([tokens[-1:] for tokens in history])
-                turn = executor.turn
-            yield chosen
-            if all(ended):
-                return
+        turns: list[Turn] = []
+        changes = 0
+        try:
+            for index in range(count):
+                with self._alone():
+                    if index == 0:
+                        turns = self._begin_generating(self._prompts(prompts), count, choice, seeds, append=append)
+                    elif self._changes != changes:
+                        raise InputError(
+                            "another call has changed the cache since this generation's last token; finish one "
+                            "generation before the next, give both prompts to one, or load the model twice"
+                        )
+                    chosen = self._next_tokens(turns, ended, new=index == 0 and not append)
+                    changes = self._changes
+                yield chosen
+                if all(ended):
+                    return
+        finally:
+            if os.getpid() == self._process:
+                self.engine.settle(turns)
 
-    def _begin(self, executor: Executor, prompts: list[list[int]], *, append: bool) -> Logits:
-        """The logits ``[B, V]`` behind prompts, appended to what was shown or on their own."""
-        if not append:
-            return np.concatenate(executor.prefill(prompts))
-        self._require_rows(len(prompts))
-        if self._unfed and self._unfed_turn == executor.turn:
-            prompts = [[*unfed, *prompt] for unfed, prompt in zip(self._unfed, prompts, strict=True)]
-        return np.concatenate(executor.extend(prompts))
+    def _begin_generating(
+        self,
+        prompts: list[list[int]],
+        count: int,
+        choice: SamplingConfig,
+        seeds: list[int | None],
+        *,
+        append: bool,
+    ) -> list[Turn]:
+        turns = self._later_turns(prompts) if append else self._new_turns(prompts)
+        for turn, seed in zip(turns, seeds, strict=True):
+            turn.sampler = Sampler(replace(choice, seed=seed))
+            turn.max_new_tokens, turn.ends, turn.goes_on = count, frozenset(self.eos_token_ids), True
+            turn.sampler.note([*turn.text.ids, *turn.text.shown, *turn.ids])
+        return self._begin(turns)
 
-    def _hold(self, unfed: list[list[int]]) -> None:
-        """Remembers tokens of each row that were shown and are not in the cache: a later turn begins with them."""
-        self._unfed, self._unfed_turn = unfed, self.executor.turn
+    def _next_tokens(self, turns: list[Turn], ended: list[bool], *, new: bool) -> list[int | None]:
+        """The next token of each turn that has not ended, computed together."""
+        waiting = [turn for turn, end in zip(turns, ended, strict=True) if not end]
+        for turn, end in zip(turns, ended, strict=True):
+            if end:
+                self.engine.abort(turn)
+        for turn in waiting:
+            turn.allowed = len(turn.tokens) + 1
+        try:
+            self._run(waiting, lambda turn: turn.is_paused)
+        except BaseException:
+            self._undo(turns if new else waiting, to_nothing=new)
+            self._changes += 1
+            raise
+        chosen = [turn.tokens[-1] if turn in waiting else None for turn in turns]
+        for row, turn in enumerate(turns):
+            ended[row] = ended[row] or (turn.tokens[-1] in turn.ends)
+        return chosen
+
+    def _stop_generating(self, text: Sequence) -> None:
+        """A generation that nobody goes on with gives way to the next call."""
+        for turn in self.engine.turns_of(text):
+            self.engine.abort(turn)
+            self.engine.settle([turn])
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -310,7 +419,7 @@ class MesaModel:
         prompt: Prompt,
         max_new_tokens: int = 256,
         *,
-        stop: str | Sequence[str] = (),
+        stop: str | Tokens[str] = (),
         append: bool = False,
         sampling: SamplingConfig | None = None,
         **options: Any,
@@ -343,10 +452,10 @@ class MesaModel:
 
     def generate(
         self,
-        prompt: Prompt | Sequence[str],
+        prompt: Prompt | Tokens[str],
         max_new_tokens: int = 256,
         *,
-        stop: str | Sequence[str] = (),
+        stop: str | Tokens[str] = (),
         append: bool = False,
         sampling: SamplingConfig | None = None,
         **options: Any,
@@ -375,7 +484,7 @@ class MesaModel:
                     ended[row] = texts[row].stopped
         return ["".join([*row, text.flush()]) for row, text in zip(pieces, texts, strict=True)]
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int = 256, **options: Any) -> Iterator[str]:
+    def chat(self, messages: Tokens[Mapping[str, Any]], max_new_tokens: int = 256, **options: Any) -> Iterator[str]:
         """Streams the answer to a conversation, put into the bundle's chat template; options as of :meth:`stream`."""
         text = self.tokenizer.apply_chat_template([dict(message) for message in messages])
         return self.stream(self.tokenizer.encode(text, add_special_tokens=False), max_new_tokens, **options)
@@ -394,7 +503,7 @@ class MesaModel:
             raise InputError(f"one text is one list of token ids, got {len(rows)}; generate_ids takes a batch of them")
         return rows[0]
 
-    def _prompts(self, input_ids: ArrayLike | Sequence[Sequence[int]]) -> list[list[int]]:
+    def _prompts(self, input_ids: ArrayLike | Tokens[Tokens[int]]) -> list[list[int]]:
         """The rows of a batch, checked."""
         with _token_ids(input_ids):
             nested = isinstance(input_ids, (list, tuple)) and any(np.ndim(row) for row in input_ids)
@@ -414,12 +523,11 @@ class MesaModel:
                 )
         return [[int(token) for token in row] for row in rows]
 
-    def _require_rows(self, rows: int) -> None:
-        self.executor.require_cache()
-        live = len(self.executor.rows)
+    def _require_texts(self, rows: int) -> None:
+        live = len(self._live)
+        if not live:
+            raise InputError("the cache is empty; call prefill first with a batch")
         if rows != live:
-            if not self.executor.rows[0].tokens:
-                raise InputError("the cache is empty; call prefill first with a batch")
             raise InputError(f"the cache holds {live} prompts, got tokens for {rows}")
 
 

@@ -12,6 +12,7 @@ from mesart.graphs.manifest import GraphInfo, TensorInfo
 _DTYPES = {
     "float": "float32",  # of ONNX and onnxruntime
     "f32": "float32",  # of OpenVINO
+    "i32": "int32",
     "f16": "float16",
     "bf16": "bfloat16",
     "i64": "int64",

@@ -76,17 +76,23 @@ def _fill(model: Any, length: int) -> None:
     """Puts random keys and values where a prompt's would stand."""
     from mesart.graphs.plan import Plan  # noqa: PLC0415
     from mesart.graphs.stairs import ORDINARY  # noqa: PLC0415
-    from mesart.runtime.executor import Row  # noqa: PLC0415
+    from mesart.runtime.kv.paged import PagedStore  # noqa: PLC0415
 
-    cache, config = model.executor.cache, model.manifest.config
-    plan = Plan.extend(config, ORDINARY, 0, length)
-    cache.begin([length])
-    for layer in (*cache.keys, *cache.values):
-        numbers = np.random.default_rng(0).standard_normal(layer.shape[-2:], np.float32)
-        layer[:] = numbers.view(np.uint32) >> 16 if layer.dtype == np.uint16 else numbers  # bfloat16's bits
-    cache.mask[..., :length] = 0
-    cache.positions[:, :length] = plan.stairs.positions(0, length)
-    model.executor.rows = [Row([7] * length, plan.stairs)]
+    model.prefill([7])
+    (text,), store = model.texts, model.engine.store
+    kv: Any = text.require_kv()
+    store.reserve(kv, length + ROOM)
+    paged = isinstance(store, PagedStore)
+    arrays = [pool.array for pool in (*store.keys, *store.values)] if paged else [*kv.slab.keys, *kv.slab.values]
+    for array in arrays:
+        numbers = np.random.default_rng(0).standard_normal(array.shape[-2:], np.float32)
+        # uint16: the bits of bfloat16
+        array[kv.blocks if paged else kv.row] = numbers.view(np.uint32) >> 16 if array.dtype == np.uint16 else numbers
+    plan = Plan.extend(model.manifest.config, ORDINARY, 0, length)
+    kv.length = 0
+    kv.append(plan.stairs.positions(0, length))
+    text.append(np.full(length - 1, 7))
+    text.stairs = plan.stairs
 
 
 def onnxruntime_genai(job: Job) -> Step:

@@ -1,0 +1,1 @@
+"""Where keys and values lie. Memory and nothing else: what computes on them is a runner."""

@@ -1,0 +1,279 @@
+"""Keys and values in blocks of one pool, on the host: a text owns whichever blocks are free, and may share them."""
+
+from __future__ import annotations
+
+import heapq
+import mmap
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesart.graphs.bundle_names import BLOCK
+from mesart.graphs.errors import InputError
+from mesart.graphs.manifest import LayerInfo
+from mesart.graphs.plan import Span
+from mesart.runtime.kv.store import Array, Kv, Positions, Rotate, moved_span, no_room
+
+_ROTATED = 128
+"""Blocks that are rotated at a time: bounds the memory that it takes."""
+
+
+class PagedKv(Kv):
+    """A text's blocks: token ``i`` lies in slot ``i % 32`` of its block ``i // 32``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: NDArray[np.int32] = np.zeros(0, np.int32)
+
+
+class PagedStore:
+    """A pool of blocks ``[N, K, 32, D]`` a layer, for keys and values each; see :class:`~mesart.runtime.kv.store.KvStore`.
+
+    Address space for the whole pool is reserved at once, memory comes as blocks are written and goes as they are freed.
+    A block may belong to several texts, to read: whoever is to change it copies it first.
+    """
+
+    def __init__(self, layers: Sequence[LayerInfo], storage: type[np.generic], rotate: Rotate, memory: int) -> None:
+        self._layers, self._rotate = layers, rotate
+        size = np.dtype(storage).itemsize
+        self.bytes_per_token = size * sum(x.kv_heads * (x.key_size + x.value_size) for x in layers)
+        self._block_bytes = BLOCK * self.bytes_per_token
+        self._count = max(1, min(memory // self._block_bytes, np.iinfo(np.int32).max))
+        self.keys = [_Pool(self._count, (x.kv_heads, BLOCK, x.key_size), storage) for x in layers]
+        self.values = [_Pool(self._count, (x.kv_heads, BLOCK, x.value_size), storage) for x in layers]
+        self._unused: list[int] = []  # a heap of blocks that were in use once
+        self._fresh = 0  # the first block that never was
+        self._owners = np.zeros(64, np.int32)  # of each block that ever was in use
+
+    @property
+    def free_bytes(self) -> int:
+        return self._free_blocks * self._block_bytes
+
+    @property
+    def bytes_in_use(self) -> int:
+        return (self._count - self._free_blocks) * self._block_bytes
+
+    def bytes_missing(self, kv: Kv, tokens: int) -> int:
+        return max(0, -(-tokens // BLOCK) - kv.room // BLOCK) * self._block_bytes
+
+    @property
+    def _free_blocks(self) -> int:
+        return len(self._unused) + self._count - self._fresh
+
+    def allocate(self, tokens: int) -> PagedKv:
+        kv = PagedKv()
+        self.reserve(kv, tokens)
+        return kv
+
+    def reserve(self, kv: Kv, tokens: int) -> None:
+        assert isinstance(kv, PagedKv)
+        missing = -(-tokens // BLOCK) - len(kv.blocks)
+        if missing > 0:
+            kv.blocks = np.concatenate([kv.blocks, self._take(missing)])
+            kv.room = len(kv.blocks) * BLOCK
+
+    def free(self, kv: Kv) -> None:
+        assert isinstance(kv, PagedKv)
+        blocks, kv.blocks, kv.room, kv.length = kv.blocks, kv.blocks[:0], 0, 0
+        self._give(blocks)
+
+    def truncate(self, kv: Kv, length: int) -> None:
+        assert isinstance(kv, PagedKv)
+        kv.length = length
+        # What is not seen has the weight 0, and 0 times NaN is NaN.
+        within = length % BLOCK
+        if within and self._owners[kv.blocks[length // BLOCK]] == 1:
+            for pool in (*self.keys, *self.values):
+                pool.array[kv.blocks[length // BLOCK], :, within:] = 0
+        behind = kv.blocks[-(-length // BLOCK) :]
+        self._clear(behind[self._owners[behind] == 1])
+
+    def checkpoint(self, kv: Kv, tokens: int) -> Callable[[], None]:
+        del tokens
+        length = kv.length  # new tokens have slots of their own
+        return lambda: self.truncate(kv, length)
+
+    def begin_chunk(self, head: Kv, size: int, text: Kv, span: Span) -> PagedKv:
+        assert isinstance(head, PagedKv)
+        assert isinstance(text, PagedKv)
+        chunk = PagedKv()
+        if size % BLOCK == 0 and span.start % BLOCK == 0:  # written where it is to stay
+            own = text.blocks[span.start // BLOCK : -(-span.stop // BLOCK)]
+            chunk.blocks = np.concatenate([head.blocks[: size // BLOCK], own])
+            self._owners[chunk.blocks] += 1
+        else:
+            whole = size // BLOCK
+            new = self._take(-(-(size + len(span)) // BLOCK) - whole)
+            chunk.blocks = np.concatenate([head.blocks[:whole], new])
+            self._owners[chunk.blocks[:whole]] += 1
+            if size % BLOCK:
+                for pool in (*self.keys, *self.values):
+                    pool.array[new[0]] = pool.array[head.blocks[whole]]
+        chunk.room = len(chunk.blocks) * BLOCK
+        chunk.append(head.positions[:size])
+        return chunk
+
+    def end_chunk(self, chunk: Kv, size: int, text: Kv, span: Span) -> None:
+        assert isinstance(chunk, PagedKv)
+        assert isinstance(text, PagedKv)
+        if not (size % BLOCK == 0 and span.start % BLOCK == 0):
+            for pool in (*self.keys, *self.values):
+                _write(pool.array, text.blocks, span.start, _read(pool.array, chunk.blocks, size, size + len(span)))
+        self.free(chunk)
+
+    def copy(self, kv: Kv, length: int) -> PagedKv:
+        assert isinstance(kv, PagedKv)
+        copied = self.allocate(length)
+        count = len(copied.blocks)
+        for pool in (*self.keys, *self.values):
+            pool.array[copied.blocks] = pool.array[kv.blocks[:count]]
+        copied.append(kv.positions[:length])
+        return copied
+
+    def rotate(self, kv: Kv, start: int, positions: Positions) -> None:
+        assert isinstance(kv, PagedKv)
+        old = kv.positions[start : start + len(positions)]
+        first, last = moved_span(old, positions)
+        if first == last:
+            return
+        self._own(kv, (start + first) // BLOCK, -(-(start + last) // BLOCK))
+        done: list[tuple[int, NDArray[np.int32], Positions, Positions]] = []
+        try:
+            for layer, info in enumerate(self._layers):
+                if info.place is not None:
+                    for piece in self._pieces(kv, start + first, old[first:last], positions[first:last]):
+                        rotated = self._rotated(layer, *piece)
+                        kv.torn = True
+                        self.keys[layer].array[piece[0]] = rotated
+                        done.append((layer, *piece))
+                        kv.torn = False
+        except BaseException:
+            torn, kv.torn = kv.torn, True  # until all are back
+            for layer, blocks, before, after in done:
+                self.keys[layer].array[blocks] = self._rotated(layer, blocks, after, before)
+            kv.torn = torn
+            raise
+        kv.place(start + first, positions[first:last])
+
+    def _pieces(
+        self, kv: PagedKv, start: int, old: Positions, new: Positions
+    ) -> list[tuple[NDArray[np.int32], Positions, Positions]]:
+        """Blocks, and old and new positions ``[blocks, 32]``; the same where nothing is to be rotated."""
+        first, last = start // BLOCK, -(-(start + len(old)) // BLOCK)
+        padding = (start - first * BLOCK, last * BLOCK - start - len(old))
+        before, after = (np.pad(positions, padding).reshape(-1, BLOCK) for positions in (old, new))
+        blocks = kv.blocks[first:last]
+        parts = [slice(at, at + _ROTATED) for at in range(0, len(blocks), _ROTATED)]
+        return [(blocks[part], before[part], after[part]) for part in parts]
+
+    def _rotated(self, layer: int, blocks: NDArray[np.int32], old: Positions, new: Positions) -> Array:
+        """Keys of blocks, ``[blocks, K, 32, D]``, from old to new positions."""
+        before = self.keys[layer].array[blocks]
+        after = self._rotate(layer, before, old, new)
+        # Slots that stay where they are keep their bits: rotating by nothing may round.
+        stay = (old == new)[:, None, :, None]
+        return np.where(stay, before, after) if stay.any() else after
+
+    def read(self, kv: Kv) -> tuple[list[Array], list[Array]]:
+        assert isinstance(kv, PagedKv)
+        return (
+            [_read(pool.array, kv.blocks, 0, kv.length) for pool in self.keys],
+            [_read(pool.array, kv.blocks, 0, kv.length) for pool in self.values],
+        )
+
+    def written(self, kv: Kv, start: int, stop: int) -> list[Array]:
+        """Blocks of keys, then of values, in which slots ``start .. stop - 1`` lie; a copy."""
+        assert isinstance(kv, PagedKv)
+        blocks = kv.blocks[start // BLOCK : -(-stop // BLOCK)]
+        return [pool.array[blocks] for pool in (*self.keys, *self.values)]
+
+    def close(self) -> None:
+        self.keys, self.values = [], []
+
+    def _take(self, count: int) -> NDArray[np.int32]:
+        if count > self._free_blocks:
+            size = self._block_bytes
+            raise no_room(count * size, self._free_blocks * size, self._count * size)
+        blocks = [heapq.heappop(self._unused) for _ in range(min(count, len(self._unused)))]
+        more = count - len(blocks)
+        blocks.extend(range(self._fresh, self._fresh + more))
+        self._fresh += more
+        if self._fresh > len(self._owners):
+            self._owners = np.concatenate([self._owners, np.zeros(self._fresh, np.int32)])
+        taken = np.array(blocks, np.int32)
+        self._owners[taken] = 1
+        return taken
+
+    def _give(self, blocks: NDArray[np.int32]) -> None:
+        self._owners[blocks] -= 1
+        unused = np.sort(blocks[self._owners[blocks] == 0])
+        for block in unused.tolist():
+            heapq.heappush(self._unused, block)
+        self._clear(unused)
+
+    def _clear(self, blocks: NDArray[np.int32]) -> None:
+        """Gives the memory of blocks back; they read as zeros then."""
+        blocks = np.sort(blocks)
+        for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
+            if len(run):
+                for pool in (*self.keys, *self.values):
+                    pool.clear(int(run[0]), int(run[-1]) + 1)
+
+    def _own(self, kv: PagedKv, first: int, last: int) -> None:
+        """Copies those of a text's blocks ``first .. last - 1`` that others share."""
+        shared = [index for index in range(first, last) if self._owners[kv.blocks[index]] > 1]
+        if not shared:
+            return
+        new = self._take(len(shared))
+        for pool in (*self.keys, *self.values):
+            pool.array[new] = pool.array[kv.blocks[shared]]
+        blocks = kv.blocks.copy()
+        old, blocks[shared] = blocks[shared], new
+        kv.blocks = blocks
+        self._give(old)
+
+
+class _Pool:
+    """One tensor of blocks ``[N, K, 32, D]`` in address space of its own."""
+
+    def __init__(self, count: int, shape: tuple[int, int, int], storage: type[np.generic]) -> None:
+        self._bytes = int(np.prod(shape)) * np.dtype(storage).itemsize
+        reserved = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        try:
+            self._memory = mmap.mmap(-1, count * self._bytes, flags=reserved)
+        except (OSError, ValueError, OverflowError) as error:
+            raise InputError(
+                f"no address space for {count} blocks of keys and values ({error}); load the model with a smaller "
+                "kv_memory"
+            ) from error
+        self.array: Array = np.frombuffer(self._memory, storage).reshape(count, *shape)
+
+    def clear(self, first: int, last: int) -> None:
+        """Gives the memory of blocks back; they read as zeros then."""
+        start, stop = first * self._bytes, last * self._bytes
+        whole = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if whole[0] < whole[1]:
+            self._memory.madvise(mmap.MADV_DONTNEED, whole[0], whole[1] - whole[0])
+        else:
+            whole = stop, stop
+        flat = np.frombuffer(self._memory, np.uint8)
+        flat[start : whole[0]] = 0
+        flat[whole[1] : stop] = 0
+
+
+def _read(pool: Array, blocks: NDArray[np.int32], start: int, stop: int) -> Array:
+    """Slots ``start .. stop - 1`` of a text, ``[K, S, D]``."""
+    first = start // BLOCK
+    found = pool[blocks[first : -(-stop // BLOCK)]].transpose(1, 0, 2, 3)
+    heads, count, _, size = found.shape
+    return found.reshape(heads, count * BLOCK, size)[:, start - first * BLOCK : stop - first * BLOCK]
+
+
+def _write(pool: Array, blocks: NDArray[np.int32], start: int, new: Array) -> None:
+    """Writes ``[K, S, D]`` into a text's slots from ``start`` on."""
+    slots = np.arange(start, start + new.shape[1])
+    pool[blocks[slots // BLOCK], :, slots % BLOCK] = new.transpose(1, 0, 2)
+
+
+__all__ = ["PagedKv", "PagedStore"]

@@ -1,0 +1,236 @@
+"""Keys and values of texts as rows of one array a layer, on the host: a row's slots lie side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mesart.graphs.manifest import LayerInfo
+from mesart.graphs.plan import Span
+from mesart.runtime.kv.store import Array, Budget, Kv, Positions, Rotate, moved_span
+
+
+class Slab:
+    """Keys ``[R, K, capacity, D]`` and values of each layer; rows beyond a text's length hold zeros, or old numbers."""
+
+    def __init__(self, layers: Sequence[LayerInfo], storage: type[np.generic]) -> None:
+        self._layers, self._storage = layers, storage
+        self.texts: list[SlabKv | None] = []
+        self.capacity = 0
+        self._allocate(0, 0)
+
+    def _allocate(self, rows: int, capacity: int) -> None:
+        # Zeros take memory only once they are written, so rows that are short or unused cost nothing.
+        self.keys: list[Array] = [
+            np.zeros((rows, x.kv_heads, capacity, x.key_size), self._storage) for x in self._layers
+        ]
+        self.values: list[Array] = [
+            np.zeros((rows, x.kv_heads, capacity, x.value_size), self._storage) for x in self._layers
+        ]
+        self.capacity = capacity
+
+    @property
+    def rows(self) -> int:
+        return len(self.texts)
+
+    def add(self, kv: SlabKv, capacity: int) -> None:
+        """Gives a text the first row that is unused, with at least so many slots."""
+        row = next((row for row, text in enumerate(self.texts) if text is None), self.rows)
+        self._grow(max(self.rows, row + 1), max(capacity, self.capacity))
+        kv.slab, kv.row = self, row
+        self.texts[row] = kv
+
+    def grow(self, capacity: int) -> None:
+        self._grow(self.rows, max(capacity, self.capacity))
+
+    def remove(self, row: int) -> None:
+        self.texts[row] = None
+        if not any(self.texts):
+            self.texts = []
+            self._allocate(0, 0)
+
+    def _grow(self, rows: int, capacity: int) -> None:
+        if (rows, capacity) == (self.rows, self.capacity):
+            return
+        old = self.keys, self.values
+        self._allocate(rows, capacity)
+        for before, after in zip(old, (self.keys, self.values), strict=True):
+            for layer in range(len(self._layers)):
+                for row, text in enumerate(self.texts):
+                    if text is not None:
+                        used = slice(min(text.length, before[layer].shape[2]))
+                        after[layer][row, :, used] = before[layer][row, :, used]
+                before[layer] = after[layer][:0]  # one layer at a time is there twice
+        self.texts += [None] * (rows - len(self.texts))
+
+
+class SlabKv(Kv):
+    """A text's row."""
+
+    slab: Slab
+    row: int = -1
+
+
+class SlabStore:
+    """One slab for texts, and one a chunk; see :class:`~mesart.runtime.kv.store.KvStore`.
+
+    Args:
+        capacity: ``(tokens, growing)``: slots for that many tokens; more of them if they have just become too few.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerInfo],
+        storage: type[np.generic],
+        rotate: Rotate,
+        memory: int,
+        capacity: Callable[[int, bool], int],
+    ) -> None:
+        self._layers, self._storage, self._rotate, self._capacity = layers, storage, rotate, capacity
+        self.bytes_per_token = np.dtype(storage).itemsize * sum(
+            x.kv_heads * (x.key_size + x.value_size) for x in layers
+        )
+        self._budget = Budget(memory)
+        self._texts = Slab(layers, storage)
+
+    @property
+    def free_bytes(self) -> int:
+        return self._budget.free
+
+    @property
+    def bytes_in_use(self) -> int:
+        return self._budget.taken
+
+    def bytes_missing(self, kv: Kv, tokens: int) -> int:
+        return max(0, tokens - kv.room) * self.bytes_per_token
+
+    def allocate(self, tokens: int) -> SlabKv:
+        return self._allocate(self._texts, self._capacity(tokens, False))
+
+    def _allocate(self, slab: Slab, slots: int) -> SlabKv:
+        kv = SlabKv()
+        self._budget.take(slots * self.bytes_per_token)
+        try:
+            slab.add(kv, slots)
+        except BaseException:
+            self._budget.give(slots * self.bytes_per_token)
+            raise
+        kv.room = slots
+        return kv
+
+    def reserve(self, kv: Kv, tokens: int) -> None:
+        assert isinstance(kv, SlabKv)
+        if tokens <= kv.room:
+            return
+        slots = self._capacity(tokens, True)
+        more = slots - kv.room
+        if more <= 0:
+            return
+        self._budget.take(more * self.bytes_per_token)
+        try:
+            kv.slab.grow(slots)
+        except BaseException:
+            self._budget.give(more * self.bytes_per_token)
+            raise
+        kv.room = slots
+
+    def free(self, kv: Kv) -> None:
+        assert isinstance(kv, SlabKv)
+        if kv.row >= 0:
+            self._budget.give(kv.room * self.bytes_per_token)
+            kv.slab.remove(kv.row)
+            kv.row, kv.room, kv.length = -1, 0, 0
+
+    def truncate(self, kv: Kv, length: int) -> None:
+        kv.length = length
+
+    def checkpoint(self, kv: Kv, tokens: int) -> Callable[[], None]:
+        del tokens
+        length = kv.length  # new tokens have slots of their own
+        return lambda: self.truncate(kv, length)
+
+    def begin_chunk(self, head: Kv, size: int, text: Kv, span: Span) -> SlabKv:
+        assert isinstance(head, SlabKv)
+        del text
+        chunk = self._allocate(Slab(self._layers, self._storage), size + len(span) + 1)
+        self._copy(head, slice(size), chunk, 0)
+        chunk.append(head.positions[:size])
+        return chunk
+
+    def end_chunk(self, chunk: Kv, size: int, text: Kv, span: Span) -> None:
+        assert isinstance(chunk, SlabKv)
+        assert isinstance(text, SlabKv)
+        self._copy(chunk, slice(size, size + len(span)), text, span.start)
+        self.free(chunk)
+
+    def copy(self, kv: Kv, length: int) -> SlabKv:
+        assert isinstance(kv, SlabKv)
+        copied = self._allocate(Slab(self._layers, self._storage), length)
+        self._copy(kv, slice(length), copied, 0)
+        copied.append(kv.positions[:length])
+        return copied
+
+    def _copy(self, source: SlabKv, slots: slice, target: SlabKv, start: int) -> None:
+        stop = start + slots.stop - (slots.start or 0)
+        for before, after in ((source.slab.keys, target.slab.keys), (source.slab.values, target.slab.values)):
+            for old, new in zip(before, after, strict=True):
+                new[target.row, :, start:stop] = old[source.row, :, slots]
+
+    def rotate(self, kv: Kv, start: int, positions: Positions) -> None:
+        assert isinstance(kv, SlabKv)
+        old = kv.positions[start : start + len(positions)]
+        first, last = moved_span(old, positions)
+        if first == last:
+            return
+        before, after = old[None, first:last], positions[None, first:last]
+        here, done = slice(start + first, start + last), []
+        try:
+            for layer, info in enumerate(self._layers):
+                if info.place is not None:
+                    keys = kv.slab.keys[layer][kv.row : kv.row + 1, :, here]
+                    rotated = self._rotate(layer, keys, before, after)
+                    kv.torn = True
+                    keys[:] = rotated
+                    done.append((layer, keys))
+                    kv.torn = False
+        except BaseException:
+            torn, kv.torn = kv.torn, True  # until all are back
+            for layer, keys in done:
+                keys[:] = self._rotate(layer, keys, after, before)
+            kv.torn = torn
+            raise
+        kv.place(start + first, positions[first:last])
+
+    def write(self, kv: SlabKv, keys: Sequence[Array], values: Sequence[Array], positions: Positions) -> None:
+        """Stores new keys and values ``[K, S, D]``, a layer each, behind those that are there."""
+        start, stop = kv.length, kv.length + len(positions)
+        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+            kv.slab.keys[layer][kv.row, :, start:stop] = key
+            kv.slab.values[layer][kv.row, :, start:stop] = value
+        kv.append(positions)
+
+    def slots_in_use(self, kv: SlabKv) -> int:
+        """The first slots, which are in use."""
+        return kv.length
+
+    def slot_positions(self, kv: SlabKv, slots: int) -> Positions:
+        """Where the keys of the first ``slots`` slots stand, int64; 0 where there is none."""
+        found = np.zeros(slots, np.int64)
+        count = min(slots, kv.length)
+        found[:count] = kv.positions[:count]
+        return found
+
+    def read(self, kv: Kv) -> tuple[list[Array], list[Array]]:
+        assert isinstance(kv, SlabKv)
+        part = slice(kv.length)
+        return (
+            [key[kv.row][:, part].copy() for key in kv.slab.keys],
+            [value[kv.row][:, part].copy() for value in kv.slab.values],
+        )
+
+    def close(self) -> None:
+        self._texts = Slab(self._layers, self._storage)
+
+
+__all__ = ["Slab", "SlabKv", "SlabStore"]

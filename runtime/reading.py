@@ -1,0 +1,233 @@
+"""The computing of one turn: its plan's steps, cut into segments of whatever size there is time for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesart.graphs.errors import InputError
+from mesart.graphs.manifest import Manifest
+from mesart.graphs.plan import Chunk, Plan, Prefix, Rerotate, Span, TailSlice, query_scales
+from mesart.graphs.stairs import ORDINARY
+from mesart.runtime.kv.store import Kv, KvStore
+from mesart.runtime.runners.runner import Logits, Phase, Runner, Segment
+from mesart.runtime.sequence import Sequence
+
+_ROTATED = 4096
+"""Keys that are rotated between two runs: so that other texts need not wait for all of a long one."""
+
+
+class Reading:
+    """Appends tokens to a text. Says what to run next, and is told what came of it.
+
+    Until :meth:`commit` everything can be undone.
+
+    Args:
+        ids: int64 ``[S]``, at least one.
+        wanted: of how many of the last of them the logits are wanted.
+    """
+
+    def __init__(
+        self, manifest: Manifest, store: KvStore, runner: Runner, text: Sequence, ids: NDArray[np.int64], wanted: int
+    ) -> None:
+        self._config, self._store, self._runner, self._text = manifest.config, store, runner, text
+        self.plan = plan_of_turn(manifest, text, len(ids))
+        self._shown = text.shown
+        self._ids = np.concatenate([text.ids, ids])
+        self._steps = deque(self.plan.steps())
+        self._wanted = wanted
+        self._logits: list[Logits] = []
+        self._old = text.require_kv()
+        self._before = len(text), text.stairs
+        self._chunks: list[tuple[Chunk, Kv]] = []  # those that are being computed
+        self._head: Kv | None = None  # what they begin with, where that is a copy
+        if self.plan.start < len(text):  # all of it is computed again
+            self._kv = store.allocate(self.plan.length)
+            self._bring_back: Callable[[], None] = lambda: None
+        else:
+            self._kv = self._old
+            store.reserve(self._kv, self.plan.length)
+            self._bring_back = store.checkpoint(self._kv, len(ids))
+        text.shown = []
+
+    @property
+    def is_done(self) -> bool:
+        return not self._steps
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all there is to compute is one token."""
+        return self.plan.start > 0 and self.plan.length - self.plan.start == 1
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are still to be computed."""
+        return self.plan.length - self._kv.length - sum(kv.length - self._config.head_length for _, kv in self._chunks)
+
+    @property
+    def logits(self) -> Logits:
+        """Float32 ``[wanted, V]``, once all is computed."""
+        return np.concatenate(self._logits)
+
+    def next(self, budget: int) -> list[Segment]:
+        """What to run next, of about ``budget`` tokens at most; nothing where keys were rotated instead."""
+        step = self._steps[0]
+        if isinstance(step, Rerotate):
+            self._rotate(step)
+            return []
+        if isinstance(step, Chunk):
+            return self._next_chunks(budget)
+        span = step.span
+        start = max(self._kv.length, span.start)
+        phase: Phase = "prefix" if isinstance(step, Prefix) else "decode" if self.is_decoding else "tail"
+        stop = min(span.stop, start + self._slice(phase, start, budget))
+        stairs = step.stairs if isinstance(step, TailSlice) else ORDINARY
+        return [self._segment(phase, self._kv, Span(start, stop), stairs.positions(start, stop))]
+
+    def done(self, segments: list[Segment], logits: list[Logits]) -> None:
+        """What :meth:`next` gave has been run."""
+        self._logits += [part for part in logits if len(part)]
+        step = self._steps[0]
+        if isinstance(step, Chunk):
+            self._end_chunks()
+        elif segments and self._kv.length == step.span.stop:  # type: ignore[union-attr]
+            self._steps.popleft()
+        if self.is_done:
+            self._text.append(self._ids[len(self._text) :])
+            self._text.stairs = self.plan.stairs
+            self._text.kv = self._kv
+
+    def commit(self) -> None:
+        """It cannot be undone any more, and what was kept for that is freed."""
+        if self._old is not self._kv:
+            self._store.free(self._old)
+        self._old = self._kv
+
+    def undo(self) -> None:
+        """The text is as it was before, also after the last step."""
+        for _, chunk in self._chunks:
+            self._store.free(chunk)
+        self._chunks.clear()
+        self._free_head()
+        self._steps.clear()
+        length, stairs = self._before
+        self._text.truncate(length)
+        self._text.shown = self._shown
+        self._text.stairs, self._text.kv = stairs, self._old
+        if self._old is not self._kv:
+            self._store.free(self._kv)
+            return
+        self._bring_back()
+        if not self._kv.torn:
+            kv = self._kv
+            kv.torn = True  # until its keys are where they were
+            self._store.rotate(kv, 0, stairs.positions(0, length))
+            kv.torn = False
+
+    def _rotate(self, step: Rerotate) -> None:
+        """Rotates some of the keys that are not yet where they are to be, from the last to the first."""
+        positions = step.stairs.positions(0, step.stop)
+        wrong = np.flatnonzero(self._kv.positions[: step.stop] != positions)
+        if len(wrong):
+            start = max(int(wrong[0]), int(wrong[-1]) + 1 - _ROTATED)
+            self._store.rotate(self._kv, start, positions[start : int(wrong[-1]) + 1])
+            if int(wrong[0]) < start:
+                return
+        self._steps.popleft()
+
+    def _next_chunks(self, budget: int) -> list[Segment]:
+        """The next slice of a chunk that has begun, or as many whole chunks as there is time for."""
+        if not self._chunks:
+            self._begin_chunks(budget)
+        segments, size = [], self._config.head_length
+        for chunk, kv in self._chunks:
+            done = kv.length - size
+            count = min(len(chunk.span) - done, self._slice("chunk", kv.length, budget))
+            span = Span(chunk.span.start + done, chunk.span.start + done + count)
+            segments.append(self._segment("chunk", kv, span, ORDINARY.positions(size + done, size + done + count)))
+        return segments
+
+    def _begin_chunks(self, budget: int) -> None:
+        size = self._config.head_length
+        for step in self._steps:
+            if not isinstance(step, Chunk) or (self._chunks and len(step.span) > budget):
+                break
+            head = self._local_head()
+            self._chunks.append((step, self._store.begin_chunk(head, size, self._kv, step.span)))
+            budget -= len(step.span)
+
+    def _end_chunks(self) -> None:
+        """Brings what is computed to its place, if that is all that was begun."""
+        size = self._config.head_length
+        if any(kv.length - size < len(chunk.span) for chunk, kv in self._chunks):
+            return
+        while self._chunks:
+            chunk, kv = self._chunks[0]
+            positions = kv.positions[size:].copy()
+            self._store.end_chunk(kv, size, self._kv, chunk.span)
+            self._chunks.pop(0)
+            self._kv.append(positions)
+            self._steps.popleft()
+        if not isinstance(self._steps[0], Chunk):
+            self._free_head()
+
+    def _local_head(self) -> Kv:
+        """The text's head at its ordinary positions: chunks see it there, wherever it stands in a later turn."""
+        size = self._config.head_length
+        local = ORDINARY.positions(0, size)
+        if np.array_equal(self._kv.positions[:size], local):
+            return self._kv
+        if self._head is None:
+            head = self._store.copy(self._kv, size)
+            try:
+                self._store.rotate(head, 0, local)
+            except BaseException:
+                self._store.free(head)
+                raise
+            self._head = head
+        return self._head
+
+    def _free_head(self) -> None:
+        if self._head is not None:
+            self._store.free(self._head)
+            self._head = None
+
+    def _slice(self, phase: Phase, past: int, budget: int) -> int:
+        """Tokens of the next run: fewer than there is time for only where the graph takes no more."""
+        most = self._runner.slice_length(phase, past)
+        return most if self._runner.whole_slices and phase in ("prefix", "chunk") else max(1, min(most, budget))
+
+    def _segment(self, phase: Phase, kv: Kv, span: Span, positions: NDArray[np.int64]) -> Segment:
+        first_wanted = self.plan.length - self._wanted
+        tail = phase in ("tail", "decode")
+        scales = query_scales(self._config, span) if tail else np.ones(len(span), np.float32)
+        wanted = max(0, span.stop - max(span.start, first_wanted)) if tail else 0
+        return Segment(phase, kv, self._ids[span.start : span.stop], positions, scales, wanted)
+
+
+def plan_of_turn(manifest: Manifest, text: Sequence | None, tokens: int) -> Plan:
+    """The plan of a turn: of ``text``, or with ``None`` of a new one.
+
+    Raises:
+        MesaError: a first prompt longer than the largest bucket.
+    """
+    if text is None or not len(text):
+        largest = manifest.buckets[-1].max_tokens
+        if tokens > largest:
+            if tokens <= manifest.max_tokens:
+                raise InputError(
+                    f"a prompt of {tokens} tokens is longer than the largest bucket that engines were built for, "
+                    f"{largest} tokens; run `mesart build` with --max-tokens {tokens}, or without it"
+                )
+            raise InputError(
+                f"a prompt of {tokens} tokens is longer than the largest bucket of this bundle, {largest} tokens; "
+                f"export again with --max-tokens {tokens}"
+            )
+        return Plan.of(manifest.config, tokens)
+    return Plan.extend(manifest.config, text.stairs, len(text), tokens)
+
+
+__all__ = ["Reading", "plan_of_turn"]

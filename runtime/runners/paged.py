@@ -1,0 +1,104 @@
+"""Any mix of segments in one run, on blocks: for engines with an operator for paged attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from mesart.graphs.bundle_names import BLOCK
+from mesart.graphs.manifest import Manifest
+from mesart.runtime.kv.paged import PagedKv, PagedStore
+from mesart.runtime.kv.store import Array
+from mesart.runtime.runners.runner import Logits, Phase, Segment, of_shape, require_keys, require_numbers
+
+_TOKENS = 1024
+"""New tokens that fill a CPU; the operator holds no scores of them all, so more would cost activations only."""
+
+
+class PagedRunner:
+    """Runs the bundle's paged graph; see :class:`~mesart.runtime.runners.runner.Runner`.
+
+    Args:
+        graph: maps the small inputs to outputs; the blocks of ``store`` are bound to it.
+        check: asked before each run that reads a prompt: whether weights are what they were.
+    """
+
+    last_logits_only = False
+    whole_slices = False
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: PagedStore,
+        graph: Callable[[Mapping[str, Array]], dict[str, Array]],
+        check: Callable[[], None],
+    ) -> None:
+        self._manifest, self._store, self._graph, self._check = manifest, store, graph, check
+        self._vocabulary = int(manifest.model["vocab_size"])
+
+    def slice_length(self, phase: Phase, past: int) -> int:
+        del phase, past
+        return _TOKENS
+
+    def run(self, segments: Sequence[Segment]) -> list[Logits]:
+        if any(segment.phase != "decode" for segment in segments):
+            self._check()
+        phase = segments[0].phase
+        wanted = _wanted(segments)
+        logits = of_shape(
+            self._graph(_feeds(segments, wanted)).get("logits"), (1, len(wanted), self._vocabulary), "logits", phase
+        )[0]
+        for segment in segments:
+            start = segment.kv.length
+            require_keys(self._store.written(segment.kv, start, start + len(segment)), segment.phase, self._manifest)
+        require_numbers(logits, phase, self._manifest)
+        results, at = [], 0
+        for segment in segments:
+            results.append(np.array(logits[at : at + segment.wanted]))
+            at += segment.wanted
+        for segment in segments:
+            segment.kv.append(segment.positions)
+        return results
+
+    def close(self) -> None:
+        self._graph = _closed
+
+
+def _closed(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    raise ValueError("the runner was closed")
+
+
+def _wanted(segments: Sequence[Segment]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Indices of the tokens whose logits are wanted, among those of all segments; at least one."""
+    ends = np.cumsum([len(segment) for segment in segments])
+    parts = [np.arange(end - segment.wanted, end) for end, segment in zip(ends, segments, strict=True)]
+    indices = np.concatenate(parts).astype(np.int64)
+    return indices if len(indices) else np.array([ends[-1] - 1], np.int64)
+
+
+def _feeds(segments: Sequence[Segment], wanted: Array) -> dict[str, Array]:
+    lengths = [segment.kv.length + len(segment) for segment in segments]
+    blocks = []
+    for segment, length in zip(segments, lengths, strict=True):
+        assert isinstance(segment.kv, PagedKv)
+        blocks.append(segment.kv.blocks[: -(-length // BLOCK)])
+    return {
+        "input_ids": np.concatenate([segment.ids for segment in segments])[None],
+        "position_ids": np.concatenate([segment.positions for segment in segments])[None],
+        "query_scale": np.concatenate([segment.scales for segment in segments])[None, None, :, None],
+        "logits_at": wanted,
+        "past_lens": np.array([segment.kv.length for segment in segments], np.int32),
+        "subsequence_begins": _edges(map(len, segments)),
+        "block_indices": np.concatenate(blocks),
+        "block_indices_begins": _edges(map(len, blocks)),
+        "max_context_len": np.array(max(lengths), np.int32),
+    }
+
+
+def _edges(sizes: Iterable[int]) -> Array:
+    """Where each of consecutive parts begins, and the last ends."""
+    return np.cumsum([0, *sizes]).astype(np.int32)
+
+
+__all__ = ["PagedRunner"]

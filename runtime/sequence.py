@@ -1,0 +1,67 @@
+"""One live text: its tokens, where they stand, and where their keys and values lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesart.graphs.errors import EngineError, InputError
+from mesart.graphs.stairs import ORDINARY, Stairs
+
+if TYPE_CHECKING:
+    from mesart.runtime.kv.store import Kv
+
+
+class Sequence:
+    """A live text of an engine.
+
+    Attributes:
+        kv: the keys and values of its tokens; ``None`` once it has been closed.
+        stairs: where its tokens stand.
+        shown: tokens that were given out and not computed yet: the next turn begins with them.
+    """
+
+    def __init__(self, kv: Kv) -> None:
+        self.kv: Kv | None = kv
+        self.stairs: Stairs = ORDINARY
+        self.shown: list[int] = []
+        self._ids = np.zeros(0, np.int64)
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """All tokens whose keys are there, int64 ``[T]``; a view that the next turn leaves alone."""
+        return self._ids[: self._length]
+
+    def append(self, ids: Tokens[int] | NDArray[np.int64]) -> None:
+        start, stop = self._length, self._length + len(ids)
+        if stop > len(self._ids):
+            grown = np.zeros(stop + stop // 2, np.int64)
+            grown[:start] = self._ids[:start]
+            self._ids = grown
+        self._ids[start:stop] = ids
+        self._length = stop
+
+    def truncate(self, length: int) -> None:
+        self._length = length
+
+    def require_kv(self) -> Kv:
+        """Its keys and values, if it can go on.
+
+        Raises:
+            MesaError: it was closed, or an interrupted call left keys half written.
+        """
+        if self.kv is None:
+            raise InputError("this text was closed or aborted; begin a new one")
+        if self.kv.torn:
+            raise EngineError("keys of the text are half written since a call was interrupted; begin a new one")
+        return self.kv
+
+
+__all__ = ["Sequence"]
