@@ -183,7 +183,7 @@ class MesaModel:
             column = np.asarray(token).reshape(-1, 1)
         tokens = self._prompts(column)
         with self._alone():
-            if not self._live:
+            if not any(self.lengths):
                 raise InputError("step needs a prompt in the cache; call prefill first")
             return self._computed(self._begin(self._later_turns(tokens)))
 
@@ -524,6 +524,8 @@ class MesaModel:
         return [[int(token) for token in row] for row in rows]
 
     def _require_texts(self, rows: int) -> None:
+        if not self._live and rows == 1:
+            self._live = [self.engine.open_text()]  # to append to nothing is to begin
         live = len(self._live)
         if not live:
             raise InputError("the cache is empty; call prefill first with a batch")

@@ -35,7 +35,7 @@ class PagedStore:
     """
 
     def __init__(self, layers: Sequence[LayerInfo], storage: type[np.generic], rotate: Rotate, memory: int) -> None:
-        self._layers, self._rotate = layers, rotate
+        self._layers, self.rotation = layers, rotate
         size = np.dtype(storage).itemsize
         self.bytes_per_token = size * sum(x.kv_heads * (x.key_size + x.value_size) for x in layers)
         self._block_bytes = BLOCK * self.bytes_per_token
@@ -170,7 +170,7 @@ class PagedStore:
     def _rotated(self, layer: int, blocks: NDArray[np.int32], old: Positions, new: Positions) -> Array:
         """Keys of blocks, ``[blocks, K, 32, D]``, from old to new positions."""
         before = self.keys[layer].array[blocks]
-        after = self._rotate(layer, before, old, new)
+        after = self.rotation(layer, before, old, new)
         # Slots that stay where they are keep their bits: rotating by nothing may round.
         stay = (old == new)[:, None, :, None]
         return np.where(stay, before, after) if stay.any() else after

@@ -87,7 +87,7 @@ class SlabStore:
         memory: int,
         capacity: Callable[[int, bool], int],
     ) -> None:
-        self._layers, self._storage, self._rotate, self._capacity = layers, storage, rotate, capacity
+        self._layers, self._storage, self.rotation, self._capacity = layers, storage, rotate, capacity
         self.bytes_per_token = np.dtype(storage).itemsize * sum(
             x.kv_heads * (x.key_size + x.value_size) for x in layers
         )
@@ -189,7 +189,7 @@ class SlabStore:
             for layer, info in enumerate(self._layers):
                 if info.place is not None:
                     keys = kv.slab.keys[layer][kv.row : kv.row + 1, :, here]
-                    rotated = self._rotate(layer, keys, before, after)
+                    rotated = self.rotation(layer, keys, before, after)
                     kv.torn = True
                     keys[:] = rotated
                     done.append((layer, keys))
@@ -197,7 +197,7 @@ class SlabStore:
         except BaseException:
             torn, kv.torn = kv.torn, True  # until all are back
             for layer, keys in done:
-                keys[:] = self._rotate(layer, keys, after, before)
+                keys[:] = self.rotation(layer, keys, after, before)
             kv.torn = torn
             raise
         kv.place(start + first, positions[first:last])

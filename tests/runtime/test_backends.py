@@ -56,7 +56,7 @@ def reference(checkpoint, mesa_config) -> TorchReference:
 
 def takes_all_logits(model: MesaModel) -> bool:
     """Specialised graphs compute the last token's logits only."""
-    return not model.executor.cache.last_logits_only
+    return not model.engine.runner.last_logits_only
 
 
 class TestEqualsTheReference:

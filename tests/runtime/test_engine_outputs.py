@@ -13,7 +13,7 @@ import pytest
 
 from mesart.graphs import MesaError
 from mesart.runtime import MesaModel
-from mesart.runtime.cache import require_keys
+from mesart.runtime.runners.runner import require_keys
 
 IDS = [3 + index % 300 for index in range(100)]
 OUTPUTS = ["logits", "present.0.key", "present.1.value"]
