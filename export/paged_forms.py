@@ -50,8 +50,8 @@ def with_paged_attention(traced: ir.Model) -> ir.Model | None:
         for cache in (attention.past_key, attention.past_value):
             assert cache.shape is not None
             cache.shape = ir.Shape(["N", attention.kv_heads, BLOCK, cache.shape[3]])
-    model.opset_imports[PAGED_DOMAIN] = 1
     _without_masks(model)
+    model.opset_imports[PAGED_DOMAIN] = 1  # the domain of the traced operator too, which is gone
     return specialise(model, {"B": 1})
 
 

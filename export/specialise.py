@@ -29,9 +29,11 @@ def specialise(symbolic: ir.Model, sizes: dict[str, int]) -> ir.Model:
 
 
 def _fixed(dim: int | ir.SymbolicDim, sizes: dict[str, int]) -> int | ir.SymbolicDim | None:
-    if isinstance(dim, ir.SymbolicDim):
-        return sizes.get(str(dim.value)) if dim.value is not None else None
-    return dim
+    if not isinstance(dim, ir.SymbolicDim):
+        return dim
+    name = str(dim.value)
+    # An axis that stays free keeps its name; a sum of axes is found anew.
+    return sizes.get(name, dim if dim.value is not None and name.isidentifier() else None)
 
 
 def _join_without_empty(model: ir.Model) -> None:

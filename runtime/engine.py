@@ -78,7 +78,7 @@ class Engine:
     def open_text(self) -> Sequence:
         """A new text without tokens."""
         with self.lock:
-            self._require_open()
+            self.require_open()
             return Sequence(self.store.allocate(0))
 
     def close_text(self, text: Sequence) -> None:
@@ -98,7 +98,7 @@ class Engine:
             MesaError: the engine or the text is closed, the text has a turn already, or the prompt is too long.
         """
         with self.lock:
-            self._require_open()
+            self.require_open()
             turn.text.require_kv()
             if any(other.text is turn.text for other in self._turns()):
                 raise InputError("this text has a turn that has not ended; wait for it, or abort it")
@@ -147,7 +147,7 @@ class Engine:
             MesaError: the engine is closed.
         """
         with self.lock:
-            self._require_open()
+            self.require_open()
             before = self._turns()
             self._admit()
             started = time.perf_counter()
@@ -177,7 +177,8 @@ class Engine:
             self.runner.close()
             self.store.close()
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raises a :class:`MesaError` if the engine was closed."""
         if self._closed:
             raise InputError("the model was closed; load it again")
 

@@ -275,6 +275,7 @@ class MesaModel:
                 "load the model in the new process"
             )
         with self.engine.lock:
+            self.engine.require_open()
             try:
                 yield
             except MemoryError as error:

@@ -30,13 +30,19 @@ class RingStore(SlabStore):
         reach: Reach,
     ) -> None:
         def slots(tokens: int, growing: bool) -> int:
-            return min(capacity(min(tokens, reach.slots), growing), reach.slots)
+            return min(capacity(tokens, growing), reach.slots)
 
         super().__init__(layers, storage, rotate, memory, slots)
         self._reach = reach
 
     def bytes_missing(self, kv: Kv, tokens: int) -> int:
         return super().bytes_missing(kv, min(tokens, self._reach.slots))
+
+    def allocate(self, tokens: int) -> SlabKv:
+        return super().allocate(min(tokens, self._reach.slots))
+
+    def reserve(self, kv: Kv, tokens: int) -> None:
+        super().reserve(kv, min(tokens, self._reach.slots))
 
     def checkpoint(self, kv: Kv, tokens: int) -> Callable[[], None]:
         assert isinstance(kv, SlabKv)

@@ -18,17 +18,13 @@ class Slab:
         self._layers, self._storage = layers, storage
         self.texts: list[SlabKv | None] = []
         self.capacity = 0
-        self._allocate(0, 0)
+        self.keys, self.values = self._zeros(0, 0)
 
-    def _allocate(self, rows: int, capacity: int) -> None:
+    def _zeros(self, rows: int, capacity: int) -> tuple[list[Array], list[Array]]:
         # Zeros take memory only once they are written, so rows that are short or unused cost nothing.
-        self.keys: list[Array] = [
-            np.zeros((rows, x.kv_heads, capacity, x.key_size), self._storage) for x in self._layers
-        ]
-        self.values: list[Array] = [
-            np.zeros((rows, x.kv_heads, capacity, x.value_size), self._storage) for x in self._layers
-        ]
-        self.capacity = capacity
+        keys = [np.zeros((rows, x.kv_heads, capacity, x.key_size), self._storage) for x in self._layers]
+        values = [np.zeros((rows, x.kv_heads, capacity, x.value_size), self._storage) for x in self._layers]
+        return keys, values
 
     @property
     def rows(self) -> int:
@@ -47,21 +43,21 @@ class Slab:
     def remove(self, row: int) -> None:
         self.texts[row] = None
         if not any(self.texts):
-            self.texts = []
-            self._allocate(0, 0)
+            self.texts, self.capacity = [], 0
+            self.keys, self.values = self._zeros(0, 0)
 
     def _grow(self, rows: int, capacity: int) -> None:
         if (rows, capacity) == (self.rows, self.capacity):
             return
-        old = self.keys, self.values
-        self._allocate(rows, capacity)
-        for before, after in zip(old, (self.keys, self.values), strict=True):
-            for layer in range(len(self._layers)):
+        new_keys, new_values = self._zeros(rows, capacity)  # all, or if there is no memory none
+        for arrays, grown in ((self.keys, new_keys), (self.values, new_values)):
+            for layer, array in enumerate(grown):
                 for row, text in enumerate(self.texts):
                     if text is not None:
-                        used = slice(min(text.length, before[layer].shape[2]))
-                        after[layer][row, :, used] = before[layer][row, :, used]
-                before[layer] = after[layer][:0]  # one layer at a time is there twice
+                        used = slice(min(text.length, self.capacity))
+                        array[row, :, used] = arrays[layer][row, :, used]
+                arrays[layer] = array  # one layer at a time is there twice
+        self.capacity = capacity
         self.texts += [None] * (rows - len(self.texts))
 
 
@@ -77,6 +73,7 @@ class SlabStore:
 
     Args:
         capacity: ``(tokens, growing)``: slots for that many tokens; more of them if they have just become too few.
+            They take no memory before they are written, so what counts as taken is the tokens.
     """
 
     def __init__(
@@ -106,34 +103,34 @@ class SlabStore:
         return max(0, tokens - kv.room) * self.bytes_per_token
 
     def allocate(self, tokens: int) -> SlabKv:
-        return self._allocate(self._texts, self._capacity(tokens, False))
+        return self._allocate(self._texts, tokens, self._capacity(tokens, False))
 
-    def _allocate(self, slab: Slab, slots: int) -> SlabKv:
+    def _allocate(self, slab: Slab, tokens: int, slots: int) -> SlabKv:
         kv = SlabKv()
-        self._budget.take(slots * self.bytes_per_token)
+        self._budget.take(tokens * self.bytes_per_token)
         try:
             slab.add(kv, slots)
         except BaseException:
-            self._budget.give(slots * self.bytes_per_token)
+            self._budget.give(tokens * self.bytes_per_token)
             raise
-        kv.room = slots
+        kv.room = tokens
         return kv
 
     def reserve(self, kv: Kv, tokens: int) -> None:
         assert isinstance(kv, SlabKv)
-        if tokens <= kv.room:
-            return
-        slots = self._capacity(tokens, True)
-        more = slots - kv.room
+        more = tokens - kv.room
         if more <= 0:
             return
+        slots = self._capacity(tokens, False)
+        if slots > kv.slab.capacity:
+            slots = self._capacity(tokens, True)
         self._budget.take(more * self.bytes_per_token)
         try:
             kv.slab.grow(slots)
         except BaseException:
             self._budget.give(more * self.bytes_per_token)
             raise
-        kv.room = slots
+        kv.room = tokens
 
     def free(self, kv: Kv) -> None:
         assert isinstance(kv, SlabKv)
@@ -153,7 +150,8 @@ class SlabStore:
     def begin_chunk(self, head: Kv, size: int, text: Kv, span: Span) -> SlabKv:
         assert isinstance(head, SlabKv)
         del text
-        chunk = self._allocate(Slab(self._layers, self._storage), size + len(span) + 1)
+        tokens = size + len(span)
+        chunk = self._allocate(Slab(self._layers, self._storage), tokens, tokens + 1)
         self._copy(head, slice(size), chunk, 0)
         chunk.append(head.positions[:size])
         return chunk
@@ -166,7 +164,7 @@ class SlabStore:
 
     def copy(self, kv: Kv, length: int) -> SlabKv:
         assert isinstance(kv, SlabKv)
-        copied = self._allocate(Slab(self._layers, self._storage), length)
+        copied = self._allocate(Slab(self._layers, self._storage), length, length)
         self._copy(kv, slice(length), copied, 0)
         copied.append(kv.positions[:length])
         return copied

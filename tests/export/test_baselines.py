@@ -29,6 +29,7 @@ from mesart.graphs.role import RoleModule
 from mesart.runtime import MesaModel
 from mesart.runtime.backends import present_backends
 from mesart.scripts.cli import main
+from tests.runtime.faults import Faults, Interruption
 
 TRAINED, LONGEST = 64, 300
 WINDOWS = ("lm-infinite", "streaming-llm")
@@ -224,61 +225,50 @@ class TestDroppedKeys:
             reach = model.manifest.config.reach
             assert reach is not None
             model.prefill(tokens(300))
-            assert model.executor.cache.capacity == reach.slots
+            (text,) = model.texts
+            assert text.require_kv().room == reach.slots
+            taken = model.engine.store.bytes_in_use
+            model.extend(tokens(200))
+            assert model.engine.store.bytes_in_use == taken
 
-    def test_a_failure_in_the_middle_loses_no_key(self, baseline_bundle, name, monkeypatch):
+    def test_a_failure_in_the_middle_loses_no_key(self, baseline_bundle, name):
         """Slices before the one that fails have dropped keys that the next turn has to see."""
         with MesaModel.load(baseline_bundle(name), "torch", verify=False) as model:
             model.prefill(tokens(100))
             expected = model.extend(tokens(150, seed=1))
             model.prefill(tokens(100))
-            cache: Any = model.executor.cache
-            run, count = cache._graphs.run, 0
-
-            def fail(role, bucket, feeds):
-                nonlocal count
-                count += 1
-                if count == 3:
-                    raise MesaError("the engine gave up")
-                return run(role, bucket, feeds)
-
-            monkeypatch.setattr(cache._graphs, "run", fail)
-            with pytest.raises(MesaError, match="gave up"):
-                model.extend(tokens(150, seed=1))
+            with Faults(model) as faults:
+                faults.at(3, MesaError)
+                with pytest.raises(MesaError, match="gave up"):
+                    model.extend(tokens(150, seed=1))
+                assert faults.phases == ["tail", "tail"]
             assert model.lengths == [100]
             assert np.array_equal(model.extend(tokens(150, seed=1)), expected)
 
     @pytest.mark.parametrize("specialised", [False, True])
     @pytest.mark.parametrize("call", ["extend", "step"])
-    def test_a_batch_that_fails_in_its_last_row_loses_no_key(
-        self, baseline_bundle, name, monkeypatch, specialised, call
-    ):
-        """The rows before it have dropped keys by then."""
+    @pytest.mark.parametrize("row", [0, 1])
+    def test_a_batch_that_fails_in_one_row_loses_no_key(self, baseline_bundle, name, specialised, call, row):
+        """The other row has dropped keys by then."""
         prompts, turns = [tokens(100), tokens(120, seed=1)], [tokens(30, seed=2), tokens(7, seed=3)]
         arguments: Any = turns if call == "extend" else [3, 4]
         with MesaModel.load(baseline_bundle(name), "torch", specialised=specialised, verify=False) as model:
-            cache: Any = model.executor.cache
-            run, runs, failing = cache._graphs.run, 0, 0
-
-            def counted(role, bucket, feeds):
-                nonlocal runs
-                runs += 1
-                if runs == failing:
-                    raise MesaError("the engine gave up")
-                return run(role, bucket, feeds)
-
-            monkeypatch.setattr(cache._graphs, "run", counted)
             model.prefill(prompts)
             expected = model.step([5, 6])  # sees as far back as can be seen
             model.prefill(prompts)
-            runs = 0
-            getattr(model, call)(arguments)
-            last = runs
-            model.prefill(prompts)
-            runs, failing = 0, last
-            with pytest.raises(MesaError, match="gave up"):
+            with Faults(model) as faults:
+                faults.in_runs(lambda segment: segment.kv is model.texts[row].kv)
+                with pytest.raises(MesaError, match="gave up"):
+                    getattr(model, call)(arguments)
+                assert faults.phases, "the other row was computed"
+                faults.none()
                 getattr(model, call)(arguments)
-            failing = 0
+                runs = faults.count
+                for nth in range(1, runs + 1):
+                    model.prefill(prompts)
+                    faults.at(nth)
+                    with pytest.raises(Interruption):
+                        getattr(model, call)(arguments)
             assert model.lengths == [100, 120]
             assert np.array_equal(model.step([5, 6]), expected)
 

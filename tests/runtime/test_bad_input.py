@@ -193,8 +193,15 @@ class TestPrompt:
 
     def test_a_closed_model(self, bundle):
         model = MesaModel.load(bundle(), "torch", verify=False)
+        model.prefill([3])
         model.close()
-        calls: list[Any] = [lambda: model.prefill([3]), lambda: model.step(3), lambda: model.generate([3])]
+        calls: list[Any] = [
+            lambda: model.prefill([3]),
+            lambda: model.extend([3]),
+            lambda: model.step(3),
+            lambda: model.generate([3]),
+            lambda: model.snapshot(0),
+        ]
         for call in calls:
             with pytest.raises(MesaError, match="the model was closed; load it again"):
                 call()

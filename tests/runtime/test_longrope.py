@@ -12,7 +12,8 @@ import pytest
 from mesart.evaluation.validate import validate
 from mesart.graphs import MesaError
 from mesart.graphs.manifest import Manifest
-from mesart.runtime import MesaModel
+from mesart.runtime import MesaModel, present_backends
+from tests.runtime.faults import Faults, Interruption
 
 SHORT, WINDOW = 32, 64
 
@@ -99,57 +100,46 @@ def test_all_logits_are_those_of_the_turn(longrope):
 
 
 @pytest.mark.parametrize("specialised", [False, True])
-@pytest.mark.parametrize("failing", [1, 2, 3])
-def test_a_failure_on_the_way_loses_nothing(longrope, plain, monkeypatch, failing, specialised):
-    """Of a step of two rows that both pass, and a third that does not: whichever run fails."""
+@pytest.mark.parametrize("failing", [5, 6, 7])
+def test_a_failure_on_the_way_loses_nothing(longrope, plain, failing, specialised):
+    """Of a step of two rows that both pass, and a third that does not: whichever of them fails."""
     rows = [tokens(SHORT), tokens(40, seed=1), tokens(SHORT, seed=2)]
     with MesaModel.load(longrope, "torch", specialised=specialised, verify=False) as model:
         model.prefill(rows)
-        graphs: Any = model.executor.cache._graphs  # type: ignore[attr-defined]
-        run, calls = graphs.run, []
-
-        def fail(role, bucket, feeds):
-            calls.append(role)
-            if len(calls) == failing:
-                raise MesaError("the engine gave up")
-            return run(role, bucket, feeds)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(graphs, "run", fail)
+        with Faults(model) as faults:
+            faults.in_runs(lambda segment: segment.wanted == 1 and segment.ids[-1] == failing)
             with pytest.raises(MesaError, match="the engine gave up"):
                 model.step([5, 6, 7])
+            for nth in (1, 2, 3):
+                faults.at(nth)
+                with pytest.raises(Interruption):
+                    for _ in range(3):  # where one run is all that there is, at a later step
+                        model.step([5, 6, 7])
+                model.prefill(rows)
         assert model.lengths == [SHORT, 40, SHORT]
         logits = model.step([5, 6, 7])
         for row, token in enumerate([5, 6, 7]):
             assert np.abs(logits[row, -1] - plain([*rows[row], token])).max() < 1e-4
 
 
+@pytest.mark.parametrize("backend", present_backends())
 @pytest.mark.parametrize(("cached", "turn"), [(20, 30), (20, 80), (5, 80)])
-def test_a_turn_that_fails_loses_nothing(longrope, plain, monkeypatch, cached, turn):
-    """A turn that begins the text again has overwritten keys by then; a shorter turn is still the plain model."""
+def test_a_turn_that_fails_loses_nothing(longrope, plain, backend, cached, turn):
+    """A turn that begins the text again has computed all by then; a shorter turn is still the plain model."""
     ids, more = tokens(cached), tokens(turn, seed=1)
-    with MesaModel.load(longrope, "torch", verify=False) as model:
+    with MesaModel.load(longrope, backend, verify=False) as model:
         expected = model.prefill([*ids, *more])
         model.prefill(ids)
-        graphs: Any = model.executor.cache._graphs  # type: ignore[attr-defined]
-        run = graphs.run
-
-        def fail_in_the_tail(role, bucket, feeds):
-            outputs = run(role, bucket, feeds)
-            if role == "tail":
-                raise MesaError("the engine gave up")
-            return outputs
-
-        with monkeypatch.context() as patch:
-            patch.setattr(graphs, "run", fail_in_the_tail)
+        with Faults(model, writes=True) as faults:
+            faults.in_runs(lambda segment: segment.phase == "tail")
             for _ in range(2):
                 with pytest.raises(MesaError, match="the engine gave up"):
                     model.extend(more)
         assert model.lengths == [cached]
         assert off(model.step(9), plain([*ids, 9])) < 1e-4
         model.prefill(ids)
-        with monkeypatch.context() as patch:
-            patch.setattr(graphs, "run", fail_in_the_tail)
+        with Faults(model, writes=True) as faults:
+            faults.in_runs(lambda segment: segment.phase == "tail")
             with pytest.raises(MesaError, match="the engine gave up"):
                 model.extend(more)
         assert np.abs(model.extend(more) - expected).max() < 1e-4

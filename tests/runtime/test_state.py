@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mesart.graphs import MesaError
 from mesart.runtime import MesaModel, SamplingConfig, present_backends
+from tests.runtime.faults import Faults, Interruption
 
 TAKEN = "another call has changed the cache since this generation's last token"
 
@@ -39,42 +40,22 @@ def fresh(bundle) -> Iterator[MesaModel]:
         yield loaded
 
 
-class Failure(BaseException):
-    """As an interrupt: no library catches it."""
-
-
-class FailAt:
-    """Counts the runs of all graphs of a model; fails at one of them."""
-
-    def __init__(self, model: MesaModel) -> None:
-        cache: Any = model.executor.cache
-        cache._graphs.run = self._counted(cache._graphs.run)
-        cache._places = {file: self._counted(place) for file, place in cache._places.items()}
-        self.left: int | None = None
-
-    def _counted(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            if self.left is not None:
-                self.left -= 1
-                if self.left < 0:
-                    self.left = None
-                    raise Failure
-            return run(*arguments)
-
-        return call
-
-
 @pytest.fixture(scope="module")
-def failing(bundle) -> Iterator[tuple[MesaModel, FailAt]]:
-    with open_model(bundle) as loaded:
-        yield loaded, FailAt(loaded)
+def failing(bundle) -> Iterator[tuple[MesaModel, Faults]]:
+    with open_model(bundle) as loaded, Faults(loaded) as faults:
+        yield loaded, faults
+
+
+def known(model: MesaModel) -> list[Any]:
+    """Tokens of the live texts, and where they stand."""
+    return [(text.ids.tolist(), text.stairs) for text in model.texts]
 
 
 COUNTS = st.sampled_from([1, 2, 5, 20, 40, 63, 64, 65, 100, 150])
 CALLS = st.tuples(
     st.sampled_from([*["extend"] * 4, *["step"] * 3, "append", "generate", "prefill"]),
     st.lists(COUNTS, min_size=2, max_size=2),
-    st.none() | st.integers(0, 10),  # the run that fails
+    st.none() | st.integers(1, 11),  # the run or rotation that fails
 )
 
 
@@ -82,8 +63,8 @@ class TestAnySequenceOfCalls:
     @settings(max_examples=25)
     @given(calls=st.lists(CALLS, min_size=3, max_size=7), seed=st.integers(0, 9))
     def test_those_that_failed_never_were(self, failing, fresh, calls, seed):
-        """As a model that was asked for the others only; of a first prompt that failed, an empty cache stays."""
-        model, fail = failing
+        """As a model that was asked for the others only; of a first prompt that failed, no texts stay."""
+        model, faults = failing
         prompts = [tokens(30, seed), tokens(70, seed + 1)]
         done: list[Callable[[MesaModel], Any]] = [lambda m: m.prefill(prompts)]
         model.prefill(prompts)
@@ -96,29 +77,29 @@ class TestAnySequenceOfCalls:
                 with pytest.raises(MesaError, match="call prefill first"):
                     call(model)
                 continue
-            before = [(list(row.tokens), row.stairs) for row in model.executor.rows]
-            fail.left = run
+            before = known(model)
+            if run is not None:
+                faults.at(run)
             try:
                 call(model)
                 done.append(call)
-            except Failure:
+            except Interruption:
                 lengths = tuple(model.lengths)
                 if kind in ("prefill", "generate"):
                     done = [self.up_to(kind, ids, lengths)] if any(lengths) else []
                 elif kind in ("extend", "step"):
-                    assert [(row.tokens, row.stairs) for row in model.executor.rows] == before
+                    assert known(model) == before
                 elif kind == "append":  # as far as it had come
                     done.append(self.up_to(kind, ids, lengths))
             finally:
-                fail.left = None
+                faults.none()
         if not done:
             assert model.lengths == [0]
             return
         for call in done:
             call(fresh)
         assert model.lengths == fresh.lengths
-        assert [row.tokens for row in model.executor.rows] == [row.tokens for row in fresh.executor.rows]
-        assert [row.stairs for row in model.executor.rows] == [row.stairs for row in fresh.executor.rows]
+        assert known(model) == known(fresh)
         got, expected = (list(m.generate_ids([[5], [6]], 2, append=True)) for m in (model, fresh))
         assert got == expected
         assert np.abs(model.step([7, 8]) - fresh.step([7, 8])).max() < 1e-3
@@ -176,24 +157,22 @@ class TestGenerations:
         assert [*seen, *generation] == alone
 
     def test_what_was_shown_and_not_fed_survives_a_turn_that_fails(self, bundle, model):
-        with open_model(bundle) as other:
-            fail = FailAt(other)
+        with open_model(bundle) as other, Faults(other) as faults:
             for m in (model, other):
                 generation = m.generate_ids([tokens(20)], 9)
                 next(generation), next(generation)
-            fail.left = 0
-            with pytest.raises(Failure):
+            faults.at(1)
+            with pytest.raises(Interruption):
                 next(other.generate_ids([[5, 6]], 4, append=True))
             got, expected = (list(m.generate_ids([[5, 6]], 4, append=True)) for m in (other, model))
             assert got == expected
             assert other.lengths == [20 + 2 + 2 + 3]
 
     def test_what_was_shown_of_a_conversation_that_is_gone_is_gone(self, bundle, model):
-        with open_model(bundle) as other:
-            fail = FailAt(other)
+        with open_model(bundle) as other, Faults(other) as faults:
             list(other.generate_ids([tokens(20)], 3))
-            fail.left = 0
-            with pytest.raises(Failure):
+            faults.at(1)
+            with pytest.raises(Interruption):
                 other.prefill(tokens(30))
             assert list(other.generate_ids([[5, 6, 7]], 4, append=True)) == list(model.generate_ids([[5, 6, 7]], 4))
 
@@ -256,15 +235,14 @@ class TestThreads:
 
     def test_closing_waits_for_a_call(self, bundle):
         model = open_model(bundle)
-        cache: Any = model.executor.cache
-        run, running, go_on = cache._graphs.run, threading.Event(), threading.Event()
+        running, go_on = threading.Event(), threading.Event()
 
-        def slow(*arguments: Any) -> Any:
+        def slow(segment: Any) -> bool:
             running.set()
             go_on.wait(30)
-            return run(*arguments)
+            return False
 
-        cache._graphs.run = slow
+        Faults(model).in_runs(slow)
         results: list[Any] = []
         thread = threading.Thread(target=lambda: results.append(model.prefill(tokens(10))))
         thread.start()
