@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from mesart.evaluation.validate import Validation, validate
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import FileInfo, Manifest, sha256
-from mesart.runtime.host_cache import HostCache
+from mesart.graphs.manifest import FileInfo, Manifest, Role, sha256
+from mesart.runtime import MesaModel, present_backends
+from mesart.runtime.graphs import SymbolicGraphs
+from mesart.runtime.runners.runner import Logits, Phase, Runner, Segment
+from tests.runtime.faults import Watched
 
 BUCKETS = [0, 3]
 LAYER = 1
@@ -64,8 +67,8 @@ def _with_weight(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) 
     replace(manifest, files={**manifest.files, file: info}).write(folder)
 
 
-def _check(folder: Path, checkpoint: Path) -> Validation:
-    return validate(folder, checkpoint, backend="onnxruntime", graphs=("symbolic",), buckets=BUCKETS, progress=False)
+def _check(folder: Path, checkpoint: Path, backend: str = "onnxruntime") -> Validation:
+    return validate(folder, checkpoint, backend=backend, graphs=("symbolic",), buckets=BUCKETS, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -101,21 +104,29 @@ def test_a_wrong_head_is_seen_behind_the_last_layer(bundle_copy: Path, checkpoin
 
 
 def _patch_feeds(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, dict[str, Any]], None]) -> None:
-    plain = HostCache._run
+    plain = SymbolicGraphs.run
 
-    def run(self: HostCache, *arguments: Any, **options: Any) -> Any:
-        inner = self._graphs.run
+    def changed(self: SymbolicGraphs, role: Role, bucket: int | None, feeds: Mapping[str, Any]) -> Any:
+        altered = dict(feeds)
+        change(role, altered)
+        return plain(self, role, bucket, altered)
 
-        def changed(role: str, bucket: int | None, feeds: Mapping[str, Any]) -> Any:
-            altered = dict(feeds)
-            change(role, altered)
-            return inner(role, bucket, altered)  # type: ignore[arg-type]
+    monkeypatch.setattr(SymbolicGraphs, "run", changed)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(self._graphs, "run", changed, raising=False)
-            return plain(self, *arguments, **options)
 
-    monkeypatch.setattr(HostCache, "_run", run)
+class _Displaced(Watched):
+    """Computes a role's new tokens one position further; where they are said to stand stays."""
+
+    def __init__(self, inner: Runner, phase: Phase, by: int) -> None:
+        super().__init__(inner)
+        self.phase, self.by = phase, by
+
+    def run(self, segments: Sequence[Segment]) -> list[Logits]:
+        wrong = [replace(x, positions=x.positions + self.by) if x.phase == self.phase else x for x in segments]
+        logits = self.inner.run(wrong)
+        for segment in segments:
+            segment.kv.place(segment.kv.length - len(segment), segment.positions)
+        return logits
 
 
 def test_a_mask_that_shows_one_token_of_the_future_is_seen(
@@ -127,23 +138,34 @@ def test_a_mask_that_shows_one_token_of_the_future_is_seen(
             feeds["new_mask"][..., 3, 4] = 0
 
     _patch_feeds(monkeypatch, change)
-    result = _check(bundle(), checkpoint("llama"))
+    result = _check(bundle(), checkpoint("llama"), "torch")
     assert not result.passed
     assert "chunk" in {c.role for c in result.checks if not c.passed}
     assert "head" not in {c.role for c in result.checks if not c.passed}
 
 
-@pytest.mark.parametrize("wrong", ["head", "chunk", "tail", "step"])
+@pytest.mark.parametrize("backend", present_backends())
+@pytest.mark.parametrize(
+    ("wrong", "phase"), [("head", "prefix"), ("chunk", "chunk"), ("tail", "tail"), ("step", "decode")]
+)
 def test_a_position_off_by_one_is_seen_in_its_role(
-    bundle: Callable[..., Path], checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, wrong: str
+    bundle: Callable[..., Path],
+    checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    wrong: str,
+    phase: Phase,
 ) -> None:
-    def change(role: str, feeds: dict[str, Any]) -> None:
-        if role == wrong:
-            # Downwards for steps: the last of them stands at the last trained position.
-            feeds["position_ids"] = feeds["position_ids"] + (-1 if role == "step" else 1)
+    load = MesaModel.load
 
-    _patch_feeds(monkeypatch, change)
-    result = _check(bundle(), checkpoint("llama"))
+    def displaced(*arguments: Any, **options: Any) -> MesaModel:
+        model = load(*arguments, **options)
+        # Downwards for steps: the last of them stands at the last trained position.
+        model.engine.runner = _Displaced(model.engine.runner, phase, -1 if phase == "decode" else 1)
+        return model
+
+    monkeypatch.setattr(MesaModel, "load", displaced)
+    result = _check(bundle(), checkpoint("llama"), backend)
     assert not result.passed
     assert next(c.role for c in result.checks if not c.passed and c.bucket == BUCKETS[1]) == wrong
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mesart.graphs import MesaError, TorchReference
-from mesart.graphs.manifest import MANIFEST_FILE, Manifest, Role
+from mesart.graphs.manifest import Manifest, Role
 from mesart.runtime import MesaModel, backend_names, present_backends
 from mesart.runtime.engines import PACKAGES
+from mesart.runtime.runners.grouped import GroupedRunner
+from mesart.runtime.runners.paged import PagedRunner
+from mesart.runtime.runners.unfused import UnfusedRunner
 
 CLOSE = 1e-4
 NAMES = [name for name in backend_names() if name not in PACKAGES]  # TensorRT runs engines: test_engines.py
@@ -236,23 +240,57 @@ def test_a_graph_that_the_engine_cannot_load(bundle_copy, engine):
     backend, specialised = engine
     if backend == "torch":
         pytest.skip("runs the model's code, not the file")
-    symbolic: Role = "onnxruntime" if backend == "onnxruntime" else "any"
-    name = Manifest.read(bundle_copy).graph("head" if specialised else symbolic).file
-    (bundle_copy / name).write_bytes(b"\x08" * (bundle_copy / name).stat().st_size)
+    symbolic: tuple[Role, ...] = ("grouped",) if backend == "onnxruntime" else ("paged", "any")
+    manifest = Manifest.read(bundle_copy)
+    for role in ("head",) if specialised else symbolic:
+        name = manifest.graph(role).file
+        (bundle_copy / name).write_bytes(b"\x08" * (bundle_copy / name).stat().st_size)
     with pytest.raises(MesaError, match=name) as error:
         MesaModel.load(bundle_copy, backend, specialised=specialised, verify=False).prefill(tokens(100))
     assert "\n" not in str(error.value)
 
 
-def test_a_bundle_of_an_earlier_version_without_a_graph_for_onnxruntime(bundle_copy):
-    pytest.importorskip("onnxruntime")
-    before = MesaModel.load(bundle_copy, "onnxruntime").prefill(tokens(100))
-    manifest = Manifest.read(bundle_copy)
-    file = manifest.graph("onnxruntime").file
-    graphs = [graph for graph in manifest.graphs if graph.role != "onnxruntime"]
-    files = {name: info for name, info in manifest.files.items() if name != file}
-    earlier = dataclasses.replace(manifest, graphs=graphs, files=files)
-    (bundle_copy / MANIFEST_FILE).write_text(earlier.to_json(), encoding="utf-8")
-    (bundle_copy / file).unlink()
-    after = MesaModel.load(bundle_copy, "onnxruntime").prefill(tokens(100))
-    assert np.abs(after - before).max() < 1e-5
+def without_graphs(bundle: Path, *roles: Role) -> None:
+    """Makes a bundle one of an earlier version, which had no such graphs."""
+    manifest = Manifest.read(bundle)
+    gone = {graph.file for graph in manifest.graphs if graph.role in roles}
+    assert len(gone) == len(roles)
+    graphs = [graph for graph in manifest.graphs if graph.file not in gone]
+    files = {name: info for name, info in manifest.files.items() if name not in gone}
+    dataclasses.replace(manifest, graphs=graphs, files=files).write(bundle)
+    for name in gone:
+        (bundle / name).unlink()
+
+
+class TestFormsOfAttention:
+    """A graph that writes into the cache where it lies, where bundle and backend have one; else the symbolic one."""
+
+    @pytest.mark.parametrize(("backend", "runner"), [("onnxruntime", GroupedRunner), ("openvino", PagedRunner)])
+    def test_a_bundle_of_an_earlier_version(self, bundle_copy, backend, runner):
+        if backend not in present_backends():
+            pytest.skip(f"{backend} is not installed")
+        with MesaModel.load(bundle_copy, backend) as model:
+            assert isinstance(model.engine.runner, runner)
+            before = model.prefill(tokens(100))
+        without_graphs(bundle_copy, "paged", "grouped")
+        with MesaModel.load(bundle_copy, backend) as model:
+            assert isinstance(model.engine.runner, UnfusedRunner)
+            assert np.abs(model.prefill(tokens(100)) - before).max() < 1e-5
+
+    @pytest.mark.parametrize("backend", present_backends())
+    @pytest.mark.parametrize("family", ["gemma2", "mpt", "gpt_oss"])
+    def test_a_model_whose_attention_asks_for_more(self, bundle, backend, family):
+        with MesaModel.load(bundle(family), backend, verify=False) as model:
+            assert isinstance(model.engine.runner, UnfusedRunner)
+
+    def test_an_openvino_that_has_no_such_operator(self, bundle_copy):
+        """Says so, and goes on with the symbolic graph."""
+        pytest.importorskip("openvino")
+        with MesaModel.load(bundle_copy, "openvino") as model:
+            before = model.prefill(tokens(100))
+        name = Manifest.read(bundle_copy).graph("paged").file
+        (bundle_copy / name).write_bytes(b"\x08" * (bundle_copy / name).stat().st_size)
+        with MesaModel.load(bundle_copy, "openvino", verify=False) as model:
+            assert "without paged attention: OpenVINO cannot load" in model.choice
+            assert isinstance(model.engine.runner, UnfusedRunner)
+            assert np.abs(model.prefill(tokens(100)) - before).max() < 1e-5

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from mesart.graphs import MesaError
-from mesart.runtime import MesaModel
+from mesart.graphs.manifest import Role
+from mesart.runtime import MesaModel, present_backends
+from mesart.runtime.backends import OnnxRuntimeBackend, OpenVinoBackend, PagedGraph, TorchBackend
+from mesart.runtime.graphs import SymbolicGraphs
 from mesart.runtime.runners.runner import require_keys
 
 IDS = [3 + index % 300 for index in range(100)]
@@ -21,24 +26,23 @@ OUTPUTS = ["logits", "present.0.key", "present.1.value"]
 
 @pytest.fixture(scope="module")
 def model(bundle) -> Iterator[MesaModel]:
-    pytest.importorskip("onnxruntime")
-    with MesaModel.load(bundle(), "onnxruntime", verify=False) as loaded:
+    """Of a graph that gives its new keys and values, and takes a past."""
+    with MesaModel.load(bundle(), "torch", verify=False) as loaded:
         yield loaded
 
 
 @pytest.fixture
-def answer(model, monkeypatch):
+def answer(monkeypatch):
     """``answer(name, change)``: an output of every graph is changed on its way, or missing if it becomes ``None``."""
+    run = SymbolicGraphs.run
 
     def patch(name: str, change: Any) -> None:
-        run = model.executor.cache._graphs.run
-
-        def changed(role: str, bucket: int | None, feeds: Any) -> dict[str, Any]:
-            outputs = dict(run(role, bucket, feeds))
+        def changed(self: SymbolicGraphs, role: Role, bucket: int | None, feeds: Any) -> dict[str, Any]:
+            outputs: dict[str, Any] = dict(run(self, role, bucket, feeds))
             outputs[name] = change(np.array(outputs[name]))
             return {key: value for key, value in outputs.items() if value is not None}
 
-        monkeypatch.setattr(model.executor.cache._graphs, "run", changed)
+        monkeypatch.setattr(SymbolicGraphs, "run", changed)
 
     return patch
 
@@ -89,12 +93,104 @@ class TestEveryOutput:
                 assert np.abs(model.step(6) - expected).max() < 1e-5
 
 
-def test_moved_keys_have_their_shape(model, monkeypatch):
-    cache: Any = model.executor.cache
-    model.prefill(IDS)
-    monkeypatch.setattr(cache, "_places", dict.fromkeys(cache._places, lambda feeds: {"moved": feeds["key"][:, :, :1]}))
-    assert "the engine gave moved of the place as [" in refused(lambda: model.extend(IDS))
-    assert model.lengths == [100]
+class Liar:
+    """A graph that writes keys and values where they lie, and what it then says, or has written, is changed."""
+
+    def __init__(self, graph: Any) -> None:
+        self.graph, self.caches = graph, dict[str, Any]()
+        self.lie: Callable[[dict[str, Any], Any], None] | None = None
+        """Gets the outputs, and of the last new token the keys of the first layer, ``[K, D]``."""
+
+    def bind(self, name: str, array: Any) -> None:
+        self.caches[name] = array
+        self.graph.bind(name, array)
+
+    def __call__(self, feeds: Any, caches: Any = None) -> dict[str, Any]:
+        outputs = dict(self.graph(feeds) if caches is None else self.graph(feeds, caches))
+        if self.lie is not None:
+            if caches is None:
+                last = int(feeds["max_context_len"]) - 1
+                keys = self.caches["past_key_values.0.key"][feeds["block_indices"][last // 32], :, last % 32]
+            else:
+                keys = caches["0.key"][0, :, int(feeds["seqlens_k"][0])]
+            self.lie(outputs, keys)
+        return outputs
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def lying(request, bundle) -> Iterator[tuple[MesaModel, Liar]]:
+    """Models whose graphs write into the cache."""
+    pytest.importorskip(request.param)
+    liars = []
+
+    def liar(graph: Any) -> Liar:
+        liars.append(Liar(graph))
+        return liars[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        in_place, blocks = OnnxRuntimeBackend.open_in_place, OpenVinoBackend.open_paged
+
+        def paged(*arguments: Any) -> PagedGraph:
+            opened: Any = blocks(*arguments)
+            return PagedGraph(liar(opened.graph), opened.storage)  # type: ignore[arg-type]
+
+        patch.setattr(OnnxRuntimeBackend, "open_in_place", lambda *arguments: liar(in_place(*arguments)))
+        patch.setattr(OpenVinoBackend, "open_paged", paged)
+        model = MesaModel.load(bundle(), request.param, verify=False)
+    (only,) = liars
+    with model:
+        yield model, only
+
+
+class TestGraphsThatWriteInPlace:
+    LIES: ClassVar[dict[str, tuple[Callable[[dict[str, Any], Any], None], str]]] = {
+        "no logits": (lambda outputs, keys: outputs.pop("logits") and None, "has no output 'logits'"),
+        "fewer": (lambda outputs, keys: outputs.update(logits=outputs["logits"][..., :-1]), "the engine gave logits"),
+        "an axis": (lambda outputs, keys: outputs.update(logits=outputs["logits"][0]), "the engine gave logits"),
+        "NaN": (lambda outputs, keys: outputs.update(logits=outputs["logits"] * np.nan), "mesart validate"),
+        "infinite": (lambda outputs, keys: outputs.update(logits=outputs["logits"] + np.inf), "mesart validate"),
+        "a key": (lambda outputs, keys: keys.__setitem__((1, 7), np.nan), "NaN or infinite numbers in the keys"),
+        "all keys": (lambda outputs, keys: keys.__setitem__(slice(None), np.inf), "NaN or infinite numbers in the key"),
+    }
+
+    @pytest.mark.parametrize(("lie", "says"), LIES.values(), ids=LIES)
+    def test_are_looked_at_too(self, lying, lie, says):
+        """And what they have written is not seen by what comes behind."""
+        model, liar = lying
+        model.prefill([IDS, IDS[:50]])
+        expected = model.extend([[5, 6], [7]]), model.step([6, 7])
+        for call, lengths in (
+            (lambda: model.step([5, 6]), [100, 50]),
+            (lambda: model.extend([[5, 6], [7] * 30]), [100, 50]),
+            (lambda: model.prefill([IDS, IDS[:50]]), [0]),
+        ):
+            model.prefill([IDS, IDS[:50]])
+            liar.lie = lie
+            assert says in refused(call)
+            liar.lie = None
+            assert model.lengths == lengths
+            if lengths != [0]:
+                got = model.extend([[5, 6], [7]]), model.step([6, 7])
+                assert all(np.abs(x - y).max() < 1e-5 for x, y in zip(got, expected, strict=True))
+        model.prefill([IDS, IDS[:50]])
+        got = model.extend([[5, 6], [7]]), model.step([6, 7])
+        assert all(np.abs(x - y).max() < 1e-5 for x, y in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", present_backends())
+def test_rotated_keys_have_their_shape(bundle, monkeypatch, backend):
+    for one in (OnnxRuntimeBackend, OpenVinoBackend, TorchBackend):
+        opens: Any = one.open
+
+        def opened(self: Any, path: Path, info: Any = None, *, opens: Any = opens) -> Any:
+            graph = opens(self, path, info)
+            return (lambda feeds: {"moved": feeds["key"][:, :, :1]}) if path.name == "place.onnx" else graph
+
+        monkeypatch.setattr(one, "open", opened)
+    with MesaModel.load(bundle(), backend, verify=False) as model:
+        model.prefill(IDS[:60])  # within the window, where no key is rotated
+        assert "the engine gave moved of the place as [" in refused(lambda: model.extend(IDS))
+        assert model.lengths == [60]
 
 
 class TestKeys:
@@ -129,39 +225,40 @@ class TestKeys:
 class TestOpenVinoThatComputesNothing:
     """Short of memory it returns from a run as from any other, with the results of the run before."""
 
-    @pytest.fixture
-    def lazy(self, bundle) -> Iterator[MesaModel]:
-        pytest.importorskip("openvino")
-        with MesaModel.load(bundle(), "openvino", verify=False) as loaded:
-            yield loaded
+    @pytest.fixture(params=["llama", "gemma2"])  # by blocks, and by the symbolic graph
+    def lazy(self, request, bundle, monkeypatch) -> Iterator[tuple[MesaModel, set[int]]]:
+        """A model, and the numbers of its requests that do nothing, in the order in which they were made."""
+        openvino = pytest.importorskip("openvino")
+        make, idle, count = openvino.CompiledModel.create_infer_request, set[int](), itertools.count()
 
-    class Idle:
-        """A request whose runs do nothing."""
+        def made(compiled: Any) -> Any:
+            request, number = make(compiled), next(count)
+            infer = request.infer
+            request.infer = lambda *arguments, **options: None if number in idle else infer(*arguments, **options)
+            return request
 
-        def __init__(self, request: Any) -> None:
-            self.get_tensor = request.get_tensor
-
-        def infer(self, *arguments: Any, **options: Any) -> None:
-            pass
+        monkeypatch.setattr(openvino.CompiledModel, "create_infer_request", made)
+        with MesaModel.load(bundle(request.param), "openvino", verify=False) as loaded:
+            yield loaded, idle
 
     def test_a_prompt_of_the_same_length(self, lazy):
-        first = lazy.prefill(IDS[:30])
-        graph: Any = lazy.executor.cache._graphs._graph
-        request, graph._request = graph._request, self.Idle(graph._request)
+        model, idle = lazy
+        first = model.prefill(IDS[:30])
+        idle |= set(range(len({x.place for x in model.manifest.layers}), 9))
         for _ in range(2):
-            assert "OpenVINO computed nothing in model.onnx" in refused(lambda: lazy.prefill(IDS[30:60]))
-        graph._request = request
-        assert np.array_equal(lazy.prefill(IDS[:30]), first)
+            assert "OpenVINO computed nothing in model" in refused(lambda: model.prefill(IDS[30:60]))
+        idle.clear()
+        assert np.array_equal(model.prefill(IDS[:30]), first)
 
     def test_keys_that_move(self, lazy):
-        lazy.prefill(IDS)
-        expected = lazy.extend(IDS)
-        lazy.prefill(IDS)
-        (place,) = set(lazy.executor.cache._places.values())
-        request, place._request = place._request, self.Idle(place._request)
-        assert "OpenVINO computed nothing in place.onnx" in refused(lambda: lazy.extend(IDS))
-        place._request = request
-        assert np.abs(lazy.extend(IDS) - expected).max() < 1e-4
+        model, idle = lazy
+        model.prefill(IDS)
+        expected = model.extend(IDS)
+        model.prefill(IDS)
+        idle |= set(range(len({x.place for x in model.manifest.layers})))
+        assert "OpenVINO computed nothing in place.onnx" in refused(lambda: model.extend(IDS))
+        idle.clear()
+        assert np.abs(model.extend(IDS) - expected).max() < 1e-4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
