@@ -71,7 +71,7 @@ class Engine:
     """
 
     def __init__(self, manifest: Manifest, store: KvStore, runner: Runner, scheduler: Scheduler[Turn]) -> None:
-        self.manifest, self.store, self.runner, self._scheduler = manifest, store, runner, scheduler
+        self.manifest, self.store, self.runner, self.scheduler = manifest, store, runner, scheduler
         self.lock = RLock()
         self._closed = False
 
@@ -106,7 +106,7 @@ class Engine:
                 turn.ids = np.concatenate([turn.text.shown, turn.ids])
             plan_of_turn(self.manifest, turn.text, len(turn.ids))
             turn.final_length = len(turn.text) + len(turn.ids) + turn.max_new_tokens
-            self._scheduler.add(turn)
+            self.scheduler.add(turn)
             return turn
 
     def abort(self, turn: Turn) -> None:
@@ -138,7 +138,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not self._scheduler.running and not self._scheduler.waiting
+        return not self.scheduler.running and not self.scheduler.waiting
 
     def step(self) -> list[Turn]:
         """Computes a part of what there is to do; the turns that have got a token, their logits, or an end.
@@ -162,7 +162,7 @@ class Engine:
                 for turn, _ in work:
                     self._fail(turn, error)
                 raise
-            self._scheduler.observe(time.perf_counter() - started, size - decoded, decoded)
+            self.scheduler.observe(time.perf_counter() - started, size - decoded, decoded)
             return [turn for turn in before if turn.is_finished or turn in read]
 
     def close(self) -> None:
@@ -172,7 +172,7 @@ class Engine:
                 return
             for turn in self._turns():
                 turn.error, turn.is_finished, turn.reading = InputError("the engine was closed"), True, None
-                self._scheduler.remove(turn)
+                self.scheduler.remove(turn)
             self._closed = True
             self.runner.close()
             self.store.close()
@@ -182,21 +182,21 @@ class Engine:
             raise InputError("the model was closed; load it again")
 
     def _turns(self) -> list[Turn]:
-        return [*self._scheduler.running, *self._scheduler.waiting]
+        return [*self.scheduler.running, *self.scheduler.waiting]
 
     def _admit(self) -> None:
         """Begins turns that wait, as far as there is memory for all of them to their ends."""
         while True:
-            for turn in self._scheduler.admit(self._fits):
+            for turn in self.scheduler.admit(self._fits):
                 self._begin(turn, turn.ids)
-            if self._scheduler.running or not self._scheduler.waiting:
+            if self.scheduler.running or not self.scheduler.waiting:
                 return
-            turn = self._scheduler.waiting[0]  # and there is nothing that it could wait for
+            turn = self.scheduler.waiting[0]  # and there is nothing that it could wait for
             free = self.store.free_bytes
             self._fail(turn, no_room(self._needed(turn), free, free + self.store.bytes_in_use))
 
     def _fits(self, turn: Turn) -> bool:
-        promised = sum(map(self._needed, self._scheduler.running))
+        promised = sum(map(self._needed, self.scheduler.running))
         return self._needed(turn) <= self.store.free_bytes - promised
 
     def _needed(self, turn: Turn) -> int:
@@ -215,15 +215,15 @@ class Engine:
 
     def _next_work(self) -> list[tuple[Turn, list[Segment]]]:
         """What to run in this step: a token of each text that decodes, and parts of prompts."""
-        for turn in list(self._scheduler.running):
+        for turn in list(self.scheduler.running):
             if turn.tokens and not turn.is_paused and turn.reading is not None and turn.reading.is_done:
                 turn.wanted = 1
                 self._begin(turn, np.array(turn.text.shown, np.int64))
-        running = [turn for turn in self._scheduler.running if turn.reading is not None and not turn.reading.is_done]
+        running = [turn for turn in self.scheduler.running if turn.reading is not None and not turn.reading.is_done]
         decoding = [turn for turn in running if turn.reading is not None and turn.reading.is_decoding]
         reading = [turn for turn in running if turn not in decoding]
         work = [(turn, segments) for turn in decoding if (segments := self._segments(turn, 1))]
-        budget = self._scheduler.budget(len(decoding))
+        budget = self.scheduler.budget(len(decoding))
         for turn in reading:
             if budget <= 0:
                 break
@@ -231,7 +231,7 @@ class Engine:
             budget -= sum(map(len, segments)) or budget  # rotating keys takes a step's time
             if segments:
                 work.append((turn, segments))
-            self._scheduler.pass_turn(turn)  # the others first, next time
+            self.scheduler.pass_turn(turn)  # the others first, next time
         return work
 
     def _segments(self, turn: Turn, budget: int, *, patient: bool = True) -> list[Segment]:
@@ -307,7 +307,7 @@ class Engine:
             self._finish(turn)
 
     def _finish(self, turn: Turn) -> None:
-        self._scheduler.remove(turn)
+        self.scheduler.remove(turn)
         turn.is_finished = True
         if turn.reading is not None and not turn.keep_undo:
             turn.reading.commit()
