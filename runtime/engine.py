@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mesart.graphs.errors import EngineError, InputError, MesaError
 from mesart.graphs.manifest import Manifest
-from mesart.runtime.kv.store import KvStore, no_room
+from mesart.runtime.kv.store import KvStore
 from mesart.runtime.reading import Reading, plan_of_turn
 from mesart.runtime.runners.runner import Logits, Runner, Segment
 from mesart.runtime.sampling import Sampler, choose_tokens
@@ -192,12 +192,11 @@ class Engine:
             if self._scheduler.running or not self._scheduler.waiting:
                 return
             turn = self._scheduler.waiting[0]  # and there is nothing that it could wait for
-            free = self.store.free_bytes
-            self._fail(turn, no_room(self._needed(turn), free, free + self.store.bytes_in_use))
+            self._fail(turn, self.store.shortage(self._needed(turn)))
 
     def _fits(self, turn: Turn) -> bool:
-        promised = sum(map(self._needed, self._scheduler.running))
-        return self._needed(turn) <= self.store.free_bytes - promised
+        needed = self._needed(turn)  # nothing: then it takes nothing from the others, however little there is
+        return not needed or needed + sum(map(self._needed, self._scheduler.running)) <= self.store.free_bytes
 
     def _needed(self, turn: Turn) -> int:
         """Bytes that a turn may still take."""

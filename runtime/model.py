@@ -295,6 +295,7 @@ class MesaModel:
             for text in self._live:
                 self.engine.close_text(text)
             self._live = []
+            self.engine.store.trim()
             self._changes += 1
 
     def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:

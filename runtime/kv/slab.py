@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mesart.graphs.errors import CapacityError
 from mesart.graphs.manifest import LayerInfo
 from mesart.graphs.plan import Span
 from mesart.runtime.kv.store import Array, Budget, Kv, Positions, Rotate, moved_span
@@ -104,6 +105,9 @@ class SlabStore:
 
     def bytes_missing(self, kv: Kv, tokens: int) -> int:
         return max(0, tokens - kv.room) * self.bytes_per_token
+
+    def shortage(self, needed: int) -> CapacityError:
+        return self._budget.shortage(needed)
 
     def allocate(self, tokens: int) -> SlabKv:
         return self._allocate(self._texts, self._capacity(tokens, False))
@@ -228,6 +232,9 @@ class SlabStore:
             [key[kv.row][:, part].copy() for key in kv.slab.keys],
             [value[kv.row][:, part].copy() for value in kv.slab.values],
         )
+
+    def trim(self) -> None:
+        """Nothing: slabs without texts are given back at once."""
 
     def close(self) -> None:
         self._texts = Slab(self._layers, self._storage)
