@@ -198,7 +198,7 @@ class Reading:
     def _slice(self, phase: Phase, past: int, budget: int) -> int:
         """Tokens of the next run: fewer than there is time for only where the graph takes no more."""
         most = self._runner.slice_length(phase, past)
-        return most if self._runner.whole_slices and phase in ("prefix", "chunk") else max(1, min(most, budget))
+        return most if self._runner.whole_slices else max(1, min(most, budget))
 
     def _segment(self, phase: Phase, kv: Kv, span: Span, positions: NDArray[np.int64]) -> Segment:
         first_wanted = self.plan.length - self._wanted
