@@ -254,19 +254,27 @@ class Engine:
         try:
             logits = self.runner.run([segment for _, segments in work for segment in segments])
         except (MesaError, MemoryError) as error:
-            for _, segments in work:
-                for segment in segments:
-                    self.store.truncate(segment.kv, segment.kv.length)
-            if len(work) == 1:
-                self._fail(work[0][0], error)
-                return
+            lost = self._forget(work)
             for item in work:
-                self._run([item])
+                if lost is not None or len(work) == 1:
+                    self._fail(item[0], error if lost is None else lost)
+                else:
+                    self._run([item])
             return
         for turn, segments in work:
             assert turn.reading is not None
             turn.reading.done(segments, logits[: len(segments)])
             logits = logits[len(segments) :]
+
+    def _forget(self, work: list[tuple[Turn, list[Segment]]]) -> BaseException | None:
+        """Clears what a run that failed has left; why that could not be done."""
+        try:
+            for _, segments in work:
+                for segment in segments:
+                    self.store.truncate(segment.kv, segment.kv.length)
+        except (MesaError, MemoryError) as error:
+            return error
+        return None
 
     def _choose(self, turns: list[Turn]) -> None:
         """What follows what has been read: a token, or the end."""
