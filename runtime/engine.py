@@ -75,10 +75,15 @@ class Engine:
         self.lock = RLock()
         self._closed = False
 
+    def require_open(self) -> None:
+        """Raises an :class:`InputError` once it has been closed."""
+        if self._closed:
+            raise InputError("the model was closed; load it again")
+
     def open_text(self) -> Sequence:
         """A new text without tokens."""
         with self.lock:
-            self._require_open()
+            self.require_open()
             return Sequence(self.store.allocate(0))
 
     def close_text(self, text: Sequence) -> None:
@@ -98,7 +103,7 @@ class Engine:
             MesaError: the engine or the text is closed, the text has a turn already, or the prompt is too long.
         """
         with self.lock:
-            self._require_open()
+            self.require_open()
             turn.text.require_kv()
             if any(other.text is turn.text for other in self._turns()):
                 raise InputError("this text has a turn that has not ended; wait for it, or abort it")
@@ -147,7 +152,7 @@ class Engine:
             MesaError: the engine is closed.
         """
         with self.lock:
-            self._require_open()
+            self.require_open()
             before = self._turns()
             self._admit()
             started = time.perf_counter()
@@ -176,10 +181,6 @@ class Engine:
             self._closed = True
             self.runner.close()
             self.store.close()
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise InputError("the model was closed; load it again")
 
     def _turns(self) -> list[Turn]:
         return [*self._scheduler.running, *self._scheduler.waiting]
