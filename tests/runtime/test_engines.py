@@ -525,6 +525,16 @@ class TestOutOfMemory:
                 if model.lengths == [30]:
                     assert difference(model.extend(turn), expected) < CLOSE
 
+    def test_chunks_are_computed_one_by_one_where_memory_is_short(self, engine_bundle, gpu):
+        logits, needed = [], 0
+        for spare in (0, 3):  # of the four chunks that would be under way at a time
+            with MesaModel.load(engine_bundle("bucket", "shared"), "tensorrt-rtx", verify=False) as model:
+                chunk = model.manifest.engines[0].find("chunk", None)[0].profiles[0]
+                gpu.total = needed - spare * chunk.slots * model.engine.store.bytes_per_token if needed else 1 << 30
+                logits.append(model.prefill(tokens(200)))
+                needed = gpu.used
+        assert np.array_equal(*logits)
+
     def test_a_step_that_cannot_grow(self, one, gpu):
         one.prefill(tokens(64))
         gpu.total = gpu.used + 100
