@@ -271,10 +271,12 @@ def _trace(network: Any, config: MesaConfig, buckets: tuple[Bucket, ...]) -> _Gr
         graphs.add(PAGED_FILE, "paged", None, paged)
     if next(network.parameters()).dtype != torch.bfloat16:  # which onnxruntime does not compute on CPUs
         grouped = with_grouped_attention(traced) if config.reach is None else None
-        name, role = (GROUPED_FILE, "grouped") if grouped is not None else (ONNXRUNTIME_FILE, "onnxruntime")
-        graph = grouped or with_attention(traced, "heads")
+        graph = grouped if grouped is not None else with_attention(traced, "heads")
         with_rotary_operator(graph)
-        graphs.add(name, role, None, graph)
+        if grouped is not None:
+            graphs.add(GROUPED_FILE, "grouped", None, graph)
+        else:
+            graphs.add(ONNXRUNTIME_FILE, "onnxruntime", None, graph)
     if config.reach is None:  # engines write a cache that grows
         graphs.add(ENGINE_FILE, "engine", None, with_attention(traced, "in_place"))
     fused = with_attention(traced, "fused")

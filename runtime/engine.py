@@ -10,9 +10,9 @@ from threading import RLock
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import EngineError, InputError, MesaError
+from mesart.graphs.errors import CapacityError, EngineError, InputError, MesaError
 from mesart.graphs.manifest import Manifest
-from mesart.runtime.kv.store import KvStore, no_room
+from mesart.runtime.kv.store import KvStore
 from mesart.runtime.reading import Reading, plan_of_turn
 from mesart.runtime.runners.runner import Logits, Runner, Segment
 from mesart.runtime.sampling import Sampler, choose_tokens
@@ -75,10 +75,15 @@ class Engine:
         self.lock = RLock()
         self._closed = False
 
+    def require_open(self) -> None:
+        """Raises an :class:`InputError` once it has been closed."""
+        if self._closed:
+            raise InputError("the model was closed; load it again")
+
     def open_text(self) -> Sequence:
         """A new text without tokens."""
         with self.lock:
-            self._require_open()
+            self.require_open()
             return Sequence(self.store.allocate(0))
 
     def close_text(self, text: Sequence) -> None:
@@ -98,7 +103,7 @@ class Engine:
             MesaError: the engine or the text is closed, the text has a turn already, or the prompt is too long.
         """
         with self.lock:
-            self._require_open()
+            self.require_open()
             turn.text.require_kv()
             if any(other.text is turn.text for other in self._turns()):
                 raise InputError("this text has a turn that has not ended; wait for it, or abort it")
@@ -147,7 +152,7 @@ class Engine:
             MesaError: the engine is closed.
         """
         with self.lock:
-            self._require_open()
+            self.require_open()
             before = self._turns()
             self._admit()
             started = time.perf_counter()
@@ -177,10 +182,6 @@ class Engine:
             self.runner.close()
             self.store.close()
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise InputError("the model was closed; load it again")
-
     def _turns(self) -> list[Turn]:
         return [*self.scheduler.running, *self.scheduler.waiting]
 
@@ -192,12 +193,11 @@ class Engine:
             if self.scheduler.running or not self.scheduler.waiting:
                 return
             turn = self.scheduler.waiting[0]  # and there is nothing that it could wait for
-            free = self.store.free_bytes
-            self._fail(turn, no_room(self._needed(turn), free, free + self.store.bytes_in_use))
+            self._fail(turn, self.store.shortage(self._needed(turn)))
 
     def _fits(self, turn: Turn) -> bool:
-        promised = sum(map(self._needed, self.scheduler.running))
-        return self._needed(turn) <= self.store.free_bytes - promised
+        needed = self._needed(turn)  # nothing: then it takes nothing from the others, however little there is
+        return not needed or needed + sum(map(self._needed, self.scheduler.running)) <= self.store.free_bytes
 
     def _needed(self, turn: Turn) -> int:
         """Bytes that a turn may still take."""
@@ -222,16 +222,24 @@ class Engine:
         running = [turn for turn in self.scheduler.running if turn.reading is not None and not turn.reading.is_done]
         decoding = [turn for turn in running if turn.reading is not None and turn.reading.is_decoding]
         reading = [turn for turn in running if turn not in decoding]
-        work = [(turn, segments) for turn in decoding if (segments := self._segments(turn, 1))]
+        short: tuple[Turn, CapacityError] | None = None
+        work: list[tuple[Turn, list[Segment]]] = []
         budget = self.scheduler.budget(len(decoding))
-        for turn in reading:
-            if budget <= 0:
+        for turn in [*decoding, *reading]:
+            if budget <= 0 and turn not in decoding:
                 break
-            segments = self._segments(turn, budget, patient=not decoding)
-            budget -= sum(map(len, segments)) or budget  # rotating keys takes a step's time
+            try:
+                segments = self._segments(turn, budget, patient=turn in decoding or not decoding)
+            except CapacityError as error:  # for a chunk's scratch, until another turn has ended
+                short = short or (turn, error)
+                continue
             if segments:
                 work.append((turn, segments))
-            self.scheduler.pass_turn(turn)  # the others first, next time
+            if turn not in decoding:
+                budget -= sum(map(len, segments)) or budget  # rotating keys takes a step's time
+                self.scheduler.pass_turn(turn)  # the others first, next time
+        if short is not None and not work:
+            self._fail(*short)
         return work
 
     def _segments(self, turn: Turn, budget: int, *, patient: bool = True) -> list[Segment]:
@@ -240,6 +248,8 @@ class Engine:
         try:
             while not (segments := turn.reading.next(budget)) and patient:
                 pass
+        except CapacityError:
+            raise
         except (MesaError, MemoryError) as error:
             self._fail(turn, error)
             return []
@@ -255,19 +265,27 @@ class Engine:
         try:
             logits = self.runner.run([segment for _, segments in work for segment in segments])
         except (MesaError, MemoryError) as error:
-            for _, segments in work:
-                for segment in segments:
-                    self.store.truncate(segment.kv, segment.kv.length)
-            if len(work) == 1:
-                self._fail(work[0][0], error)
-                return
+            lost = self._forget(work)
             for item in work:
-                self._run([item])
+                if lost is not None or len(work) == 1:
+                    self._fail(item[0], error if lost is None else lost)
+                else:
+                    self._run([item])
             return
         for turn, segments in work:
             assert turn.reading is not None
             turn.reading.done(segments, logits[: len(segments)])
             logits = logits[len(segments) :]
+
+    def _forget(self, work: list[tuple[Turn, list[Segment]]]) -> BaseException | None:
+        """Clears what a run that failed has left; why that could not be done."""
+        try:
+            for _, segments in work:
+                for segment in segments:
+                    self.store.truncate(segment.kv, segment.kv.length)
+        except (MesaError, MemoryError) as error:
+            return error
+        return None
 
     def _choose(self, turns: list[Turn]) -> None:
         """What follows what has been read: a token, or the end."""

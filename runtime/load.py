@@ -1,4 +1,4 @@
-"""From the name of a backend to a live cache on it."""
+"""From the name of a backend to a store and a runner on it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mesart.runtime.backends import (
     TorchBackend,
     choose_backend,
 )
+from mesart.runtime.device_rotation import DeviceRotation
 from mesart.runtime.engines import PACKAGES, Engines, usable_flavour
 from mesart.runtime.graphs import GraphFiles, Rotation, SpecialisedGraphs, SymbolicGraphs
 from mesart.runtime.kv.device import DeviceStore
@@ -189,7 +190,7 @@ def _require_fp8(backend: str, dtype: str, activations: str | None) -> str:
 def _load_engines(files: BundleFiles, manifest: Manifest, flavour: Flavour, choice: str, *, verify: bool) -> Loaded:
     engines = Engines(files, manifest, flavour, verify=verify)
     try:
-        store = DeviceStore(manifest, engines)
+        store = DeviceStore(manifest, engines, DeviceRotation(manifest, engines))
         runner = DeviceRunner(manifest, store, engines)
     except BaseException:
         engines.close()

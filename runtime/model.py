@@ -200,6 +200,7 @@ class MesaModel:
 
     def _later_turns(self, prompts: list[list[int]], *, all_logits: bool = False) -> list[Turn]:
         """Turns of the live texts; whatever is wrong with one of them is said before anything is changed."""
+        self.engine.require_open()  # first: texts may have been lost before
         self._require_texts(len(prompts))
         for text in self._live:
             text.require_kv()
@@ -295,6 +296,7 @@ class MesaModel:
             for text in self._live:
                 self.engine.close_text(text)
             self._live = []
+            self.engine.store.trim()
             self._changes += 1
 
     def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:

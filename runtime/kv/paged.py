@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.bundle_names import BLOCK
-from mesart.graphs.errors import InputError
+from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.manifest import LayerInfo
 from mesart.graphs.plan import Span
 from mesart.runtime.kv.store import Array, Kv, Positions, Rotate, moved_span, no_room
@@ -56,6 +56,9 @@ class PagedStore:
 
     def bytes_missing(self, kv: Kv, tokens: int) -> int:
         return max(0, -(-tokens // BLOCK) - kv.room // BLOCK) * self._block_bytes
+
+    def shortage(self, needed: int) -> CapacityError:
+        return no_room(needed, self.free_bytes, self._count * self._block_bytes)
 
     @property
     def _free_blocks(self) -> int:
@@ -173,7 +176,7 @@ class PagedStore:
         after = self.rotation(layer, before, old, new)
         # Slots that stay where they are keep their bits: rotating by nothing may round.
         stay = (old == new)[:, None, :, None]
-        return np.where(stay, before, after) if stay.any() else after
+        return np.asarray(np.where(stay, before, after)) if stay.any() else after
 
     def read(self, kv: Kv) -> tuple[list[Array], list[Array]]:
         assert isinstance(kv, PagedKv)
@@ -188,13 +191,15 @@ class PagedStore:
         blocks = kv.blocks[start // BLOCK : -(-stop // BLOCK)]
         return [pool.array[blocks] for pool in (*self.keys, *self.values)]
 
+    def trim(self) -> None:
+        """Nothing: blocks without texts are given back at once."""
+
     def close(self) -> None:
         self.keys, self.values = [], []
 
     def _take(self, count: int) -> NDArray[np.int32]:
         if count > self._free_blocks:
-            size = self._block_bytes
-            raise no_room(count * size, self._free_blocks * size, self._count * size)
+            raise self.shortage(count * self._block_bytes)
         blocks = [heapq.heappop(self._unused) for _ in range(min(count, len(self._unused)))]
         more = count - len(blocks)
         blocks.extend(range(self._fresh, self._fresh + more))

@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mesart.graphs.errors import CapacityError
 from mesart.graphs.manifest import LayerInfo
 from mesart.graphs.plan import Span
 from mesart.runtime.kv.store import Array, Budget, Kv, Positions, Rotate, moved_span
+
+
+_GRANULE = 64
+"""Slots that a text may take beyond its tokens."""
 
 
 class Slab:
@@ -103,7 +108,10 @@ class SlabStore:
         return self._budget.taken
 
     def bytes_missing(self, kv: Kv, tokens: int) -> int:
-        return max(0, tokens - kv.room) * self.bytes_per_token
+        return max(0, tokens + _GRANULE - kv.room) * self.bytes_per_token if tokens > kv.room else 0
+
+    def shortage(self, needed: int) -> CapacityError:
+        return self._budget.shortage(needed)
 
     def allocate(self, tokens: int) -> SlabKv:
         return self._allocate(self._texts, self._capacity(tokens, False))
@@ -123,17 +131,16 @@ class SlabStore:
         assert isinstance(kv, SlabKv)
         if tokens <= kv.room:
             return
-        slots = self._capacity(tokens, True)
-        more = slots - kv.room
-        if more <= 0:
-            return
+        slots = self._capacity(tokens, False)
+        more = max(0, slots - kv.room)
         self._budget.take(more * self.bytes_per_token)
         try:
-            kv.slab.grow(slots)
+            if slots > kv.slab.capacity:  # by more than is needed, so as to copy seldom; it is not touched meanwhile
+                kv.slab.grow(self._capacity(tokens, True))
         except BaseException:
             self._budget.give(more * self.bytes_per_token)
             raise
-        kv.room = slots
+        kv.room = max(slots, kv.room)
 
     def free(self, kv: Kv) -> None:
         assert isinstance(kv, SlabKv)
@@ -228,6 +235,9 @@ class SlabStore:
             [key[kv.row][:, part].copy() for key in kv.slab.keys],
             [value[kv.row][:, part].copy() for value in kv.slab.values],
         )
+
+    def trim(self) -> None:
+        """Nothing: slabs without texts are given back at once."""
 
     def close(self) -> None:
         self._texts = Slab(self._layers, self._storage)
