@@ -259,7 +259,7 @@ class Engine:
         return segments
 
     def _run(self, work: list[tuple[Turn, list[Segment]]]) -> None:
-        """Runs segments of many turns together; if that fails, each turn's on their own, so that one disturbs no other."""
+        """Runs segments of many turns together; if that fails, each turn's alone, so that one disturbs no other."""
         if not work:
             return
         try:

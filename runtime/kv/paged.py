@@ -28,7 +28,7 @@ class PagedKv(Kv):
 
 
 class PagedStore:
-    """A pool of blocks ``[N, K, 32, D]`` a layer, for keys and values each; see :class:`~mesart.runtime.kv.store.KvStore`.
+    """A pool of blocks ``[N, K, 32, D]`` a layer, for keys and for values; a :class:`~mesart.runtime.kv.store.KvStore`.
 
     Address space for the whole pool is reserved at once, memory comes as blocks are written and goes as they are freed.
     A block may belong to several texts, to read: whoever is to change it copies it first.
@@ -176,7 +176,8 @@ class PagedStore:
         after = self.rotation(layer, before, old, new)
         # Slots that stay where they are keep their bits: rotating by nothing may round.
         stay = (old == new)[:, None, :, None]
-        return np.asarray(np.where(stay, before, after)) if stay.any() else after
+        rotated: Array = np.where(stay, before, after) if stay.any() else after
+        return rotated
 
     def read(self, kv: Kv) -> tuple[list[Array], list[Array]]:
         assert isinstance(kv, PagedKv)

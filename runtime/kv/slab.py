@@ -11,7 +11,6 @@ from mesart.graphs.manifest import LayerInfo
 from mesart.graphs.plan import Span
 from mesart.runtime.kv.store import Array, Budget, Kv, Positions, Rotate, moved_span
 
-
 _GRANULE = 64
 """Slots that a text may take beyond its tokens."""
 
@@ -129,7 +128,7 @@ class SlabStore:
 
     def reserve(self, kv: Kv, tokens: int) -> None:
         assert isinstance(kv, SlabKv)
-        if tokens <= kv.room:
+        if tokens < kv.room:  # one is left for what a row writes that only runs along
             return
         slots = self._capacity(tokens, False)
         more = max(0, slots - kv.room)

@@ -67,7 +67,7 @@ class GroupedRunner:
 
     def _run(self, rows: Rows) -> list[Logits]:
         phase, size = rows.given[0].phase, rows.size
-        wanted = max(1, max(segment.wanted for segment in rows.given))
+        wanted = max(1, *(segment.wanted for segment in rows.given))
         totals = rows.lengths() + np.int32(size)
         # A row that runs along writes behind its text, where nothing looks.
         feeds: dict[str, Array] = {

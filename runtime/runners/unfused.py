@@ -81,7 +81,7 @@ class UnfusedRunner:
             padding = ((0, 0), (0, size - new))
             ids, positions = np.pad(ids, padding), np.pad(positions, padding)
             scales = np.pad(scales, padding, constant_values=1)
-        wanted = max(1, max(segment.wanted for segment in rows.given))
+        wanted = max(1, *(segment.wanted for segment in rows.given))
         past = self._past_slots(rows, phase)
         feeds: dict[str, Array] = {
             "input_ids": ids,
