@@ -47,8 +47,8 @@ def buckets_up_to(config: StaticMethod, max_tokens: int) -> tuple[Bucket, ...]:
     """The buckets that serve every prompt of up to ``max_tokens`` tokens.
 
     Raises:
-        MesaError: the configured stair width leaves the trained range before ``max_tokens``, or that is no number of
-            tokens.
+        MesaError: texts of ``max_tokens`` tokens leave the positions that the method has (of Mesa, by a fixed stair
+            width), or that is no number of tokens.
     """
     check_whole("max_tokens", max_tokens, least=1)
     buckets = []
@@ -98,7 +98,7 @@ class Plan:
         """The plan of a first prompt.
 
         Raises:
-            MesaError: an empty prompt, or a fixed stair width that leaves the trained range.
+            MesaError: an empty prompt, or one that leaves the positions that the method has.
         """
         if tokens < 1:
             raise InputError("the prompt is empty; give at least one token")

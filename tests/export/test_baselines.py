@@ -20,9 +20,12 @@ from mesart.evaluation.systems import open_systems
 from mesart.evaluation.tuning import tune
 from mesart.evaluation.validate import validate
 from mesart.export import build_engines, export_model, export_triton_repository
+from mesart.export.engine_graphs import engine_shapes
+from mesart.export.engine_memory import estimate
 from mesart.export.forms import with_attention
 from mesart.export.trace import trace_roles
 from mesart.graphs import MesaConfig, MesaError, TorchReference
+from mesart.graphs.manifest import Manifest
 from mesart.graphs.method.all_tail import AllTail
 from mesart.graphs.method.registry import STATIC_METHODS
 from mesart.graphs.role import RoleModule
@@ -290,6 +293,17 @@ class TestDroppedKeys:
     def test_no_engines(self, baseline_bundle, name):
         with pytest.raises(MesaError, match="run it with onnxruntime or openvino"):
             build_engines(baseline_bundle(name), gpus="sm89")
+
+
+def test_engine_shapes_of_a_method_without_chunks(baseline_bundle):
+    """No head and no chunks; its keys move, as many together as a chunk of Mesa would have."""
+    folder = baseline_bundle("dynamic-ntk")
+    manifest = Manifest.read(folder)
+    shapes = engine_shapes(manifest, "bucket", manifest.buckets)
+    new = {profile.role: profile.new for engine in shapes for profile in engine.profiles}
+    assert new == {"tail": TRAINED, "step": 1, "place": MesaConfig(TRAINED).chunk_length}
+    keys = sum(layer.kv_heads * layer.key_size for layer in manifest.layers)
+    assert {memory.scratch for memory in estimate(folder, manifest, shapes, "shared")} == {2 * new["place"] * 2 * keys}
 
 
 def test_engines_of_a_method_whose_cache_grows(checkpoint, tmp_path):
