@@ -166,7 +166,8 @@ class Budget:
 def no_room(needed: int, free: int, limit: int) -> CapacityError:
     return CapacityError(
         f"keys and values need {_size(needed)} more where {_size(free)} of {_size(limit)} are free, "
-        f"{_size(needed - free)} are missing: use fewer or shorter texts, end others first, or load the model with a larger kv_memory"
+        f"{_size(needed - free)} are missing: use fewer or shorter texts, end others first, or load the model with a "
+        "larger kv_memory"
     )
 
 
