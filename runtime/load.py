@@ -104,7 +104,8 @@ def load_runner(
                 raise InputError(f"backend {flavour!r} runs engines as they were built; leave activations out")
             if asked is not None:
                 raise InputError(
-                    f"backend {flavour!r} runs engines, whose buckets say what keys and values take: leave kv_memory out"
+                    f"backend {flavour!r} runs engines, whose buckets set what keys and values take: leave kv_memory "
+                    "out"
                 )
             if specialised:
                 raise InputError(

@@ -273,7 +273,8 @@ def _read(pool: Array, blocks: NDArray[np.int32], start: int, stop: int) -> Arra
     first = start // BLOCK
     found = pool[blocks[first : -(-stop // BLOCK)]].transpose(1, 0, 2, 3)
     heads, count, _, size = found.shape
-    return found.reshape(heads, count * BLOCK, size)[:, start - first * BLOCK : stop - first * BLOCK]
+    slots: Array = found.reshape(heads, count * BLOCK, size)
+    return slots[:, start - first * BLOCK : stop - first * BLOCK]
 
 
 def _write(pool: Array, blocks: NDArray[np.int32], start: int, new: Array) -> None:
