@@ -26,8 +26,9 @@ from typing import Any, Literal
 
 from mesart.evaluation.arguments import require_lengths, require_whole
 from mesart.evaluation.progress import progress_bar
-from mesart.graphs import InputError, MesaConfig, MesaError, Plan
+from mesart.graphs import InputError, MesaError, Plan
 from mesart.graphs.manifest import Manifest
+from mesart.graphs.method.protocol import StaticMethod
 from mesart.runtime import backend_names, present_backends
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -320,7 +321,7 @@ def prompt_flops(manifest: Manifest, tokens: int, parameters: int, heads: int, *
     return 2.0 * parameters * tokens + scores
 
 
-def needed_pairs(config: MesaConfig, tokens: int) -> int:
+def needed_pairs(config: StaticMethod, tokens: int) -> int:
     """Pairs of a query and a key that it sees, over the whole prompt."""
     if config.reach is not None:
         kept = min(tokens, config.reach.slots)

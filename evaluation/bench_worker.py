@@ -45,10 +45,10 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         answer = _transformers(job) if transformers else _mesart(job)
         load = time.perf_counter() - start
-        short = manifest.config.head_length + manifest.config.chunk_length + manifest.config.tail_min
-        # Engines for a bucket open, and kernels compile, with the first prompt that needs them.
+        # Engines for a bucket open, and kernels compile, with the first prompt that needs them: beyond the trained
+        # length all roles do.
         whole = job.get("warm_whole", False)
-        answer(prompt if whole else prompt[: max(short, manifest.config.train_length + 1)])
+        answer(prompt if whole else prompt[: manifest.config.train_length + 1])
         warm_up = time.perf_counter() - start - load
         times = [answer(prompt) for _ in range(job["repeat"])]
     head = vocabulary * config["hidden_size"]

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.generation import GENERATION_FILE
@@ -348,8 +347,8 @@ def _open_bundle(
     if config is not None:
         raise InputError(f"{bundle} is a bundle, its configuration is fixed; export again, or evaluate the checkpoint")
     manifest = Manifest.read(bundle)
-    if isinstance(manifest.config, BaselineConfig):
-        name = manifest.config.method
+    if not isinstance(manifest.config, MesaConfig):
+        name = manifest.config.name
         raise InputError(
             f"{bundle} holds {name}, not Mesa; `mesart eval suite MODEL --methods {name}` measures its quality"
         )

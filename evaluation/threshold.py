@@ -35,7 +35,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -419,6 +419,7 @@ def _lengths(train_length: int, max_tokens: int, least: int) -> list[int]:
 def _mesa(model: nn.Module, config: MesaConfig) -> tuple[Runner, MesaConfig]:
     from mesart.graphs.reference import TorchReference  # noqa: PLC0415  (torch only where it is needed)
 
+    config = config.for_model(model)
     reference = TorchReference(model, config)
 
     def run(ids: Tensor, last: int) -> Tensor:
@@ -430,7 +431,7 @@ def _mesa(model: nn.Module, config: MesaConfig) -> tuple[Runner, MesaConfig]:
             )
         return logits[:, -last:]
 
-    return Runner(reference.role.model, run), reference.config
+    return Runner(reference.role.model, run), replace(config, short_length=reference.config.short_length)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

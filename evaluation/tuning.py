@@ -29,7 +29,6 @@ from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import Z95, table, times, to_json, versions, wilson_interval
 from mesart.evaluation.suite import fingerprint
 from mesart.evaluation.systems import CheckpointModel, MesaBundle, MesaReference, OpenSystems, Source, Subject, System
-from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.manifest import MANIFEST_FILE, Manifest, sha256
@@ -635,8 +634,8 @@ def _open(
             models[:] = [MesaModel(files, replace(loaded, manifest=changed))]
             return MesaBundle(models[0])
 
-        if isinstance(manifest.config, BaselineConfig):
-            raise InputError(f"{folder} holds {manifest.config.method}; only Mesa has parameters that are tuned here")
+        if not isinstance(manifest.config, MesaConfig):
+            raise InputError(f"{folder} holds {manifest.config.name}; only Mesa has parameters that are tuned here")
         config = manifest.config if start is None else start
         if config.train_length != manifest.config.train_length:
             raise InputError(

@@ -26,8 +26,9 @@ from torch import nn
 
 from mesart.evaluation.arguments import require_seed, require_whole
 from mesart.evaluation.progress import progress_bar
-from mesart.graphs import InputError, MesaConfig, Plan, Span, TorchReference
+from mesart.graphs import InputError, Plan, Span, TorchReference
 from mesart.graphs.manifest import Manifest, Quantisation
+from mesart.graphs.method.protocol import StaticMethod
 from mesart.graphs.plan import Bucket
 from mesart.runtime import MesaModel
 
@@ -287,7 +288,7 @@ def _engine_pieces(model: MesaModel, prompt: list[int], forced: list[int]) -> It
 
 
 def _pieces(
-    config: MesaConfig, tokens: int, logits: Any, cache: Callable[[], tuple[Sequence[Any], Sequence[Any]]]
+    config: StaticMethod, tokens: int, logits: Any, cache: Callable[[], tuple[Sequence[Any], Sequence[Any]]]
 ) -> Iterator[Piece]:
     plan = Plan.of(config, tokens)
     keys, values = cache()
@@ -297,7 +298,7 @@ def _pieces(
     yield _piece("tail", logits, keys, values, _kept(config, plan.tail.start, plan.tail.stop))
 
 
-def _kept(config: MesaConfig, start: int, stop: int) -> Span:
+def _kept(config: StaticMethod, start: int, stop: int) -> Span:
     """The tokens ``start .. stop - 1``, less those whose keys a method has dropped by then."""
     return Span(start if config.reach is None else max(start, stop - config.reach.window), stop)
 

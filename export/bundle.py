@@ -29,7 +29,6 @@ from mesart.export.stage import real_place, staged
 from mesart.export.texts import read_texts
 from mesart.export.trace import no_collection, trace_place, trace_roles
 from mesart.export.weights import WeightFiles, WeightMode, open_network
-from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import (
@@ -50,6 +49,7 @@ from mesart.graphs.manifest import (
     TensorInfo,
     sha256,
 )
+from mesart.graphs.method.protocol import StaticMethod
 from mesart.graphs.plan import Bucket, buckets_up_to
 from mesart.graphs.role import RoleModule
 from mesart.graphs.rotary import LayerSpec
@@ -69,7 +69,7 @@ Report = Callable[[str], None]
 def export_model(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    config: MesaConfig | None = None,
+    config: StaticMethod | None = None,
     *,
     max_tokens: int | None = None,
     dtype: str = "float32",
@@ -90,7 +90,7 @@ def export_model(
         model: a checkpoint folder or hub id of a causal language model with rotary embeddings. Weights that a library
             quantised (:mod:`mesart.export.quantised_checkpoint`) stay the whole numbers that they are.
         output: the bundle's folder. A bundle that is there is replaced; another folder is only with ``force``.
-        config: chosen from the model's config if left out, see :class:`~mesart.graphs.MesaConfig`.
+        config: the method; Mesa, chosen from the model's config, if left out: :class:`~mesart.graphs.MesaConfig`.
         max_tokens: the longest prompt, in tokens; 16 times the trained length if left out.
         dtype: of weights, cache and computation: float32, float16 or bfloat16.
         weights: ``auto`` leaves the weights that have the dtype in files like the checkpoint's: clones, where the
@@ -128,9 +128,8 @@ def export_model(
     )
     config = (config or MesaConfig()).for_model(model)
     limit = max_tokens if max_tokens is not None else 16 * config.train_length
-    buckets = buckets_up_to(config.up_to(limit) if isinstance(config, BaselineConfig) else config, limit)
-    if isinstance(config, BaselineConfig):
-        config = config.up_to(buckets[-1].max_tokens)
+    buckets = buckets_up_to(config.up_to(limit), limit)
+    config = config.up_to(buckets[-1].max_tokens)
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     quantisation = choose_quantisation(quantise, group_size, symmetric=symmetric)
@@ -252,7 +251,7 @@ class _Graphs:
         self.files[file], self.roles[file] = graph, (role, bucket)
 
 
-def _trace(network: Any, config: MesaConfig, buckets: tuple[Bucket, ...]) -> _Graphs:
+def _trace(network: Any, config: StaticMethod, buckets: tuple[Bucket, ...]) -> _Graphs:
     module = RoleModule(network, config, "traced")
     graphs = _Graphs(module, moves=config.moves)
     with torch.no_grad():
@@ -271,15 +270,17 @@ def _trace(network: Any, config: MesaConfig, buckets: tuple[Bucket, ...]) -> _Gr
         graphs.add(PAGED_FILE, "paged", None, paged)
     if next(network.parameters()).dtype != torch.bfloat16:  # which onnxruntime does not compute on CPUs
         grouped = with_grouped_attention(traced) if config.reach is None else None
-        name, role = (GROUPED_FILE, "grouped") if grouped is not None else (ONNXRUNTIME_FILE, "onnxruntime")
-        graph = grouped or with_attention(traced, "heads")
+        graph = grouped if grouped is not None else with_attention(traced, "heads")
         with_rotary_operator(graph)
-        graphs.add(name, role, None, graph)
+        if grouped is not None:
+            graphs.add(GROUPED_FILE, "grouped", None, graph)
+        else:
+            graphs.add(ONNXRUNTIME_FILE, "onnxruntime", None, graph)
     if config.reach is None:  # engines write a cache that grows
         graphs.add(ENGINE_FILE, "engine", None, with_attention(traced, "in_place"))
     fused = with_attention(traced, "fused")
     head, chunk = config.head_length, config.chunk_length
-    if not isinstance(config, BaselineConfig):
+    if chunk:
         graphs.add("head.onnx", "head", None, specialise(fused, {"B": 1, "S": head, "P": 0, "M": 1}))
         graphs.add("chunk.onnx", "chunk", None, specialise(fused, {"B": 1, "S": chunk, "P": head, "M": 1}))
     tail = min(TAIL_SLICE, config.train_length if config.reach is None else config.reach.window)

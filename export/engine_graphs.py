@@ -29,6 +29,9 @@ TAIL_SLICE = 256
 SHARED_BYTES = 16 << 10
 """Weights from this size on become inputs; smaller ones (norms, biases) are worth a constant that can be fused."""
 
+PLACE_SLICE = 1024
+"""Keys that are placed anew together where there are no chunks, which give their number."""
+
 _SLOTS = 64
 """Caches have a multiple of this many slots, which is what attention kernels work on."""
 
@@ -70,7 +73,8 @@ def engine_shapes(manifest: Manifest, layout: Layout, buckets: Sequence[Bucket])
             engines.append(EngineShapes(role, ENGINE_FILE, (ProfileInfo(role, None, new, scratch, scratch),)))  # type: ignore[arg-type]
     if any(graph.role == "engine_place" for graph in manifest.graphs):
         # Also without chunks: a long generation moves keys.
-        place = ProfileInfo("place", None, config.chunk_length, 0, 0)
+        keys = config.chunk_length or min(PLACE_SLICE, config.train_length // 2)
+        place = ProfileInfo("place", None, keys, 0, 0)
         engines.append(EngineShapes("place", ENGINE_PLACE_FILE, (place,)))
     for role, new in (("tail", tail), ("step", 1)):
         profiles = tuple(profile(role, bucket, new) for bucket in buckets)  # type: ignore[arg-type]

@@ -57,6 +57,7 @@ def _estimate(
     runs = [p for e in engines for p in e.profiles if p.role in ("head", "chunk") or p.bucket == step.bucket]
     cut = step.bucket and any(p.role == "chunk" for p in runs)
     scratch = config.head_length + config.chunk_length if cut else 0
+    placed = next((p.new for e in engines for p in e.profiles if p.role == "place"), 0)
     stored, how = manifest.weight_bytes, manifest.quantisation
     roles = len({p.role for p in runs if p.role != "place"})
     return Memory(
@@ -64,7 +65,7 @@ def _estimate(
         # Whole numbers are never shared.
         weights=stored * (roles if weights == "embedded" or (how is not None and how.scheme != "fp8") else 1),
         cache=step.slots * slot,
-        scratch=scratch * slot + 2 * config.chunk_length * moved,
+        scratch=scratch * slot + 2 * placed * moved,
         activations=max(_activations(bundle, manifest, run) for run in runs),
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from mesart.export.safetensors_file import Stored
-from mesart.graphs.config import check_whole
+from mesart.graphs.checks import check_whole
 from mesart.graphs.errors import InputError
 
 _MOST_LAYERS: Final = 10_000

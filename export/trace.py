@@ -42,7 +42,7 @@ Inputs: query ``[B, H, S, D]``, key and value ``[B, K, S, D]``, past key and val
 ``new_mask``, and where the layer needs them ``position_ids``, ``past_position_ids``, a sink of each head, ``[H]``,
 and queries ``[B, H, S, D]`` and keys ``[B, K, F, D]`` as they meet the first tokens beyond the window.
 Attributes: ``layer``, ``softcap`` (0: none), ``window`` (0: none), ``slopes`` (ALiBi's, one a head; absent: none), and
-with first tokens ``reach_`` and each field of :class:`~mesart.graphs.baseline.Reach`.
+with first tokens ``reach_`` and each field of :class:`~mesart.graphs.reach.Reach`.
 """
 
 _ROLE_AXES = {

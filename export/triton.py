@@ -32,7 +32,7 @@ from mesart.export.gpus import local_gpu
 from mesart.export.specialise import specialise
 from mesart.export.tensorrt_builder import NoKernelError, TensorRtBuilder
 from mesart.export.triton_model import BUNDLE_FOLDER, MODEL, MODEL_FILE
-from mesart.graphs.baseline import BaselineConfig
+from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.manifest import MANIFEST_FILE, GraphInfo, Manifest, TensorInfo
 
@@ -112,9 +112,9 @@ def export_triton_repository(
         raise InputError(f"{name!r} cannot name a model; use letters, digits, '_', '-' and '.'")
     manifest = Manifest.read(source)
     check_target(output, MARKER_FILE, KIND, force=force, entries=repository_entries, keep=[source], report=say)
-    if isinstance(manifest.config, BaselineConfig):
+    if not isinstance(manifest.config, MesaConfig):
         raise InputError(
-            f"{source} holds {manifest.config.method}, exported to compare Mesa with; a Triton repository serves "
+            f"{source} holds {manifest.config.name}, exported to compare Mesa with; a Triton repository serves "
             "Mesa only"
         )
     manifest.verify(source)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.bundle_names import BLOCK, PAGED_INPUTS
 from mesart.graphs.config import AUTO
 from mesart.graphs.errors import MesaError
@@ -43,16 +42,13 @@ def _check_config(manifest: Manifest) -> None:
     for name, value in config.to_dict().items():
         if value == AUTO:
             raise Mismatch("is not chosen", f".config.{name}")
-    if isinstance(config, BaselineConfig):
-        _require(config.max_tokens, manifest.buckets[-1].max_tokens, "the largest bucket", ".config.max_tokens")
-        if min(config.factor, config.fast, config.slow) <= 0:
-            raise Mismatch("has a factor that is not above 0", ".config")
-        if config.first_tokens < 0 or config.window < (0 if config.reach is None else 1):
-            raise Mismatch("has a window or a number of first tokens that is too small", ".config")
     try:
+        fitted = config.up_to(manifest.buckets[-1].max_tokens).to_dict()
         expected = buckets_up_to(config, manifest.max_tokens)
     except (MesaError, ArithmeticError) as error:
         raise Mismatch(f"does not go with the configuration: {error}", ".max_tokens") from error
+    for name, value in config.to_dict().items():
+        _require(value, fitted[name], "the largest bucket", f".config.{name}")
     for index, (bucket, right) in enumerate(zip(manifest.buckets, expected, strict=False)):
         if bucket != right:
             raise Mismatch(f"is {bucket}, the configuration gives {right}", f".buckets[{index}]")
@@ -77,7 +73,7 @@ def _check_roles(manifest: Manifest) -> None:
     ]
     _require_distinct([_called(*role) for role in found], ".graphs")
     needed: list[tuple[str, int | None]] = [("any", None)]
-    if not isinstance(manifest.config, BaselineConfig):
+    if manifest.config.chunk_length:
         needed += [("head", None), ("chunk", None)]
     needed += [(role, bucket.chunks) for bucket in manifest.buckets for role in ("tail", "step")]
     if manifest.config.reach is None:

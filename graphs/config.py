@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Final, Protocol, TypeAlias, TypeVar
 
+from mesart.graphs.checks import MOST_POSITIONS, MOST_TOKENS, check_flag, check_number, check_train_length, check_whole
 from mesart.graphs.errors import InputError
 from mesart.graphs.json_file import described, read_object
+from mesart.graphs.method import mesa
+from mesart.graphs.method.protocol import Table
+from mesart.graphs.plan import Bucket, Plan
 from mesart.graphs.reach import Reach
 from mesart.graphs.stairs import ORDINARY, Stairs
 from mesart.graphs.user_data import user_data
@@ -29,12 +33,6 @@ class _LeftOut(enum.IntEnum):
 
 AUTO: Final = _LeftOut.AUTO
 """A field left out: chosen from ``train_length`` by the rule of :class:`MesaConfig`."""
-
-MOST_POSITIONS: Final = 1 << 21
-"""Rows of a position table, at most: one of 2 million takes 2 GB where 128 dimensions turn."""
-
-MOST_TOKENS: Final = 1 << 30
-"""The longest text that may be asked for."""
 
 CONFIG_BYTES: Final = 16 << 20
 """A config.json beyond that is none; the largest that are known have 100 kB."""
@@ -79,6 +77,9 @@ class MesaConfig:
         MesaError: a combination that would leave the trained range for every prompt.
     """
 
+    name: ClassVar[str] = "mesa"
+    rotary_only: ClassVar[bool] = False
+
     train_length: int = AUTO
     head_length: int = AUTO
     chunk_length: int = AUTO
@@ -99,18 +100,11 @@ class MesaConfig:
             check_whole("stair_width", self.stair_width, least=1)
         if self.tail_max is not None and self.tail_max is not AUTO:
             check_whole("tail_max", self.tail_max, least=1)
-        if not isinstance(self.log_n, bool):
-            raise InputError(f"log_n is {self.log_n!r}; it must be true or false")
+        check_flag("log_n", self.log_n)
         check_number("rho", self.rho, 0, 1)
         if self.train_length is AUTO:
             return
-        if self.train_length < 16:
-            raise InputError(f"train_length is {self.train_length}; a window of at least 16 tokens is needed")
-        if self.train_length > MOST_POSITIONS:
-            raise InputError(
-                f"train_length is {self.train_length}, more than the {MOST_POSITIONS} positions that a bundle can "
-                "hold; give the length that the model was trained on (--train-length)"
-            )
+        check_train_length(self.train_length)
         rule = {
             "head_length": max(1, min(128, self.train_length * 5 // 32)),
             "chunk_length": max(1, min(1024, self.train_length // 2)),
@@ -160,6 +154,27 @@ class MesaConfig:
         """Rows of the longest part of the position table: no two tokens stand as far apart."""
         return self.train_length
 
+    def up_to(self, tokens: int) -> MesaConfig:
+        """This configuration: its position table has the trained positions, however long the text."""
+        return self
+
+    def plan(self, tokens: int) -> Plan:
+        """The plan of a first prompt: the plain model up to ``train_length`` tokens, chunks beyond."""
+        self._require_train_length()
+        return mesa.plan(self, tokens)
+
+    def extension(self, stairs: Stairs, cached: int, tokens: int) -> Plan:
+        """The plan of tokens behind a cache: its anchor moves, or they are cut into chunks of their own."""
+        return mesa.extension(self, stairs, cached, tokens)
+
+    def require_room(self, tokens: int) -> None:
+        """Raises a :class:`MesaError` if prompts of ``tokens`` tokens leave the trained range."""
+        mesa.require_room(self, tokens)
+
+    def rotary_table(self, cos: Table, sin: Table) -> tuple[Table, Table]:
+        """The model's own, to which Stair positions keep."""
+        return cos, sin
+
     def stairs(self, tokens: int) -> Stairs:
         """Where the tokens of a text of ``tokens`` tokens, at most ``train_length``, stand: all at their indices."""
         return Stairs(0, 1, self.train_length) if tokens <= self.short_length else ORDINARY
@@ -189,14 +204,23 @@ class MesaConfig:
         """The smallest E that keeps window and stairs of ``tokens`` tokens within ``stair_range``."""
         return max(1, math.ceil((tokens - self.linear_window) / (self.stair_range - self.linear_window)))
 
+    def buckets(self) -> Iterator[Bucket]:
+        """Buckets of 0 (the dense path), 1, 2, 3, 4, 6, 8, 12, ... chunks: at most a quarter of the slots stays empty.
+
+        Raises:
+            MesaError: see :meth:`bucket_lengths`.
+        """
+        yield Bucket(0, self.train_length, 1)
+        for chunks, tokens in self.bucket_lengths():
+            yield Bucket(chunks, tokens, self.width_for(tokens))
+
     def bucket_lengths(self) -> Iterator[tuple[int, int]]:
         """Buckets beyond the trained length: chunks, and the longest prompt that they serve.
 
         Raises:
             MesaError: at the end, beyond :data:`MOST_TOKENS`, or there is no ``train_length`` yet.
         """
-        if self.train_length is AUTO:
-            raise InputError("the configuration has no train_length; give one, or use MesaConfig.from_model")
+        self._require_train_length()
         power = 1
         while True:
             for chunks in (power, power * 3 // 2) if power > 1 else (1,):
@@ -207,18 +231,17 @@ class MesaConfig:
                     yield chunks, tokens
             power *= 2
 
+    def _require_train_length(self) -> None:
+        if self.train_length is AUTO:
+            raise InputError("the configuration has no train_length; give one, or use MesaConfig.from_model")
+
     def described(self) -> str:
         """The method and its numbers, for people."""
         values = {name: value for name, value in self.to_dict().items() if name not in ("train_length", "short_length")}
         described = ", ".join(
             f"{name} {'auto' if value is None or value is AUTO else value}" for name, value in values.items()
         )
-        return described + self._described_short()
-
-    def _described_short(self) -> str:
-        if not self.short_length:
-            return ""
-        return f"; LongRoPE's short factors up to {self.short_length} tokens (short_length), its long factors beyond"
+        return described + described_short(self.short_length)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -247,6 +270,13 @@ class MesaConfig:
         if fields.get("train_length") is None:
             fields["train_length"] = _train_length(_config_fields(checkpoint))
         return cls(**{name: value for name, value in fields.items() if value is not None or name == "tail_max"})
+
+
+def described_short(short_length: int) -> str:
+    """The end of a method's description: which texts rotate by frequencies of their own, if any do."""
+    if not short_length:
+        return ""
+    return f"; LongRoPE's short factors up to {short_length} tokens (short_length), its long factors beyond"
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -297,27 +327,3 @@ def _train_length(fields: dict[str, Any]) -> int:
             )
         return int(value)
     raise InputError("the model's config names no trained length (max_position_embeddings); pass train_length")
-
-
-def check_whole(name: str, value: Any, least: int, most: int = MOST_TOKENS) -> None:
-    """Refuses a field that is no whole number, or outside of a range.
-
-    Raises:
-        MesaError: it is that.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"{name} is {value!r:.40}; it must be a whole number")
-    if value < least:
-        raise InputError(f"{name} is {value!s:.40}; it must be at least {least}")
-    if value > most:
-        raise InputError(f"{name} is {value!s:.40}; it must be at most {most}")
-
-
-def check_number(name: str, value: Any, least: float, most: float) -> None:
-    """Refuses a field that is no finite number, or outside of a range.
-
-    Raises:
-        MesaError: it is that.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:  # NaN neither
-        raise InputError(f"{name} is {value!r:.40}; it must be a number from {least} to {most}")

@@ -1,4 +1,4 @@
-"""How methods change the speed at which rotary embeddings turn: one frequency for each pair of dimensions."""
+"""The speed at which rotary embeddings turn, one frequency for each pair of dimensions, and how methods change it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,31 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.errors import InputError
+
 Frequencies = NDArray[np.float64]
 """Radians a position, a pair each, ``[R / 2]``."""
+
+
+def table_frequencies(cos: NDArray[np.float64], sin: NDArray[np.float64]) -> Frequencies:
+    """Radians a position of each column of a position table, float64 ``[R]``.
+
+    Args:
+        cos: float64 ``[positions, R]``, divided by the scale that some models put into their tables.
+        sin: the same.
+
+    Raises:
+        MesaError: the angles of the table are not proportional to the position.
+    """
+    radians: Frequencies = np.arctan2(sin[1], cos[1])
+    angles = np.arange(len(cos))[:, None] * radians
+    # A table is float32, its angles too: they lose 6e-8 of their size.
+    if np.abs(cos - np.cos(angles)).max() > 1e-6 * len(cos) + 1e-5:
+        raise InputError(
+            "the rotary table's angles do not grow evenly with the position, so it cannot be continued; only Mesa's "
+            "graphs, which look positions up in it, take such a model"
+        )
+    return radians
 
 
 def dynamic_ntk(frequencies: Frequencies, growth: float) -> Frequencies:
@@ -49,4 +72,4 @@ def yarn(
     return frequencies * (slowed / factor + 1 - slowed), 0.1 * math.log(factor) + 1
 
 
-__all__ = ["Frequencies", "dynamic_ntk", "yarn"]
+__all__ = ["Frequencies", "dynamic_ntk", "table_frequencies", "yarn"]

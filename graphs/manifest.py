@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar
 
 from mesart.graphs.agreement import check_agreement
-from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.bundle_files import BundleFiles, FileInfo, Hash, reason, sha256
-from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import BundleError, CapacityError
+from mesart.graphs.method.protocol import StaticMethod
+from mesart.graphs.method.registry import METHOD_FIELD, STATIC_METHODS, method_to_json
 from mesart.graphs.plan import Bucket
-from mesart.graphs.records import Mismatch, Must, parse_json, read_record, shown
+from mesart.graphs.records import Mismatch, Must, Tagged, parse_json, read_record, shown
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 SYMBOLIC_FILE = "model.onnx"
@@ -252,7 +252,8 @@ class Manifest:
 
     model: ModelInfo
     dtype: Annotated[str, Must(f"one of {', '.join(DTYPES)}", DTYPES.__contains__)]
-    config: MesaConfig | BaselineConfig
+    config: Annotated[StaticMethod, Tagged(METHOD_FIELD, STATIC_METHODS)]
+    """The method; its JSON names it."""
     max_tokens: Size
     buckets: Some[Bucket]
     layers: Some[LayerInfo]
@@ -294,7 +295,7 @@ class Manifest:
         return f"sha256:{json.loads(self.to_json())['sha256']}"
 
     def to_json(self) -> str:
-        return sealed(dataclasses.asdict(self))
+        return sealed(dataclasses.asdict(self) | {"config": method_to_json(self.config)})
 
     @classmethod
     def read(cls, bundle: Path) -> Manifest:

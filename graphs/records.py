@@ -41,6 +41,15 @@ class Must(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)  # told apart by identity, so that it can be a key of a cache
+class Tagged:
+    """One of several records, named by a field: ``Annotated[Shape, Tagged("shape", {"circle": Circle, ...})]``."""
+
+    field: str
+    """Beside the fields of the record itself."""
+    kinds: Mapping[str, type]
+
+
 class Mismatch(Exception):
     """A value is not what its type says; ``steps`` lead to it from the outermost record."""
 
@@ -59,8 +68,6 @@ class _Rule(NamedTuple):
     limits: tuple[Must, ...] = ()
     make: Callable[[Any], Any] | None = None
     """``None``: it is the value already."""
-    fields: frozenset[str] = frozenset()
-    """Of a record."""
 
 
 class _Reader:
@@ -74,7 +81,7 @@ class _Reader:
             rule = find(type(value))
             if rule is None:
                 raise Mismatch(f"is {shown(value)}, expected {expected}")
-            limits, make, _ = rule
+            limits, make = rule
             for be, holds in limits:
                 if not holds(value):
                     raise Mismatch(f"is {shown(value)}, expected {be}")
@@ -139,6 +146,8 @@ def _reader(kind: Hashable) -> _Reader:
     origin = get_origin(kind)
     if origin is Annotated:
         inner, *limits = get_args(kind)
+        if isinstance(limits[0], Tagged):
+            return _tagged(limits[0])
         return functools.reduce(_narrowed, limits, _reader(inner))
     if origin is Literal:
         return _literal(get_args(kind))
@@ -163,12 +172,7 @@ def _literal(values: tuple[Any, ...]) -> _Reader:
 
 
 def _union(parts: list[_Reader]) -> _Reader:
-    """Of several records, the one that has just these fields; else the first."""
-    rules = {kind: rule for part in reversed(parts) for kind, rule in part.rules.items()}
-    records = [part for part in parts if part.rules.get(dict, _Rule()).fields]
-    if len(records) > 1:
-        known = {part.rules[dict].fields: part for part in records}
-        rules[dict] = _Rule((), lambda value: known.get(frozenset(value), records[0]).read(value), rules[dict].fields)
+    rules = {kind: rule for part in parts for kind, rule in part.rules.items()}
     return _Reader(" or ".join(dict.fromkeys(part.expected for part in parts)), rules)
 
 
@@ -223,7 +227,25 @@ def _record(kind: Any) -> _Reader:
         except (MesaError, ArithmeticError) as error:  # values that do not go together
             raise Mismatch(f"cannot be: {error}") from error
 
-    return _Reader("an object", {dict: _Rule((), make, frozenset(names))})
+    return _Reader("an object", {dict: _Rule((), make)})
+
+
+def _tagged(tag: Tagged) -> _Reader:
+    named = _literal(tuple(tag.kinds))
+    readers = {name: _reader(kind) for name, kind in tag.kinds.items()}
+
+    def make(values: dict[str, Any]) -> Any:
+        if tag.field not in values:
+            raise Mismatch(f"lacks the field {tag.field!r}, {named.expected}")
+        fields = dict(values)
+        try:
+            name = named.read(fields.pop(tag.field))
+        except Mismatch as error:
+            error.steps.insert(0, f".{tag.field}")
+            raise
+        return readers[name].read(fields)
+
+    return _Reader("an object", {dict: _Rule((), make)})
 
 
 def _other_fields(values: Mapping[str, Any], known: Iterable[str]) -> str:
@@ -248,4 +270,4 @@ _PLAIN: dict[Any, _Reader] = {
     str: _Reader("a string", {str: _Rule((Must("a printable string", str.isprintable),))}),
 }
 
-__all__ = ["Mismatch", "Must", "parse_json", "read_record", "shown"]
+__all__ = ["Mismatch", "Must", "Tagged", "parse_json", "read_record", "shown"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mesart.graphs.attention import MASKED
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
+from mesart.graphs.method.protocol import StaticMethod
 from mesart.graphs.plan import Plan, Span
 from mesart.graphs.role import RoleModule, RoleOutputs
 from mesart.graphs.stairs import ORDINARY, Stairs
@@ -22,19 +23,19 @@ TokenIds: TypeAlias = "Sequence[int] | ArrayLike | Tensor"
 
 
 class TorchReference:
-    """Runs a transformers model under Mesa-Extrapolation: a span at a time, nothing batched, nothing padded.
+    """Runs a transformers model under Mesa-Extrapolation, or another method: a span at a time, nothing padded.
 
-    Given a :class:`~mesart.graphs.baseline.BaselineConfig` it runs that method; it keeps all keys in any case.
+    It keeps all keys, also those that a method has no use for any more.
 
     The state (cache, tokens, anchor) belongs to the object; :meth:`prefill` starts anew.
 
     Args:
         model: a causal language model, or the folder or hub id of one (loaded in float32).
-        config: chosen from the model's config if left out.
+        config: the method; Mesa, chosen from the model's config, if left out.
     """
 
     def __init__(
-        self, model: nn.Module | str | os.PathLike[str], config: MesaConfig | None = None, **load: Any
+        self, model: nn.Module | str | os.PathLike[str], config: StaticMethod | None = None, **load: Any
     ) -> None:
         if isinstance(model, (str, os.PathLike)):
             from transformers import AutoModelForCausalLM  # noqa: PLC0415  (slow to import, not always needed)

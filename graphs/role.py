@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 
 from mesart.graphs.adapters import prepare
 from mesart.graphs.attention import AttentionForm, AttentionInputs, attention_inputs
-from mesart.graphs.baseline import BaselineConfig
-from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
+from mesart.graphs.method.protocol import StaticMethod
 from mesart.graphs.rotary import LayerSpec, Place, probe_layers
 
 
@@ -38,7 +36,7 @@ class RoleModule(nn.Module):
 
     Args:
         model: a causal language model with rotary embeddings; it may lie on the meta device for tracing.
-        window: train_length, under Mesa-Extrapolation; or another method to compute.
+        method: what to compute, with its ``train_length``.
         form: see :data:`~mesart.graphs.attention.AttentionForm`.
 
     Raises:
@@ -48,7 +46,7 @@ class RoleModule(nn.Module):
     model: Any
     config: Any
 
-    def __init__(self, model: nn.Module, window: int | MesaConfig, form: AttentionForm = "split") -> None:
+    def __init__(self, model: nn.Module, method: StaticMethod, form: AttentionForm = "split") -> None:
         super().__init__()
         shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
         self.model = copy.deepcopy(model, shared).eval()
@@ -57,11 +55,10 @@ class RoleModule(nn.Module):
             raise InputError(
                 f"{type(model).__name__} is no causal language model; it has no decoder with a language head"
             )
-        config = window if isinstance(window, MesaConfig) else MesaConfig(window)
         self.form: AttentionForm = form
-        table = prepare(self.model, config.train_length, config.extent)
-        self.method = config = _with_short_length(config, table.short_length, self.model)
-        """What it computes: the configuration, and with it what only the model tells (``short_length``)."""
+        table = prepare(self.model, method.train_length, method.extent)
+        self.method = method = _with_short_length(method, table.short_length, self.model)
+        """What it computes, and with it what only the model tells (``short_length``)."""
         self.layers: list[LayerSpec] = probe_layers(self.model, table)
         count = int(self.config.num_hidden_layers)
         if len(self.layers) != count:
@@ -70,14 +67,18 @@ class RoleModule(nn.Module):
                 "interface; all must"
             )
         device = next(self.model.parameters()).device
-        self.reach = config.reach
-        if isinstance(config, BaselineConfig):
-            if config.turns and all(spec.layout is None for spec in self.layers):
-                raise InputError(
-                    f"{config.method} changes rotary positions, and {type(model).__name__} has none (ALiBi or NoPE); "
-                    "use origin, mesa, streaming-llm or lm-infinite on it"
-                )
-            table.replace(functools.partial(_stretched, config))
+        self.reach = method.reach
+        if method.rotary_only and all(spec.layout is None for spec in self.layers):
+            raise InputError(
+                f"{method.name} changes rotary positions, and {type(model).__name__} has none (ALiBi or NoPE); "
+                "use origin, mesa, streaming-llm or lm-infinite on it"
+            )
+
+        def change(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            cosines, sines = method.rotary_table(cos.numpy(), sin.numpy())
+            return torch.from_numpy(cosines), torch.from_numpy(sines)
+
+        table.replace(change)
         self._table = table.to(device)
         turning = {spec: self.place(spec).to(device) for spec in self.layers if self.reach and spec.layout is not None}
         self._turning = nn.ModuleList(turning.values())  # known to torch, in the order of their first layers
@@ -145,14 +146,14 @@ class RoleModule(nn.Module):
         )
 
 
-def _with_short_length(config: MesaConfig, found: int, model: Any) -> MesaConfig:
-    """The configuration with the length of short texts that was found in the model."""
+def _with_short_length(method: StaticMethod, found: int, model: Any) -> StaticMethod:
+    """The method with the length of short texts that was found in the model."""
     name = type(model).__name__
-    if config.short_length not in (0, found):
-        raise InputError(f"short_length is {config.short_length}, but that of {name} is {found}; leave it out")
+    if method.short_length not in (0, found):
+        raise InputError(f"short_length is {method.short_length}, but that of {name} is {found}; leave it out")
     if not found:
-        return config
-    if config.reach is not None:
+        return method
+    if method.reach is not None:
         raise InputError(
             f"{name} turns texts of up to {found} tokens by frequencies of their own (LongRoPE), so longer ones are "
             "computed again from their start, and a method that drops keys could not; use origin or mesa on it"
@@ -162,7 +163,7 @@ def _with_short_length(config: MesaConfig, found: int, model: Any) -> MesaConfig
             f"{name} turns texts of up to {found} tokens by frequencies of their own (LongRoPE), and scales its "
             f"queries by their positions; export with train_length <= {found}"
         )
-    return dataclasses.replace(config, short_length=found)
+    return dataclasses.replace(method, short_length=found)
 
 
 def scaled_by_position(config: Any) -> str | None:
@@ -172,8 +173,3 @@ def scaled_by_position(config: Any) -> str | None:
         if getattr(text, name, None) or (getattr(text, "rope_parameters", None) or {}).get(name):
             return name
     return None
-
-
-def _stretched(baseline: BaselineConfig, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    cosines, sines = baseline.table(cos.double().numpy(), sin.double().numpy())
-    return torch.from_numpy(cosines), torch.from_numpy(sines)

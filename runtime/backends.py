@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from mesart.runtime.engine_imports import import_onnxruntime, import_openvino, l
 from mesart.runtime.engines import PACKAGES
 from mesart.runtime.external_data import require_file_names
 from mesart.runtime.linked_weights import MappedGraph, has_links
-from mesart.runtime.openvino_paged import free_cache_types, paged_attention
+from mesart.runtime.openvino_paged import cache_types, free_cache_types, paged_attention
 from mesart.runtime.signature import check_signature, onnxruntime_signature, openvino_signature
 
 Array = NDArray[Any]
@@ -60,14 +60,6 @@ class Backend(Protocol):
     def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
         """Compiles the graph in a file, which has the inputs and outputs that ``info`` says."""
         ...
-
-
-class PagedGraph(NamedTuple):
-    """The paged graph, opened."""
-
-    graph: OpenVinoGraph
-    storage: type[np.generic]
-    """The numpy type of its cache."""
 
 
 class OnnxRuntimeBackend:
@@ -170,6 +162,7 @@ class OpenVinoBackend:
         self._openvino = openvino = import_openvino()
         self._core = openvino.Core()
         leave_alone_in_forks(self)
+        self._dtype = dtype
         precision = {"float32": "f32", "float16": "f32", "bfloat16": "bf16"}[dtype]
         # Without the hint OpenVINO computes float32 graphs in bfloat16 where the CPU has it.
         self._options = {
@@ -191,30 +184,31 @@ class OpenVinoBackend:
         check_signature(path, info, *openvino_signature(compiled))
         return OpenVinoGraph(self._openvino, compiled, path.name, linked)
 
-    def open_paged(self, path: Path, info: GraphInfo | None = None) -> PagedGraph:
+    def open_paged(self, path: Path, info: GraphInfo | None = None) -> OpenVinoGraph:
         """Compiles the paged graph, with OpenVINO's operator for paged attention in the place of ours.
 
         Raises:
-            MesaError: this version of OpenVINO has no such operator, or another one than is known here.
+            MesaError: this version of OpenVINO has no such operator, or another one than is known here; or on this CPU
+                it keeps keys and values in another dtype than the bundle's.
         """
         require_file_names(path)
         linked = MappedGraph(path) if has_links(path.parent) else None
-        precision = self._options["INFERENCE_PRECISION_HINT"] if self._computes_bfloat16 else "f32"
-        options = self._options | {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
+        cache = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self._dtype]
         try:
             with paged_attention(self._openvino, self._core):
                 model = self._core.read_model(linked.serialised() if linked else os.fspath(path))
             check_signature(path, info, *openvino_signature(model))
             free_cache_types(self._openvino, model)
-            compiled = self._core.compile_model(model, "CPU", options)
+            compiled = self._core.compile_model(model, "CPU", self._options | {"KV_CACHE_PRECISION": cache})
         except (RuntimeError, MemoryError) as error:
             raise EngineError(f"OpenVINO cannot load {path}: {telling_line(error)}") from error
-        graph = OpenVinoGraph(self._openvino, compiled, path.name, linked)
-        return PagedGraph(graph, np.float32 if precision == "f32" else np.uint16)
-
-    @property
-    def _computes_bfloat16(self) -> bool:
-        return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        kept = cache_types(compiled)
+        if kept != {cache}:
+            raise EngineError(
+                f"on this CPU OpenVINO's paged attention keeps {' and '.join(sorted(kept))}, and the bundle has "
+                f"{self._dtype}; export with --dtype float32 for it"
+            )
+        return OpenVinoGraph(self._openvino, compiled, path.name, linked)
 
 
 class OpenVinoGraph:

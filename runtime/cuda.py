@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import CapacityError, EngineError, InputError, MesaError
+from mesart.graphs.errors import CapacityError, EngineError, InputError
 
 ALIGNMENT = 256
 """Of every device address that an engine reads or writes."""
@@ -64,6 +64,10 @@ class Cuda:
         self._allocated: dict[int, int] = {}
         self._pinned: set[int] = set()
         self._graphs: dict[int, Any] = {}
+        self.reclaim: Callable[[], bool] = lambda: False
+        """Called where memory is short: frees what is kept only to be used again; whether that was anything."""
+        self.waits = 0
+        """How often all work on the stream has been waited for."""
         self._stream = self._call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking)
 
     @property
@@ -75,6 +79,17 @@ class Cuda:
         """Bytes of device memory that are free, and that there are."""
         free, total = self._call("cudaMemGetInfo")
         return int(free), int(total)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of device memory, by :meth:`allocate`."""
+        return sum(self._allocated.values())
+
+    def require(self, size: int, what: str) -> None:
+        """Raises a :class:`MesaError` if less than ``size`` bytes are free; arguments as of :meth:`allocate`."""
+        while size > self.memory()[0]:
+            if not self.reclaim():
+                raise self.out_of_memory(size, what)
 
     def allocate(self, size: int, what: str) -> int:
         """Device memory of ``size`` bytes, all zero.
@@ -88,13 +103,15 @@ class Cuda:
         error, address = self._api.cudaMalloc(size)
         if error == self._api.cudaError_t.cudaErrorMemoryAllocation:
             self._api.cudaGetLastError()  # or TensorRT finds it later, and takes it for its own
+            if self.reclaim():
+                return self.allocate(size, what)
             raise self.out_of_memory(size, what)
         self._check(error, "cudaMalloc")
         self._allocated[int(address)] = size
         self._call("cudaMemsetAsync", int(address), 0, size, self._stream)
         return int(address)
 
-    def out_of_memory(self, size: int, what: str) -> MesaError:
+    def out_of_memory(self, size: int, what: str) -> CapacityError:
         """The error that says that ``size`` bytes for something are more than there are."""
         free, total = self.memory()
         return CapacityError(
@@ -140,6 +157,7 @@ class Cuda:
     def synchronize(self) -> None:
         """Waits until all work is done; errors of that work show here."""
         self._call("cudaStreamSynchronize", self._stream)
+        self.waits += 1
 
     def capture(self, work: Callable[[], None]) -> Any:
         """What ``work`` puts on the stream, as a graph that :meth:`launch` runs; it is not run now."""

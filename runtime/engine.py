@@ -10,9 +10,9 @@ from threading import RLock
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import EngineError, InputError, MesaError
+from mesart.graphs.errors import CapacityError, EngineError, InputError, MesaError
 from mesart.graphs.manifest import Manifest
-from mesart.runtime.kv.store import KvStore, no_room
+from mesart.runtime.kv.store import KvStore
 from mesart.runtime.reading import Reading, plan_of_turn
 from mesart.runtime.runners.runner import Logits, Runner, Segment
 from mesart.runtime.sampling import Sampler, choose_tokens
@@ -71,9 +71,14 @@ class Engine:
     """
 
     def __init__(self, manifest: Manifest, store: KvStore, runner: Runner, scheduler: Scheduler[Turn]) -> None:
-        self.manifest, self.store, self.runner, self._scheduler = manifest, store, runner, scheduler
+        self.manifest, self.store, self.runner, self.scheduler = manifest, store, runner, scheduler
         self.lock = RLock()
         self._closed = False
+
+    def require_open(self) -> None:
+        """Raises an :class:`InputError` once it has been closed."""
+        if self._closed:
+            raise InputError("the model was closed; load it again")
 
     def open_text(self) -> Sequence:
         """A new text without tokens."""
@@ -106,7 +111,7 @@ class Engine:
                 turn.ids = np.concatenate([turn.text.shown, turn.ids])
             plan_of_turn(self.manifest, turn.text, len(turn.ids))
             turn.final_length = len(turn.text) + len(turn.ids) + turn.max_new_tokens
-            self._scheduler.add(turn)
+            self.scheduler.add(turn)
             return turn
 
     def abort(self, turn: Turn) -> None:
@@ -138,7 +143,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not self._scheduler.running and not self._scheduler.waiting
+        return not self.scheduler.running and not self.scheduler.waiting
 
     def step(self) -> list[Turn]:
         """Computes a part of what there is to do; the turns that have got a token, their logits, or an end.
@@ -162,7 +167,7 @@ class Engine:
                 for turn, _ in work:
                     self._fail(turn, error)
                 raise
-            self._scheduler.observe(time.perf_counter() - started, size - decoded, decoded)
+            self.scheduler.observe(time.perf_counter() - started, size - decoded, decoded)
             return [turn for turn in before if turn.is_finished or turn in read]
 
     def close(self) -> None:
@@ -172,33 +177,27 @@ class Engine:
                 return
             for turn in self._turns():
                 turn.error, turn.is_finished, turn.reading = InputError("the engine was closed"), True, None
-                self._scheduler.remove(turn)
+                self.scheduler.remove(turn)
             self._closed = True
             self.runner.close()
             self.store.close()
 
-    def require_open(self) -> None:
-        """Raises a :class:`MesaError` if the engine was closed."""
-        if self._closed:
-            raise InputError("the model was closed; load it again")
-
     def _turns(self) -> list[Turn]:
-        return [*self._scheduler.running, *self._scheduler.waiting]
+        return [*self.scheduler.running, *self.scheduler.waiting]
 
     def _admit(self) -> None:
         """Begins turns that wait, as far as there is memory for all of them to their ends."""
         while True:
-            for turn in self._scheduler.admit(self._fits):
+            for turn in self.scheduler.admit(self._fits):
                 self._begin(turn, turn.ids)
-            if self._scheduler.running or not self._scheduler.waiting:
+            if self.scheduler.running or not self.scheduler.waiting:
                 return
-            turn = self._scheduler.waiting[0]  # and there is nothing that it could wait for
-            free = self.store.free_bytes
-            self._fail(turn, no_room(self._needed(turn), free, free + self.store.bytes_in_use))
+            turn = self.scheduler.waiting[0]  # and there is nothing that it could wait for
+            self._fail(turn, self.store.shortage(self._needed(turn)))
 
     def _fits(self, turn: Turn) -> bool:
-        promised = sum(map(self._needed, self._scheduler.running))
-        return self._needed(turn) <= self.store.free_bytes - promised
+        needed = self._needed(turn)  # nothing: then it takes nothing from the others, however little there is
+        return not needed or needed + sum(map(self._needed, self.scheduler.running)) <= self.store.free_bytes
 
     def _needed(self, turn: Turn) -> int:
         """Bytes that a turn may still take."""
@@ -216,23 +215,31 @@ class Engine:
 
     def _next_work(self) -> list[tuple[Turn, list[Segment]]]:
         """What to run in this step: a token of each text that decodes, and parts of prompts."""
-        for turn in list(self._scheduler.running):
+        for turn in list(self.scheduler.running):
             if turn.tokens and not turn.is_paused and turn.reading is not None and turn.reading.is_done:
                 turn.wanted = 1
                 self._begin(turn, np.array(turn.text.shown, np.int64))
-        running = [turn for turn in self._scheduler.running if turn.reading is not None and not turn.reading.is_done]
+        running = [turn for turn in self.scheduler.running if turn.reading is not None and not turn.reading.is_done]
         decoding = [turn for turn in running if turn.reading is not None and turn.reading.is_decoding]
         reading = [turn for turn in running if turn not in decoding]
-        work = [(turn, segments) for turn in decoding if (segments := self._segments(turn, 1))]
-        budget = self._scheduler.budget(len(decoding))
-        for turn in reading:
-            if budget <= 0:
+        short: tuple[Turn, CapacityError] | None = None
+        work: list[tuple[Turn, list[Segment]]] = []
+        budget = self.scheduler.budget(len(decoding))
+        for turn in [*decoding, *reading]:
+            if budget <= 0 and turn not in decoding:
                 break
-            segments = self._segments(turn, budget, patient=not decoding)
-            budget -= sum(map(len, segments)) or budget  # rotating keys takes a step's time
+            try:
+                segments = self._segments(turn, budget, patient=turn in decoding or not decoding)
+            except CapacityError as error:  # for a chunk's scratch, until another turn has ended
+                short = short or (turn, error)
+                continue
             if segments:
                 work.append((turn, segments))
-            self._scheduler.pass_turn(turn)  # the others first, next time
+            if turn not in decoding:
+                budget -= sum(map(len, segments)) or budget  # rotating keys takes a step's time
+                self.scheduler.pass_turn(turn)  # the others first, next time
+        if short is not None and not work:
+            self._fail(*short)
         return work
 
     def _segments(self, turn: Turn, budget: int, *, patient: bool = True) -> list[Segment]:
@@ -241,6 +248,8 @@ class Engine:
         try:
             while not (segments := turn.reading.next(budget)) and patient:
                 pass
+        except CapacityError:
+            raise
         except (MesaError, MemoryError) as error:
             self._fail(turn, error)
             return []
@@ -250,25 +259,33 @@ class Engine:
         return segments
 
     def _run(self, work: list[tuple[Turn, list[Segment]]]) -> None:
-        """Runs segments of many turns together; if that fails, each turn's on their own, so that one disturbs no other."""
+        """Runs segments of many turns together; if that fails, each turn's alone, so that one disturbs no other."""
         if not work:
             return
         try:
             logits = self.runner.run([segment for _, segments in work for segment in segments])
         except (MesaError, MemoryError) as error:
-            for _, segments in work:
-                for segment in segments:
-                    self.store.truncate(segment.kv, segment.kv.length)
-            if len(work) == 1:
-                self._fail(work[0][0], error)
-                return
+            lost = self._forget(work)
             for item in work:
-                self._run([item])
+                if lost is not None or len(work) == 1:
+                    self._fail(item[0], error if lost is None else lost)
+                else:
+                    self._run([item])
             return
         for turn, segments in work:
             assert turn.reading is not None
             turn.reading.done(segments, logits[: len(segments)])
             logits = logits[len(segments) :]
+
+    def _forget(self, work: list[tuple[Turn, list[Segment]]]) -> BaseException | None:
+        """Clears what a run that failed has left; why that could not be done."""
+        try:
+            for _, segments in work:
+                for segment in segments:
+                    self.store.truncate(segment.kv, segment.kv.length)
+        except (MesaError, MemoryError) as error:
+            return error
+        return None
 
     def _choose(self, turns: list[Turn]) -> None:
         """What follows what has been read: a token, or the end."""
@@ -308,7 +325,7 @@ class Engine:
             self._finish(turn)
 
     def _finish(self, turn: Turn) -> None:
-        self._scheduler.remove(turn)
+        self.scheduler.remove(turn)
         turn.is_finished = True
         if turn.reading is not None and not turn.keep_undo:
             turn.reading.commit()

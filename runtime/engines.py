@@ -89,6 +89,11 @@ class Engines:
         return self._activation_bytes
 
     @property
+    def allocated_bytes(self) -> int:
+        """Of device memory that weights and activations take, without what TensorRT allocates itself."""
+        return self._activation_bytes + (self.weight_bytes if self.set.weights == "shared" else 0)
+
+    @property
     def layout(self) -> Layout:
         return self.set.layout
 
@@ -143,8 +148,7 @@ class Engines:
         else:
             first = self.set.engines if self.set.layout == "profile" else self._first_of_each_role()
             needed = sum(engine.unpacked for engine in first)
-        if needed > self.cuda.memory()[0]:
-            raise self.cuda.out_of_memory(needed, "the weights")
+        self.cuda.require(needed, "the weights")
 
     def _first_of_each_role(self) -> list[EngineInfo]:
         return list({engine.profiles[0].role: engine for engine in reversed(self.set.engines)}.values())
@@ -190,8 +194,8 @@ class Engines:
         if info.file in self._engines:
             return self._engines[info.file]
         plan = info.read(self._bundle)
-        if self.set.weights == "embedded" and len(plan) > self.cuda.memory()[0]:
-            raise self.cuda.out_of_memory(len(plan), f"the weights of {info.file}")
+        if self.set.weights == "embedded":
+            self.cuda.require(len(plan), f"the weights of {info.file}")
         self._logger.lines.clear()
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:

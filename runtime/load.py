@@ -1,4 +1,4 @@
-"""From the name of a backend to a live cache on it."""
+"""From the name of a backend to a store and a runner on it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import get_args
 from mesart.graphs.bundle_files import BundleFiles
 from mesart.graphs.errors import BundleError, EngineError, InputError
 from mesart.graphs.manifest import Flavour, Manifest
+from mesart.graphs.memory_size import parse_memory
 from mesart.runtime.backends import (
     STORAGE,
     Activations,
@@ -18,6 +19,7 @@ from mesart.runtime.backends import (
     TorchBackend,
     choose_backend,
 )
+from mesart.runtime.device_rotation import DeviceRotation
 from mesart.runtime.engines import PACKAGES, Engines, usable_flavour
 from mesart.runtime.graphs import GraphFiles, Rotation, SpecialisedGraphs, SymbolicGraphs
 from mesart.runtime.kv.device import DeviceStore
@@ -25,7 +27,7 @@ from mesart.runtime.kv.paged import PagedStore
 from mesart.runtime.kv.ring import RingStore
 from mesart.runtime.kv.slab import SlabStore
 from mesart.runtime.kv.store import KvStore
-from mesart.runtime.memory import free_memory, parse_memory
+from mesart.runtime.memory import free_memory
 from mesart.runtime.runners.device import DeviceRunner
 from mesart.runtime.runners.grouped import GroupedRunner, capacity_in_place
 from mesart.runtime.runners.paged import PagedRunner
@@ -95,17 +97,23 @@ def load_runner(
     """
     if activations is not None:
         _check_rounding(manifest, activations)
+    asked = None if kv_memory is None else parse_memory(kv_memory)
     for flavour in PACKAGES:
         if backend == flavour:
             if activations:
                 raise InputError(f"backend {flavour!r} runs engines as they were built; leave activations out")
+            if asked is not None:
+                raise InputError(
+                    f"backend {flavour!r} runs engines, whose buckets set what keys and values take: leave kv_memory "
+                    "out"
+                )
             if specialised:
                 raise InputError(
                     f"backend {flavour!r} runs engines, whose shapes are fixed in any case: leave specialised out"
                 )
             return _load_engines(files, manifest, flavour, "asked for", verify=verify)
     reason = ""
-    if backend == "auto" and not specialised and not activations:
+    if backend == "auto" and not specialised and not activations and asked is None:
         usable, reason = usable_flavour(files.folder, manifest)
         if usable is not None:
             return _load_engines(
@@ -119,9 +127,7 @@ def load_runner(
         engine.unpack_weights()
     if isinstance(engine, TorchBackend):
         engine.trust_remote_code = trust_remote_code
-    memory = parse_memory(kv_memory)
-    if memory is None:
-        memory = max(_LEAST_MEMORY, int(_MEMORY_SHARE * (free_memory() - manifest.weight_bytes)))
+    memory = asked or max(_LEAST_MEMORY, int(_MEMORY_SHARE * (free_memory() - manifest.weight_bytes)))
     graph_files = GraphFiles(files, manifest, engine)
     store, runner, form = _open_runner(graph_files, memory, specialised=specialised)
     choice += f"; the bundle's engines do not run here: {reason}" if reason else ""
@@ -139,11 +145,11 @@ def _open_runner(files: GraphFiles, memory: int, *, specialised: bool) -> tuple[
         except EngineError as error:
             note = f"without paged attention: {error}"
         else:
-            paged = PagedStore(layers, opened.storage, rotate, memory)
+            paged = PagedStore(layers, storage, rotate, memory)
             for index in range(len(layers)):
-                opened.graph.bind(f"past_key_values.{index}.key", paged.keys[index].array)
-                opened.graph.bind(f"past_key_values.{index}.value", paged.values[index].array)
-            return paged, PagedRunner(manifest, paged, opened.graph, files.require_weights), ""
+                opened.bind(f"past_key_values.{index}.key", paged.keys[index].array)
+                opened.bind(f"past_key_values.{index}.value", paged.values[index].array)
+            return paged, PagedRunner(manifest, paged, opened, files.require_weights), ""
     if (
         isinstance(engine, OnnxRuntimeBackend)
         and manifest.has("grouped")
@@ -189,7 +195,7 @@ def _require_fp8(backend: str, dtype: str, activations: str | None) -> str:
 def _load_engines(files: BundleFiles, manifest: Manifest, flavour: Flavour, choice: str, *, verify: bool) -> Loaded:
     engines = Engines(files, manifest, flavour, verify=verify)
     try:
-        store = DeviceStore(manifest, engines)
+        store = DeviceStore(manifest, engines, DeviceRotation(manifest, engines))
         runner = DeviceRunner(manifest, store, engines)
     except BaseException:
         engines.close()

@@ -5,10 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mesart.graphs.errors import InputError
-
 _GROUP = Path("/sys/fs/cgroup")
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _FALLBACK = 4 << 30
 """Where the system does not tell."""
 
@@ -20,27 +17,6 @@ def free_memory() -> int:
     if limit is not None and used is not None:
         found.append(max(0, limit - used))
     return min((x for x in found if x is not None), default=_FALLBACK)
-
-
-def parse_memory(memory: int | str | None) -> int | None:
-    """Bytes, of a number or of a text such as ``2GiB``, ``512 MiB`` or ``2G``; ``None`` stays.
-
-    Raises:
-        InputError: it is neither, or not above 0.
-    """
-    if memory is None:
-        return None
-    if type(memory) is int and memory > 0:
-        return memory
-    found = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", memory, re.IGNORECASE)
-        if type(memory) is str
-        else None
-    )
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
-    if size < 1:
-        raise InputError(f"kv_memory is {memory!r}; give a number of bytes above 0, or a text such as '2GiB'")
-    return size
 
 
 def _available() -> int | None:
@@ -59,4 +35,4 @@ def _number(path: Path) -> int | None:
         return None
 
 
-__all__ = ["free_memory", "parse_memory"]
+__all__ = ["free_memory"]

@@ -275,7 +275,7 @@ class MesaModel:
                 "load the model in the new process"
             )
         with self.engine.lock:
-            self.engine.require_open()
+            self.engine.require_open()  # first: texts may have been lost before
             try:
                 yield
             except MemoryError as error:
@@ -296,6 +296,7 @@ class MesaModel:
             for text in self._live:
                 self.engine.close_text(text)
             self._live = []
+            self.engine.store.trim()
             self._changes += 1
 
     def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:

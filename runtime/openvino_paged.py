@@ -70,4 +70,13 @@ def free_cache_types(openvino: Any, model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-__all__ = ["free_cache_types", "paged_attention"]
+def cache_types(compiled: Any) -> set[str]:
+    """The dtypes in which the plugin keeps keys and values, as OpenVINO calls them."""
+    return {
+        port.get_element_type().get_type_name()
+        for port in compiled.inputs
+        if any(name.startswith("past_key_values.") for name in port.get_names())
+    }
+
+
+__all__ = ["cache_types", "free_cache_types", "paged_attention"]

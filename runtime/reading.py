@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.errors import InputError
+from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import Chunk, Plan, Prefix, Rerotate, Span, TailSlice, query_scales
 from mesart.graphs.stairs import ORDINARY
@@ -156,7 +156,13 @@ class Reading:
             if not isinstance(step, Chunk) or (self._chunks and len(step.span) > budget):
                 break
             head = self._local_head()
-            self._chunks.append((step, self._store.begin_chunk(head, size, self._kv, step.span)))
+            try:
+                chunk = self._store.begin_chunk(head, size, self._kv, step.span)
+            except CapacityError:
+                if not self._chunks:
+                    raise
+                break  # fewer at a time
+            self._chunks.append((step, chunk))
             budget -= len(step.span)
 
     def _end_chunks(self) -> None:
@@ -198,7 +204,7 @@ class Reading:
     def _slice(self, phase: Phase, past: int, budget: int) -> int:
         """Tokens of the next run: fewer than there is time for only where the graph takes no more."""
         most = self._runner.slice_length(phase, past)
-        return most if self._runner.whole_slices and phase in ("prefix", "chunk") else max(1, min(most, budget))
+        return most if self._runner.whole_slices else max(1, min(most, budget))
 
     def _segment(self, phase: Phase, kv: Kv, span: Span, positions: NDArray[np.int64]) -> Segment:
         first_wanted = self.plan.length - self._wanted

@@ -1,4 +1,4 @@
-"""Where the keys of a cache on a device stand: for the engines of models that look at positions (windows, ALiBi)."""
+"""Where the keys of a buffer on a device are: for the engines of models that look at positions (windows, ALiBi)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ class SlotPositions:
 
     def __init__(self, cuda: Cuda, slots: int) -> None:
         self._cuda = cuda
-        self.bytes = 8 * slots
+        self.bytes = self.bytes_of(slots)
         self.address = cuda.allocate(self.bytes, "the positions of keys")
         self._host = cuda.pinned(self.bytes)
         self.numbers: NDArray[np.int64] = self._host.bytes.view(np.int64)
         self.numbers[:] = np.arange(slots)
+
+    @staticmethod
+    def bytes_of(slots: int) -> int:
+        """What they take on the device."""
+        return 8 * slots
 
     def upload(self) -> None:
         """Enqueues the copy to the device."""

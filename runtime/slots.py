@@ -53,13 +53,18 @@ class SlotBlock:
     def __init__(self, cuda: Cuda, sizes: Sequence[tuple[int, int]], slots: int, what: str) -> None:
         self._cuda = cuda
         self.slots = slots
-        self.bytes = sum(aligned(heads * slots * size) for heads, size in sizes)
+        self.bytes = self.bytes_of(sizes, slots)
         self._address = address = cuda.allocate(self.bytes, what)
         self.tensors: list[SlotTensor] = []
         for heads, size in sizes:
             tensor = SlotTensor(address, heads, slots, size)
             self.tensors.append(tensor)
             address += aligned(tensor.bytes)
+
+    @staticmethod
+    def bytes_of(sizes: Sequence[tuple[int, int]], slots: int) -> int:
+        """What a block takes."""
+        return sum(aligned(heads * slots * size) for heads, size in sizes)
 
     def free(self) -> None:
         self._cuda.free(self._address)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from mesart.graphs.errors import InputError
+from mesart.graphs.memory_size import parse_memory
 
 _MOST = 2**31 - 1
 """Of anything that is counted."""
@@ -52,6 +53,14 @@ def whole(least: int = 1, most: int | None = _MOST, of: str = "") -> Callable[[s
         return value
 
     return parse
+
+
+def memory(text: str) -> int:
+    """Bytes, written as 2GiB."""
+    try:
+        return parse_memory(text)
+    except InputError:
+        raise argparse.ArgumentTypeError(f"{_short(text)} is no size of memory; give one such as 2GiB") from None
 
 
 def number(least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf) -> Callable[[str], float]:

@@ -41,9 +41,10 @@ from mesart.evaluation.suite_report import write_report
 from mesart.evaluation.threshold import run_threshold
 from mesart.evaluation.tuning import sensitivity
 from mesart.export import export_model
-from mesart.graphs import InputError, MesaConfig, MesaError
-from mesart.graphs.baseline import BASELINES
+from mesart.graphs import InputError, MesaError
 from mesart.graphs.manifest import Manifest
+from mesart.graphs.method.protocol import StaticMethod
+from mesart.graphs.method.registry import STATIC_METHODS
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 CACHE: Final = ROOT / ".cache"
@@ -194,7 +195,7 @@ def engines(options: argparse.Namespace) -> None:
     runs: dict[str, Any] = {"repeat": 3, "threads": threads, "lengths": COST_LENGTHS}
     conditions = {"model": fingerprint(os.fspath(source)), "versions": versions(), "runs": runs}
     window, rows = COST_MODEL["max_position_embeddings"], []
-    for method in ("mesa", *BASELINES):
+    for method in STATIC_METHODS:
         key = ("engines", source.name, method)
         known = journal.find(key, conditions)
         if known is None:
@@ -216,7 +217,7 @@ def _exported(source: Path, method: str, folder: Path) -> Path:
     return export_model(source, folder / "bundle", config, max_tokens=longest + window)
 
 
-def _cost_row(method: str, row: Row, config: MesaConfig) -> CostRow:
+def _cost_row(method: str, row: Row, config: StaticMethod) -> CostRow:
     kept = row.tokens if config.reach is None else min(row.tokens, config.reach.slots)
     pairs = needed_pairs(config, row.tokens)
     return CostRow(method, row.tokens, (row.first_token,), row.per_token, row.memory, pairs, kept)

@@ -14,32 +14,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mesart.evaluation.methods.method import TOKEN, Method, Part, Positions, arange, constant
-from mesart.graphs.baseline import BaselineConfig
-from mesart.graphs.frequencies import dynamic_ntk
+from mesart.evaluation.methods.exported import Exported
+from mesart.evaluation.methods.method import TOKEN, Part, arange, constant
+from mesart.graphs.method.dynamic_ntk import DynamicNtkConfig
 
 
 @dataclass(frozen=True)
-class DynamicNTK(Method):
+class DynamicNTK(Exported[DynamicNtkConfig]):
     """See the module."""
 
-    name = "dynamic-ntk"
-    rotary_only = True
+    kind = DynamicNtkConfig
+    name = DynamicNtkConfig.name
+    rotary_only = DynamicNtkConfig.rotary_only
     turns_again = True
-
-    factor: float = 2.0
-
-    def __post_init__(self) -> None:
-        self.require(factor=1)
 
     def parts(self, start: int, stop: int) -> list[Part]:
         t = arange(start, stop)
         return [Part(TOKEN, constant(0, t), t + 1, t.astype(float))]
-
-    def turn(self, frequencies: Positions, tokens: int) -> tuple[Positions, float]:
-        if tokens <= self.train_length:
-            return frequencies, 1.0
-        return dynamic_ntk(frequencies, self.factor * tokens / self.train_length - (self.factor - 1)), 1.0
-
-    def static(self) -> BaselineConfig:
-        return BaselineConfig(self.train_length, log_n=self.log_n, method=self.name, factor=self.factor)

@@ -18,39 +18,31 @@ from typing import Any
 
 import numpy as np
 
-from mesart.evaluation.methods.method import TOKEN, ZERO, Method, Part, arange, constant
-from mesart.graphs.baseline import BaselineConfig
+from mesart.evaluation.methods.exported import Exported
+from mesart.evaluation.methods.method import TOKEN, ZERO, Part, arange, constant
+from mesart.graphs.method.lm_infinite import LMInfiniteConfig
 
 
 @dataclass(frozen=True)
-class LMInfinite(Method):
+class LMInfinite(Exported[LMInfiniteConfig]):
     """See the module."""
 
-    name = "lm-infinite"
+    kind = LMInfiniteConfig
+    name = LMInfiniteConfig.name
     views = (TOKEN, ZERO)
-
-    window: int
-    first_tokens: int
-
-    def __post_init__(self) -> None:
-        self.require(window=1, first_tokens=0)
 
     @classmethod
     def defaults(cls, train_length: int, max_tokens: int, given: Mapping[str, Any]) -> dict[str, Any]:
         return {"window": train_length, "first_tokens": min(100, max(4, train_length // 40))}
 
     def parts(self, start: int, stop: int) -> list[Part]:
-        t = arange(start, stop)
-        edge = np.maximum(0, t - self.window + 1)
+        t, window = arange(start, stop), self.config.window
+        edge = np.maximum(0, t - window + 1)
         return [
-            Part(ZERO, constant(0, t), np.minimum(edge, self.first_tokens), np.full(len(t), float(self.window))),
+            Part(ZERO, constant(0, t), np.minimum(edge, self.config.first_tokens), np.full(len(t), float(window))),
             Part(TOKEN, edge, t + 1, t.astype(float)),
         ]
 
     def needed(self, start: int) -> tuple[int, int]:
-        return self.first_tokens, max(self.first_tokens, start - self.window + 1)
-
-    def static(self) -> BaselineConfig:
-        return BaselineConfig(
-            self.train_length, log_n=self.log_n, method=self.name, window=self.window, first_tokens=self.first_tokens
-        )
+        first = self.config.first_tokens
+        return first, max(first, start - self.config.window + 1)

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
+from mesart.graphs.method.protocol import StaticMethod
 
 Indices = NDArray[np.int64]
 Positions = NDArray[np.float64]
@@ -143,13 +143,33 @@ class Method(Rule):
             raise InputError(f"train_length is {train_length}; a window of at least 16 tokens is needed")
         if max_tokens is not None and max_tokens < 1:
             raise InputError(f"max_tokens is {max_tokens}; it must be at least 1")
-        known = [f.name for f in dataclasses.fields(cls) if f.name not in ("train_length", "log_n")] + ["log_n"]
+        known = cls.parameter_names()
         unknown = [name for name in parameters if name not in known]
         if unknown:
             raise InputError(f"{cls.name} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
-        require_types(cls, parameters)
+        require_types(cls.parameter_class(), parameters)
         reach = max(train_length, max_tokens or DEFAULT_REACH * train_length)
-        return cls(train_length, **{**cls.defaults(train_length, reach, parameters), **parameters})
+        return cls.with_parameters(train_length, {**cls.defaults(train_length, reach, parameters), **parameters})
+
+    @classmethod
+    def parameter_class(cls) -> type:
+        """The dataclass whose fields the parameters are."""
+        return cls
+
+    @classmethod
+    def parameter_names(cls) -> list[str]:
+        """The names of the method's parameters, ``log_n`` last, as it is an addition to most."""
+        own = [f.name for f in dataclasses.fields(cls) if f.name not in ("train_length", "log_n")]
+        return [*own, "log_n"]
+
+    @classmethod
+    def with_parameters(cls: type[Self], train_length: int, parameters: Mapping[str, Any]) -> Self:
+        """The method with all its parameters.
+
+        Raises:
+            MesaError: one is out of its range.
+        """
+        return cls(train_length, **parameters)
 
     @classmethod
     def defaults(cls, train_length: int, max_tokens: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,9 +180,7 @@ class Method(Rule):
     @property
     def parameters(self) -> dict[str, Any]:
         """The parameters, for the record."""
-        fields = dataclasses.asdict(self)
-        del fields["train_length"]
-        return {**fields, "log_n": fields.pop("log_n")}  # last, as it is an addition to most
+        return {name: getattr(self, name) for name in self.parameter_names()}
 
     def parts(self, start: int, stop: int) -> list[Part]:
         raise InputError(f"what a query sees under {self.name} depends on the prompt: ask for_prompt(tokens)")
@@ -197,7 +215,7 @@ class Method(Rule):
         scales: Positions = np.maximum(1.0, np.log(np.arange(start, stop) + 1.0) / math.log(self.train_length))
         return scales
 
-    def static(self) -> MesaConfig:
+    def static(self) -> StaticMethod:
         """What an export of the method fixes.
 
         Raises:

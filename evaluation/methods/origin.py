@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mesart.evaluation.methods.method import TOKEN, Method, Part, arange, constant
-from mesart.graphs.baseline import BaselineConfig
+from mesart.evaluation.methods.exported import Exported
+from mesart.evaluation.methods.method import TOKEN, Part, arange, constant
+from mesart.graphs.method.origin import OriginConfig
 
 
 @dataclass(frozen=True)
-class Origin(Method):
+class Origin(Exported[OriginConfig]):
     """See the module."""
 
-    name = "origin"
+    kind = OriginConfig
+    name = OriginConfig.name
 
     def parts(self, start: int, stop: int) -> list[Part]:
         t = arange(start, stop)
         return [Part(TOKEN, constant(0, t), t + 1, t.astype(float))]
-
-    def static(self) -> BaselineConfig:
-        return BaselineConfig(self.train_length, log_n=self.log_n, method=self.name)

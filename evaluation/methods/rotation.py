@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mesart.evaluation.methods.method import Positions
-from mesart.graphs.errors import InputError
+from mesart.graphs.frequencies import table_frequencies
 from mesart.graphs.rotary import LayerSpec
 
 Angles = tuple[Tensor, Tensor]
@@ -29,14 +29,8 @@ def frequencies(table: tuple[Tensor, Tensor], layer: LayerSpec) -> Positions:
         # Each angle twice: as halves, or (and that only for interleaved pairs) next to each other.
         neighbours = layer.layout == "interleaved" and np.array_equal(cos[:, 0::2], cos[:, 1::2])
         cos, sin = (x[:, 0::2] if neighbours else x[:, :half] for x in (cos, sin))
-    angles: Positions = np.arctan2(sin[1], cos[1])
     scale = np.hypot(cos, sin)
-    every = np.arange(len(cos))[:, None] * angles
-    # A table is float32, its angles too: they lose 6e-8 of their size.
-    if np.abs(cos / scale - np.cos(every)).max() > 1e-6 * len(cos) + 1e-5:
-        raise InputError(
-            "the rotary table's angles do not grow evenly with the position; no method here knows such a model"
-        )
+    angles = table_frequencies(cos / scale, sin / scale)
     return -angles if layer.backwards else angles
 
 

@@ -17,21 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from mesart.evaluation.methods.method import TOKEN, Method, Part, arange, constant
-from mesart.graphs.baseline import BaselineConfig
+from mesart.evaluation.methods.exported import Exported
+from mesart.evaluation.methods.method import TOKEN, Part, arange, constant
+from mesart.graphs.method.streaming_llm import StreamingLLMConfig
 
 
 @dataclass(frozen=True)
-class StreamingLLM(Method):
+class StreamingLLM(Exported[StreamingLLMConfig]):
     """See the module."""
 
-    name = "streaming-llm"
-
-    sinks: int
-    window: int
-
-    def __post_init__(self) -> None:
-        self.require(sinks=0, window=1)
+    kind = StreamingLLMConfig
+    name = StreamingLLMConfig.name
 
     @classmethod
     def defaults(cls, train_length: int, max_tokens: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,18 +35,14 @@ class StreamingLLM(Method):
         return {"sinks": sinks, "window": train_length - sinks}
 
     def parts(self, start: int, stop: int) -> list[Part]:
-        t = arange(start, stop)
-        edge = np.maximum(self.sinks, t - self.window + 1)
-        in_cache = np.minimum(t, self.sinks + self.window - 1)
+        t, sinks, window = arange(start, stop), self.config.sinks, self.config.window
+        edge = np.maximum(sinks, t - window + 1)
+        in_cache = np.minimum(t, sinks + window - 1)
         return [
-            Part(TOKEN, constant(0, t), np.minimum(t + 1, self.sinks), in_cache.astype(float)),
+            Part(TOKEN, constant(0, t), np.minimum(t + 1, sinks), in_cache.astype(float)),
             Part(TOKEN, np.minimum(edge, t + 1), t + 1, t.astype(float)),
         ]
 
     def needed(self, start: int) -> tuple[int, int]:
-        return self.sinks, max(self.sinks, start - self.window + 1)
-
-    def static(self) -> BaselineConfig:
-        return BaselineConfig(
-            self.train_length, log_n=self.log_n, method=self.name, window=self.window, first_tokens=self.sinks
-        )
+        sinks = self.config.sinks
+        return sinks, max(sinks, start - self.config.window + 1)

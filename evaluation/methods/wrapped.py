@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from mesart.evaluation.methods.method import Positions
 from mesart.evaluation.methods.rotation import frequencies
 from mesart.graphs.attention import Window
+from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
 from mesart.graphs.role import RoleModule, scaled_by_position
 
@@ -36,7 +37,7 @@ class WrappedModel:
     """
 
     def __init__(self, model: nn.Module, train_length: int) -> None:
-        role = RoleModule(model, train_length)
+        role = RoleModule(model, MesaConfig(train_length))
         config: Any = role.config
         scaled = scaled_by_position(config)
         if scaled is not None:

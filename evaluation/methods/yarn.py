@@ -17,24 +17,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mesart.evaluation.methods.method import TOKEN, Method, Part, Positions, arange, constant
-from mesart.graphs.baseline import BaselineConfig
-from mesart.graphs.frequencies import yarn
+from mesart.evaluation.methods.exported import Exported
+from mesart.evaluation.methods.method import TOKEN, Part, arange, constant
+from mesart.graphs.method.yarn import YarnConfig
 
 
 @dataclass(frozen=True)
-class YaRN(Method):
+class YaRN(Exported[YarnConfig]):
     """See the module."""
 
-    name = "yarn"
-    rotary_only = True
-
-    factor: float
-    fast: float = 32.0
-    slow: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.require(factor=1, slow=0.01, fast=self.slow)
+    kind = YarnConfig
+    name = YarnConfig.name
+    rotary_only = YarnConfig.rotary_only
 
     @classmethod
     def defaults(cls, train_length: int, max_tokens: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,11 +37,3 @@ class YaRN(Method):
     def parts(self, start: int, stop: int) -> list[Part]:
         t = arange(start, stop)
         return [Part(TOKEN, constant(0, t), t + 1, t.astype(float))]
-
-    def turn(self, frequencies: Positions, tokens: int) -> tuple[Positions, float]:
-        return yarn(frequencies, self.train_length, self.factor, self.fast, self.slow)
-
-    def static(self) -> BaselineConfig:
-        return BaselineConfig(
-            self.train_length, log_n=self.log_n, method=self.name, factor=self.factor, fast=self.fast, slow=self.slow
-        )

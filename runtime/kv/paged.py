@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.bundle_names import BLOCK
-from mesart.graphs.errors import InputError
+from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.manifest import LayerInfo
 from mesart.graphs.plan import Span
 from mesart.runtime.kv.store import Array, Kv, Positions, Rotate, moved_span, no_room
@@ -28,7 +28,7 @@ class PagedKv(Kv):
 
 
 class PagedStore:
-    """A pool of blocks ``[N, K, 32, D]`` a layer, for keys and values each; see :class:`~mesart.runtime.kv.store.KvStore`.
+    """A pool of blocks ``[N, K, 32, D]`` a layer, for keys and for values; a :class:`~mesart.runtime.kv.store.KvStore`.
 
     Address space for the whole pool is reserved at once, memory comes as blocks are written and goes as they are freed.
     A block may belong to several texts, to read: whoever is to change it copies it first.
@@ -56,6 +56,9 @@ class PagedStore:
 
     def bytes_missing(self, kv: Kv, tokens: int) -> int:
         return max(0, -(-tokens // BLOCK) - kv.room // BLOCK) * self._block_bytes
+
+    def shortage(self, needed: int) -> CapacityError:
+        return no_room(needed, self.free_bytes, self._count * self._block_bytes)
 
     @property
     def _free_blocks(self) -> int:
@@ -173,7 +176,8 @@ class PagedStore:
         after = self.rotation(layer, before, old, new)
         # Slots that stay where they are keep their bits: rotating by nothing may round.
         stay = (old == new)[:, None, :, None]
-        return np.where(stay, before, after) if stay.any() else after
+        rotated: Array = np.where(stay, before, after) if stay.any() else after
+        return rotated
 
     def read(self, kv: Kv) -> tuple[list[Array], list[Array]]:
         assert isinstance(kv, PagedKv)
@@ -188,13 +192,15 @@ class PagedStore:
         blocks = kv.blocks[start // BLOCK : -(-stop // BLOCK)]
         return [pool.array[blocks] for pool in (*self.keys, *self.values)]
 
+    def trim(self) -> None:
+        """Nothing: blocks without texts are given back at once."""
+
     def close(self) -> None:
         self.keys, self.values = [], []
 
     def _take(self, count: int) -> NDArray[np.int32]:
         if count > self._free_blocks:
-            size = self._block_bytes
-            raise no_room(count * size, self._free_blocks * size, self._count * size)
+            raise self.shortage(count * self._block_bytes)
         blocks = [heapq.heappop(self._unused) for _ in range(min(count, len(self._unused)))]
         more = count - len(blocks)
         blocks.extend(range(self._fresh, self._fresh + more))
@@ -267,7 +273,8 @@ def _read(pool: Array, blocks: NDArray[np.int32], start: int, stop: int) -> Arra
     first = start // BLOCK
     found = pool[blocks[first : -(-stop // BLOCK)]].transpose(1, 0, 2, 3)
     heads, count, _, size = found.shape
-    return found.reshape(heads, count * BLOCK, size)[:, start - first * BLOCK : stop - first * BLOCK]
+    slots: Array = found.reshape(heads, count * BLOCK, size)
+    return slots[:, start - first * BLOCK : stop - first * BLOCK]
 
 
 def _write(pool: Array, blocks: NDArray[np.int32], start: int, new: Array) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mesart.graphs.errors import CapacityError
 from mesart.graphs.manifest import LayerInfo
 from mesart.graphs.plan import Span
 from mesart.runtime.kv.store import Array, Budget, Kv, Positions, Rotate, moved_span
@@ -102,6 +103,9 @@ class SlabStore:
     def bytes_missing(self, kv: Kv, tokens: int) -> int:
         return max(0, tokens - kv.room) * self.bytes_per_token
 
+    def shortage(self, needed: int) -> CapacityError:
+        return self._budget.shortage(needed)
+
     def allocate(self, tokens: int) -> SlabKv:
         return self._allocate(self._texts, tokens, self._capacity(tokens, False))
 
@@ -121,12 +125,10 @@ class SlabStore:
         more = tokens - kv.room
         if more <= 0:
             return
-        slots = self._capacity(tokens, False)
-        if slots > kv.slab.capacity:
-            slots = self._capacity(tokens, True)
         self._budget.take(more * self.bytes_per_token)
         try:
-            kv.slab.grow(slots)
+            if self._capacity(tokens, False) > kv.slab.capacity:
+                kv.slab.grow(self._capacity(tokens, True))  # by more than is needed, so as to copy seldom
         except BaseException:
             self._budget.give(more * self.bytes_per_token)
             raise
@@ -226,6 +228,9 @@ class SlabStore:
             [key[kv.row][:, part].copy() for key in kv.slab.keys],
             [value[kv.row][:, part].copy() for value in kv.slab.values],
         )
+
+    def trim(self) -> None:
+        """Nothing: slabs without texts are given back at once."""
 
     def close(self) -> None:
         self._texts = Slab(self._layers, self._storage)

@@ -77,6 +77,10 @@ class KvStore(Protocol):
         """What a text would take more, if it had ``tokens`` tokens in all."""
         ...
 
+    def shortage(self, needed: int) -> CapacityError:
+        """The error that says that so many bytes are more than are free, and what to do."""
+        ...
+
     def allocate(self, tokens: int) -> Kv:
         """An empty text with room for ``tokens`` tokens.
 
@@ -127,6 +131,10 @@ class KvStore(Protocol):
         """Copies of keys and values, ``[K, length, D]``, a layer each, in the bundle's dtype."""
         ...
 
+    def trim(self) -> None:
+        """Gives memory back that no text has, and that was only kept for the next."""
+        ...
+
     def close(self) -> None:
         """Frees all memory."""
         ...
@@ -145,17 +153,21 @@ class Budget:
     def take(self, count: int) -> None:
         """Raises a :class:`CapacityError` if ``count`` bytes are more than are free."""
         if count > self.free:
-            raise no_room(count, self.free, self.limit)
+            raise self.shortage(count)
         self.taken += count
 
     def give(self, count: int) -> None:
         self.taken -= count
 
+    def shortage(self, needed: int) -> CapacityError:
+        return no_room(needed, self.free, self.limit)
+
 
 def no_room(needed: int, free: int, limit: int) -> CapacityError:
     return CapacityError(
-        f"keys and values need {_size(needed)} more where {_size(free)} of {_size(limit)} are free, {_size(needed - free)} "
-        "are missing: use fewer or shorter texts, end others first, or load the model with a larger kv_memory"
+        f"keys and values need {_size(needed)} more where {_size(free)} of {_size(limit)} are free, "
+        f"{_size(needed - free)} are missing: use fewer or shorter texts, end others first, or load the model with a "
+        "larger kv_memory"
     )
 
 

@@ -17,8 +17,8 @@ _TOKENS = 512
 
 _GRANULE = 64
 
-_SCORES = 1 << 24
-"""Scores of all heads that a run may hold at a time, in float32: 64 MiB."""
+_SCORES = 1 << 21
+"""Scores a head that a run may hold: the operator holds those of all heads at once."""
 
 
 def capacity_in_place(tokens: int, growing: bool) -> int:
@@ -52,7 +52,7 @@ class GroupedRunner:
 
     def slice_length(self, phase: Phase, past: int) -> int:
         del phase
-        return max(32, min(_TOKENS, _SCORES // (8 * (past + _TOKENS))))
+        return max(32, min(_TOKENS, _SCORES // (past + _TOKENS)))
 
     def run(self, segments: Sequence[Segment]) -> list[Logits]:
         if any(segment.phase != "decode" for segment in segments):
@@ -67,7 +67,7 @@ class GroupedRunner:
 
     def _run(self, rows: Rows) -> list[Logits]:
         phase, size = rows.given[0].phase, rows.size
-        wanted = max(1, max(segment.wanted for segment in rows.given))
+        wanted = max(1, *(segment.wanted for segment in rows.given))
         totals = rows.lengths() + np.int32(size)
         # A row that runs along writes behind its text, where nothing looks.
         feeds: dict[str, Array] = {

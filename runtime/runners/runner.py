@@ -47,7 +47,10 @@ class Runner(Protocol):
     last_logits_only: bool
     """Whether a segment gives the logits of its last token only."""
     whole_slices: bool
-    """Whether heads and chunks have to be computed in slices of just the length that :meth:`slice_length` says."""
+    """Whether graphs compute slices of just the length that :meth:`slice_length` says: shorter ones save no time.
+
+    Heads and chunks have to be whole.
+    """
 
     def slice_length(self, phase: Phase, past: int) -> int:
         """The most tokens of a segment behind ``past`` others: more at a time gain nothing, or do not fit."""

@@ -81,7 +81,7 @@ class UnfusedRunner:
             padding = ((0, 0), (0, size - new))
             ids, positions = np.pad(ids, padding), np.pad(positions, padding)
             scales = np.pad(scales, padding, constant_values=1)
-        wanted = max(1, max(segment.wanted for segment in rows.given))
+        wanted = max(1, *(segment.wanted for segment in rows.given))
         past = self._past_slots(rows, phase)
         feeds: dict[str, Array] = {
             "input_ids": ids,
@@ -116,7 +116,8 @@ class UnfusedRunner:
         """Added to the scores of each slot, float32 ``[B, 1, 1, P]``: 0 where there is a key."""
         used = [0 if text is None else self._in_use(text) for text in rows.slab.texts[rows.part]]
         seen = np.arange(slots)[None] < np.array(used)[:, None]
-        return np.where(seen, np.float32(0), MASKED)[:, None, None]
+        mask: Array = np.where(seen, np.float32(0), MASKED)
+        return mask[:, None, None]
 
     def _past_positions(self, rows: Rows, slots: int) -> Array:
         if not self._manifest.looks_at_positions:

@@ -9,6 +9,7 @@ from typing import Any
 from mesart.graphs.config import AUTO, MesaConfig
 from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import DTYPES
+from mesart.graphs.method.protocol import StaticMethod
 from mesart.scripts import streams
 from mesart.scripts.options import add_command, add_trust, filled, share, whole
 
@@ -134,8 +135,8 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _method_config(options: argparse.Namespace) -> MesaConfig:
-    """The configuration of Mesa, or of the method that was asked for."""
+def _method_config(options: argparse.Namespace) -> StaticMethod:
+    """Mesa, or the method that was asked for."""
     given = {name: getattr(options, name) for name in _CONFIG_FIELDS}
     config = MesaConfig.from_model(options.model, **given)
     if options.method is None:

@@ -9,7 +9,18 @@ from typing import Any
 from mesart.graphs.errors import InputError
 from mesart.graphs.text_file import decode_text, read_text
 from mesart.scripts import streams
-from mesart.scripts.options import add_backend, add_command, add_trust, filled, number, seed, share, threads, whole
+from mesart.scripts.options import (
+    add_backend,
+    add_command,
+    add_trust,
+    filled,
+    memory,
+    number,
+    seed,
+    share,
+    threads,
+    whole,
+)
 
 
 def add(commands: Any) -> None:
@@ -24,6 +35,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--threads", type=threads)
     parser.add_argument(
         "--activations", choices=("int8",), help="round them before quantised weights: docs/decoding.md"
+    )
+    parser.add_argument(
+        "--kv-memory",
+        type=memory,
+        metavar="SIZE",
+        help="that keys and values may take, such as 2GiB; 3/4 of what is free",
     )
     parser.add_argument("--temperature", type=number(0))
     parser.add_argument("--top-k", type=whole(0))
@@ -54,6 +71,7 @@ def _run(options: argparse.Namespace) -> int:
         digest=options.digest,
         trust_remote_code=options.trust_remote_code,
         activations=options.activations,
+        kv_memory=options.kv_memory,
     ) as model:
         if options.verbose:
             streams.say(f"backend {model.backend} on {model.device}: {model.choice}")

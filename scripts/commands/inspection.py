@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.manifest import Manifest
 from mesart.scripts import streams
 from mesart.scripts.options import add_command, filled
@@ -39,7 +38,7 @@ def _run(options: argparse.Namespace) -> int:
 def summary(bundle: Path, manifest: Manifest) -> str:
     """A bundle in a few readable lines."""
     config, size = manifest.config, sum(info.bytes for info in manifest.files.values())
-    layer, stairs = manifest.layers[0], not isinstance(config, BaselineConfig)
+    layer, stairs = manifest.layers[0], config.chunk_length > 0  # it is chunks that are placed on stairs
     lines = [
         f"{bundle}: {manifest.model['architecture']}, {manifest.model['parameters']:,} parameters, {manifest.dtype}",
         f"  trained on {config.train_length} tokens, exported for {manifest.max_tokens}; {size / 1e6:.1f} MB on disk",

@@ -45,12 +45,13 @@ def relative_of(method: Any, t: int, i: int, prompt: int) -> float | None:
         case "leaky-rerope":
             return d if d < method.window else method.window + (d - method.window) / method.slowdown
         case "lm-infinite":
-            return min(d, method.window) if d < method.window or i < method.first_tokens else None
+            window = method.config.window
+            return min(d, window) if d < window or i < method.config.first_tokens else None
         case "streaming-llm":
-            size = method.sinks + method.window
-            if t < size or d < method.window:
+            sinks, window = method.config.sinks, method.config.window
+            if t < sinks + window or d < window:
                 return d
-            return size - 1 - i if i < method.sinks else None
+            return sinks + window - 1 - i if i < sinks else None
         case "self-extend":
             w, g = method.window, method.group
             return d if d < w else w - w // g + t // g - i // g
@@ -106,12 +107,12 @@ class Brute:
             base = 10000.0
             if self.method.name == "dynamic-ntk":
                 n = max(self.prompt, t + 1)
-                s = self.method.factor
+                s = self.method.config.factor
                 base *= max(1.0, s * n / TRAINED - (s - 1)) ** (size / (size - 2)) if n > TRAINED else 1.0
             rows.append(base ** (-2 * pairs / size))
         if self.method.name == "yarn":
             # Turns in the trained window against the bounds, on a line between their places on a logarithmic scale.
-            s, own = self.method.factor, rows[0]
+            s, own = self.method.config.factor, rows[0]
             ends = [size * math.log(TRAINED / (n * 2 * math.pi)) / (2 * math.log(10000.0)) for n in (32, 1)]
             low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), size - 1)
             share = ((pairs - low) / (high - low)).clamp(0, 1)

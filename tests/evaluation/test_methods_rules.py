@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mesart.evaluation.methods import METHODS, Method, make_method
 from mesart.evaluation.methods.method import Rule
 from mesart.graphs import MesaConfig, MesaError, Plan
-from mesart.graphs.baseline import BASELINES, BaselineConfig
+from mesart.graphs.method.registry import STATIC_METHODS
 
 Relative = Callable[[int, int], "float | None"]
 """``relative(t, i)``: the relative position at which query t sees key i <= t; None where it does not."""
@@ -40,8 +40,8 @@ def leaky_rerope(method: Any, prompt: int) -> Relative:
 
 def lm_infinite(method: Any, prompt: int) -> Relative:
     def relative(t: int, i: int) -> float | None:
-        d = t - i
-        return min(d, method.window) if i < method.first_tokens or d < method.window else None
+        d, window = t - i, method.config.window
+        return min(d, window) if i < method.config.first_tokens or d < window else None
 
     return relative
 
@@ -51,8 +51,8 @@ def streaming_llm(method: Any, prompt: int) -> Relative:
         cache: list[int] = []  # as it is after token t: positions are places in it
         for token in range(t + 1):
             cache.append(token)
-            if len(cache) > method.sinks + method.window:
-                del cache[method.sinks]
+            if len(cache) > method.config.sinks + method.config.window:
+                del cache[method.config.sinks]
         return cache.index(t) - cache.index(i) if i in cache else None
 
     return relative
@@ -219,11 +219,11 @@ def test_those_with_static_graphs_say_what_an_export_fixes():
     for name in METHODS:
         with contextlib.suppress(MesaError):
             fixed[name] = make_method(name, 64).static()
-    assert set(fixed) == {*BASELINES, "mesa"}
-    assert [config.method for config in fixed.values() if isinstance(config, BaselineConfig)] == [
-        name for name in METHODS if name in BASELINES
-    ]
+    assert {name: type(config) for name, config in fixed.items()} == STATIC_METHODS
     assert fixed["mesa"] == MesaConfig(64)
+    for name, config in fixed.items():
+        assert make_method(name, 64).parameters.items() <= config.to_dict().items()
+        assert METHODS[name].rotary_only == config.rotary_only
 
 
 class TestDefaults:
@@ -248,7 +248,7 @@ class TestDefaults:
         relative = RULES[name](method, max_tokens)
         last = max_tokens - 1
         if name == "streaming-llm":
-            assert (method.sinks, method.window) == (4, 252)  # type: ignore[attr-defined]
+            assert method.parameters == {"sinks": 4, "window": 252, "log_n": False}
             return
         found = [value for value in (relative(last, i) for i in range(last)) if value is not None]
         assert max(found) < 256 + (name == "lm-infinite")

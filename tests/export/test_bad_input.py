@@ -229,7 +229,7 @@ class TestOutput:
 def no_graphs(monkeypatch):
     """Exports without the ten seconds that tracing takes: a bundle with no graphs."""
     monkeypatch.setattr(
-        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(RoleModule(model, config.train_length))
+        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(RoleModule(model, config))
     )
 
 
@@ -303,7 +303,7 @@ def test_a_killed_export_leaves_nothing_that_loads(work, checkpoint, monkeypatch
 import os, signal, sys
 from mesart.export import bundle
 from mesart.graphs.role import RoleModule
-bundle._trace = lambda model, config, *_: bundle._Graphs(RoleModule(model, config.train_length))
+bundle._trace = lambda model, config, *_: bundle._Graphs(RoleModule(model, config))
 bundle.sha256 = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 bundle.export_model(sys.argv[1], sys.argv[2])
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,14 @@ from mesart.evaluation.systems import open_systems
 from mesart.evaluation.tuning import tune
 from mesart.evaluation.validate import validate
 from mesart.export import build_engines, export_model, export_triton_repository
+from mesart.export.engine_graphs import engine_shapes
+from mesart.export.engine_memory import estimate
 from mesart.export.forms import with_attention
 from mesart.export.trace import trace_roles
 from mesart.graphs import MesaConfig, MesaError, TorchReference
-from mesart.graphs.baseline import BASELINES, BaselineConfig
+from mesart.graphs.manifest import Manifest
+from mesart.graphs.method.all_tail import AllTail
+from mesart.graphs.method.registry import STATIC_METHODS
 from mesart.graphs.role import RoleModule
 from mesart.runtime import MesaModel
 from mesart.runtime.backends import present_backends
@@ -32,6 +35,7 @@ from mesart.scripts.cli import main
 from tests.runtime.faults import Faults, Interruption
 
 TRAINED, LONGEST = 64, 300
+COMPARED = [name for name in STATIC_METHODS if name != "mesa"]
 WINDOWS = ("lm-infinite", "streaming-llm")
 
 
@@ -40,25 +44,22 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return ids
 
 
-def config_of(name: str, max_tokens: int = LONGEST, **parameters: Any) -> BaselineConfig:
+def config_of(name: str, max_tokens: int = LONGEST, **parameters: Any) -> AllTail:
     config = make_method(name, TRAINED, max_tokens, **parameters).static()
-    assert isinstance(config, BaselineConfig)
+    assert isinstance(config, AllTail)
     return config.up_to(max_tokens)
 
 
-def rule_of(config: BaselineConfig, **parameters: Any) -> Method:
+def rule_of(config: AllTail) -> Method:
     """What computes the method with no graph; Dynamic-NTK with the numbers of tokens that the graphs know."""
-    if config.method == "yarn":
-        parameters["factor"] = config.factor
-    method = make_method(config.method, TRAINED, config.max_tokens, **parameters)
-    if config.method != "dynamic-ntk":
-        return method
+    if config.name != "dynamic-ntk":
+        return make_method(config.name, TRAINED, config.max_tokens, **config.parameters)
 
     class InSteps(DynamicNTK):
         def turn(self, frequencies: Any, tokens: int) -> Any:
             return super().turn(frequencies, next(x for x in config.levels if x >= tokens))
 
-    return InSteps(TRAINED, **{**method.parameters, **parameters})
+    return InSteps.of(TRAINED, **config.parameters)
 
 
 def answers(opened: Any, ids: list[int], steps: list[int]) -> np.ndarray:
@@ -83,7 +84,7 @@ class TestReference:
     """`TorchReference` under these methods, which `mesart validate` takes for the truth."""
 
     @pytest.mark.parametrize("family", FAMILIES)
-    @pytest.mark.parametrize("name", BASELINES)
+    @pytest.mark.parametrize("name", COMPARED)
     def test_is_the_rule(self, make_model, name, family):
         if METHODS[name].rotary_only and family in ("mpt", "falcon"):
             pytest.skip("it says nothing of ALiBi")
@@ -103,10 +104,10 @@ class TestReference:
     def test_any_window(self, make_model, name, window, first, prompt, log_n):
         parameters = {"window": window, "log_n": log_n, "sinks" if name == "streaming-llm" else "first_tokens": first}
         model, config = make_model("tied_llama"), config_of(name, **parameters)
-        expected = answers(MethodSystem(model, rule_of(config, **parameters)), tokens(prompt), tokens(4, seed=1))
+        expected = answers(MethodSystem(model, rule_of(config)), tokens(prompt), tokens(4, seed=1))
         assert_equal(answers(TorchReference(model, config), tokens(prompt), tokens(4, seed=1)), expected)
 
-    @pytest.mark.parametrize("name", BASELINES)
+    @pytest.mark.parametrize("name", COMPARED)
     def test_within_the_window_it_is_the_model(self, make_model, name):
         model, ids = make_model("llama"), tokens(TRAINED)
         parameters = {"factor": 1} if name == "yarn" else {}
@@ -135,7 +136,8 @@ def test_the_graph_is_the_module(make_model, family, name):
     generator = torch.Generator().manual_seed(0)
     keys = [torch.randn(1, x.kv_heads, past, x.key_size, generator=generator) for x in module.layers]
     values = [torch.randn(1, x.kv_heads, past, x.value_size, generator=generator) for x in module.layers]
-    first = config.first_tokens
+    assert config.reach is not None
+    first = config.reach.sinks
     standing = torch.cat([torch.arange(first), torch.arange(first, past).roll(7)])[None]  # a ring
     feeds = {
         "input_ids": torch.arange(new)[None] + 7,
@@ -148,7 +150,7 @@ def test_the_graph_is_the_module(make_model, family, name):
     }
     with torch.no_grad():
         expected = module(**feeds, past_keys=keys, past_values=values).logits.numpy()
-        without = RoleModule(model, dataclasses.replace(config, window=1000).up_to(1200))(
+        without = RoleModule(model, config_of(name, 1200, window=1000))(
             **feeds, past_keys=keys, past_values=values
         ).logits.numpy()
         graph = with_attention(trace_roles(RoleModule(model, config, "traced")), "split")
@@ -175,14 +177,14 @@ def baseline_bundle(checkpoint, shared_folder) -> Callable[[str], Path]:
     return make
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", COMPARED)
 class TestBundle:
     @pytest.mark.parametrize("specialised", [False, True])
     @pytest.mark.parametrize("backend", present_backends())
     def test_is_the_rule(self, baseline_bundle, make_model, name, backend, specialised):
         with MesaModel.load(baseline_bundle(name), backend, specialised=specialised, verify=False) as model:
             config = model.manifest.config
-            assert isinstance(config, BaselineConfig)
+            assert isinstance(config, AllTail)
             rule = MethodSystem(make_model("tied_llama"), rule_of(config))
             for length in (1, 60, 114, 240):
                 steps = tokens(12, seed=length)
@@ -283,6 +285,17 @@ class TestDroppedKeys:
             build_engines(baseline_bundle(name), gpus="sm89")
 
 
+def test_engine_shapes_of_a_method_without_chunks(baseline_bundle):
+    """No head and no chunks; its keys move, as many together as a chunk of Mesa would have."""
+    folder = baseline_bundle("dynamic-ntk")
+    manifest = Manifest.read(folder)
+    shapes = engine_shapes(manifest, "bucket", manifest.buckets)
+    new = {profile.role: profile.new for engine in shapes for profile in engine.profiles}
+    assert new == {"tail": TRAINED, "step": 1, "place": MesaConfig(TRAINED).chunk_length}
+    keys = sum(layer.kv_heads * layer.key_size for layer in manifest.layers)
+    assert {memory.scratch for memory in estimate(folder, manifest, shapes, "shared")} == {2 * new["place"] * 2 * keys}
+
+
 def test_engines_of_a_method_whose_cache_grows(checkpoint, tmp_path):
     """Dynamic-NTK: no head and no chunks; its keys turn, so there is a place."""
     pytest.importorskip("tensorrt_rtx")
@@ -319,7 +332,7 @@ class TestCommand:
         assert main([*arguments, "--method", "streaming-llm:sinks=2,log_n=true"]) == 0
         assert main(["inspect", str(tmp_path / "b")]) == 0
         out = capsys.readouterr().out
-        assert "streaming-llm: window 62, first_tokens 2, log_n True" in out
+        assert "streaming-llm: sinks 2, window 62, log_n True" in out
         assert "stair" not in out
 
     @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.we
 def no_graphs(monkeypatch):
     """Exports without the seconds that tracing takes."""
     monkeypatch.setattr(
-        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(RoleModule(model, config.train_length))
+        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(RoleModule(model, config))
     )
 
 

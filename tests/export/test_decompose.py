@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from mesart.export import trace
 from mesart.export.trace import trace_place, trace_roles
+from mesart.graphs import MesaConfig
 from mesart.graphs.role import RoleModule
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -52,7 +53,7 @@ def by_torch(monkeypatch) -> list[ExportedProgram]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_the_graph_is_that_of_torch(make_model, monkeypatch, by_torch, family, dtype):
-    module = RoleModule(make_model(family).to(dtype), 64, "traced")
+    module = RoleModule(make_model(family).to(dtype), MesaConfig(64), "traced")
     with torch.no_grad():
         ours = trace_roles(module)
         assert by_torch == []

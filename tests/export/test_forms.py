@@ -11,6 +11,7 @@ import torch
 
 from mesart.export.forms import Form, with_attention
 from mesart.export.trace import trace_roles
+from mesart.graphs import MesaConfig
 from mesart.graphs.role import RoleModule, RoleOutputs
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -29,9 +30,9 @@ class Case:
     """A traced model, and new tokens behind random keys and values that stand on stairs."""
 
     def __init__(self, model: Any) -> None:
-        module = RoleModule(model, 64)
+        module = RoleModule(model, MesaConfig(64))
         with torch.no_grad():
-            self.graph = trace_roles(RoleModule(model, 64, "traced"))
+            self.graph = trace_roles(RoleModule(model, MesaConfig(64), "traced"))
         generator = torch.Generator().manual_seed(0)
         self.keys = [torch.randn(1, x.kv_heads, PAST, x.key_size, generator=generator) for x in module.layers]
         self.values = [torch.randn(1, x.kv_heads, PAST, x.value_size, generator=generator) for x in module.layers]
@@ -96,7 +97,7 @@ def test_equals_pytorch(case, form):
 def test_positions_are_an_input_where_they_matter(case, make_model):
     assert "past_position_ids" in {value.name for value in case.graph.graph.inputs}
     with torch.no_grad():
-        plain = trace_roles(RoleModule(make_model("tied_llama"), 64, "traced"))
+        plain = trace_roles(RoleModule(make_model("tied_llama"), MesaConfig(64), "traced"))
     assert "past_position_ids" not in {value.name for value in plain.graph.inputs}
 
 

@@ -10,6 +10,7 @@ import torch
 from mesart.export.forms import with_attention
 from mesart.export.rotary_operator import with_rotary_operator
 from mesart.export.trace import trace_roles
+from mesart.graphs import MesaConfig
 from mesart.graphs.role import RoleModule
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -24,7 +25,7 @@ def _operators(graph: ir.Model) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_where_the_model_rotates_halves(family, make_model):
-    module = RoleModule(make_model(family), 64, "traced")
+    module = RoleModule(make_model(family), MesaConfig(64), "traced")
     with torch.no_grad():
         plain = with_attention(trace_roles(module), "heads")
     fused = plain.clone()
@@ -37,7 +38,7 @@ def test_where_the_model_rotates_halves(family, make_model):
 
 def test_unequal_halves_stay(make_model):
     with torch.no_grad():
-        graph = with_attention(trace_roles(RoleModule(make_model("tied_llama"), 64, "traced")), "heads")
+        graph = with_attention(trace_roles(RoleModule(make_model("tied_llama"), MesaConfig(64), "traced")), "heads")
     table = next(value for name, value in graph.graph.initializers.items() if "cos" in name)
     assert table.const_value is not None
     numbers = table.const_value.numpy().copy()
@@ -50,7 +51,7 @@ def test_unequal_halves_stay(make_model):
 def test_other_sums_of_products_stay(make_model):
     """The sign on the other half is a turn in the other direction."""
     with torch.no_grad():
-        graph = with_attention(trace_roles(RoleModule(make_model("tied_llama"), 64, "traced")), "heads")
+        graph = with_attention(trace_roles(RoleModule(make_model("tied_llama"), MesaConfig(64), "traced")), "heads")
     for node in graph.graph:
         if node.op_type == "Concat" and node.inputs[0] is not None:
             producer = node.inputs[0].producer()

@@ -12,6 +12,7 @@ import torch
 from mesart.export.forms import with_attention
 from mesart.export.places import place_of_layers
 from mesart.export.trace import trace_place, trace_roles
+from mesart.graphs import MesaConfig
 from mesart.graphs.role import RoleModule
 
 
@@ -33,7 +34,7 @@ def test_weights_are_neither_folded_nor_merged(make_model, family):
                 torch.nn.init.constant_(parameter, number)
         # Parameters of a model's copy are the model's own.
         with torch.no_grad():
-            traced = trace_roles(RoleModule(model, 64, "traced"))
+            traced = trace_roles(RoleModule(model, MesaConfig(64), "traced"))
         graphs.append([described(traced), described(with_attention(traced, "split"))])
         names = {name.removesuffix(".weight") for name, _ in model.named_parameters()}
         assert names <= {name.removesuffix(".weight") for name in traced.graph.initializers}
@@ -50,7 +51,7 @@ def test_weights_are_neither_folded_nor_merged(make_model, family):
 )
 def test_place_of_layers(make_model, family, changes):
     onnxruntime = pytest.importorskip("onnxruntime")
-    module = RoleModule(make_model(family, **changes), 64, "traced")
+    module = RoleModule(make_model(family, **changes), MesaConfig(64), "traced")
     turning = {layer: spec for layer, spec in enumerate(module.layers) if spec.layout is not None}
     with torch.no_grad():
         places = {

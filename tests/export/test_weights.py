@@ -27,7 +27,7 @@ from mesart.graphs.torch_graph import load_bundle_model
 def no_graphs(monkeypatch):
     """Exports without the seconds that tracing takes."""
     monkeypatch.setattr(
-        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(RoleModule(model, config.train_length))
+        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(RoleModule(model, config))
     )
 
 

@@ -134,7 +134,7 @@ class Bundles:
             str(path.relative_to(self.good)): path.read_bytes() for path in self.good.rglob("*") if path.is_file()
         }
         self.manifest = json.loads(self.bytes[MANIFEST])
-        self.specialised = self.backend != "torch" and self.manifest["config"].get("method") is None
+        self.specialised = self.backend != "torch" and self.manifest["config"]["method"] == "mesa"
         self.weights = self.manifest["weight_files"]
         for specialised in (False, True)[: 1 + self.specialised]:
             self.seen[specialised, True] = self._golden(specialised)

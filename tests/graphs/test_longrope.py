@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from mesart.graphs import MesaConfig, MesaError, TorchReference
-from mesart.graphs.baseline import BaselineConfig
+from mesart.graphs.method.dynamic_ntk import DynamicNtkConfig
+from mesart.graphs.method.lm_infinite import LMInfiniteConfig
+from mesart.graphs.method.origin import OriginConfig
+from mesart.graphs.method.streaming_llm import StreamingLLMConfig
+from mesart.graphs.method.yarn import YarnConfig
 from mesart.graphs.role import RoleModule
 from mesart.graphs.stairs import ORDINARY, Stairs
 
@@ -145,12 +149,11 @@ def test_beyond_the_window_the_long_frequencies_are_all_there_is(make_model, mes
         assert off(turn, theirs.extend(ids[:, cached:])) < 2e-5
 
 
-@pytest.mark.parametrize("method", ["origin", "dynamic-ntk", "yarn"])
+@pytest.mark.parametrize("method", [OriginConfig(WINDOW), DynamicNtkConfig(WINDOW, 1.0), YarnConfig(WINDOW, 1.0)])
 def test_other_methods_switch_as_well(make_model, method):
     model = make_model("longrope")
-    config = BaselineConfig(WINDOW, log_n=False, method=method, factor=1.0).up_to(150)
-    reference, ids = TorchReference(model, config), tokens(140)
-    for length in (2, SHORT, SHORT + 1, WINDOW, 140 if method != "dynamic-ntk" else WINDOW):
+    reference, ids = TorchReference(model, method.up_to(150)), tokens(140)
+    for length in (2, SHORT, SHORT + 1, WINDOW, 140 if method.name != "dynamic-ntk" else WINDOW):
         assert off(reference.prefill(ids[:, :length], all_logits=True), plain(model, ids[:, :length])) < 5e-5
     reference.prefill(ids[:, :20])
     assert off(reference.extend(ids[:, 20:50], all_logits=True), plain(model, ids[:, :50])[:, 20:]) < 5e-5
@@ -158,18 +161,17 @@ def test_other_methods_switch_as_well(make_model, method):
 
 def test_what_cannot_be_equal_is_refused(make_model):
     model = make_model("longrope")
-    for method in ("lm-infinite", "streaming-llm"):
-        config = BaselineConfig(WINDOW, log_n=False, method=method, window=40, first_tokens=4).up_to(150)
+    for method in (LMInfiniteConfig(WINDOW, 40, 4), StreamingLLMConfig(WINDOW, 4, 40)):
         with pytest.raises(MesaError, match="a method that drops keys could not; use origin or mesa on it"):
-            RoleModule(model, config)
+            RoleModule(model, method.up_to(150))
     with pytest.raises(MesaError, match="short_length is 20, but that of Phi3ForCausalLM is 32; leave it out"):
         RoleModule(model, MesaConfig(WINDOW, short_length=20))
     dynamic = make_model("llama", **rope("dynamic", factor=2.0))
     with pytest.raises(MesaError, match="frequencies that change with their length; export with train_length <= 64"):
-        RoleModule(dynamic, 2 * WINDOW)
+        RoleModule(dynamic, MesaConfig(2 * WINDOW))
     scaled = rope("longrope", **{**LONGROPE, "llama_4_scaling_beta": 0.1, "factor": 2.0})
     with pytest.raises(MesaError, match="scales its queries by their positions; export with train_length <= 32"):
-        RoleModule(make_model("ministral3", head_dim=8, **scaled), WINDOW)
+        RoleModule(make_model("ministral3", head_dim=8, **scaled), MesaConfig(WINDOW))
 
 
 def test_a_window_of_the_short_frequencies_has_one_set(make_model):

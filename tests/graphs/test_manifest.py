@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mesart.graphs import Bucket, MesaConfig, MesaError
+from mesart.graphs import Bucket, BundleError, MesaConfig, MesaError
 from mesart.graphs import bundle_files as files_module
-from mesart.graphs.baseline import BaselineConfig
 from mesart.graphs.bundle_files import BundleFiles
 from mesart.graphs.manifest import (
     MANIFEST_FILE,
@@ -23,7 +22,10 @@ from mesart.graphs.manifest import (
     Manifest,
     sha256,
 )
+from mesart.graphs.method.registry import STATIC_METHODS, method_to_json
+from mesart.graphs.method.yarn import YarnConfig
 from mesart.graphs.plan import buckets_up_to
+from mesart.graphs.records import shown
 
 CONFIG = MesaConfig(64, stair_width=5)
 
@@ -66,14 +68,36 @@ def test_round_trip(folder):
     manifest.verify(folder)
 
 
-def test_a_baseline_has_a_configuration_of_its_own(folder, reseal):
-    config = BaselineConfig(64, method="yarn", factor=4.0, max_tokens=86)
+def test_a_method_has_fields_of_its_own(folder, reseal):
+    config = YarnConfig(64, 4.0, max_tokens=86)
     buckets = [dataclasses.asdict(bucket) for bucket in buckets_up_to(config, 80)]
-    reseal(folder, config=config.to_dict(), buckets=buckets)
+    reseal(folder, config=method_to_json(config), buckets=buckets)
     assert Manifest.read(folder).config == config
-    assert isinstance(Manifest.read(folder).config, BaselineConfig)
-    reseal(folder, config={**config.to_dict(), "max_tokens": 87})
-    assert "config.max_tokens is 87, the largest bucket has 86" in refused(folder)
+    assert json.loads(Manifest.read(folder).to_json())["config"]["method"] == "yarn"
+    for field, value, says in (
+        ("max_tokens", 87, "config.max_tokens is 87, the largest bucket has 86"),
+        ("max_tokens", -1, "config cannot be: max_tokens is -1; it must be at least 1"),
+        ("factor", 0, "config cannot be: yarn: factor is 0; it must be a number from 1 to"),
+        ("method", "origin", "config has the unknown field 'factor'; known are train_length, log_n"),
+        ("method", "mesa", "config lacks the field 'head_length'"),
+    ):
+        reseal(folder, config={**method_to_json(config), field: value})
+        assert says in refused(folder)
+
+
+@pytest.mark.parametrize("method", ["mesa-2", "", None, 3, ["mesa"]])
+def test_an_unknown_method(folder, reseal, method):
+    """What came, what is known, what to do."""
+    reseal(folder, config={**method_to_json(CONFIG), "method": method})
+    with pytest.raises(BundleError) as error:
+        Manifest.read(folder)
+    expected = f"config.method is {shown(method)}, expected one of {', '.join(STATIC_METHODS)}); export the model again"
+    assert str(error.value).endswith(expected)
+
+
+def test_a_method_that_is_not_named(folder, reseal):
+    reseal(folder, config=CONFIG.to_dict())
+    assert "config lacks the field 'method', one of mesa, origin, dynamic-ntk, yarn" in refused(folder)
 
 
 def test_a_graph_that_is_not_there(folder):
@@ -103,11 +127,23 @@ def test_no_bundle(tmp_path):
 
 @pytest.mark.parametrize(
     ("version", "says"),
-    [(SCHEMA_VERSION + 1, "upgrade mesart"), (1, "export the model again"), ("two", "export the model again")],
+    [
+        (SCHEMA_VERSION + 1, "upgrade mesart"),
+        (1, "export the model again"),
+        (2, "export the model again"),
+        ("two", "export the model again"),
+    ],
 )
 def test_another_schema(folder, reseal, version, says):
     reseal(folder, schema_version=version)
-    assert says in refused(folder)
+    path = folder / MANIFEST_FILE
+    assert refused(folder) == f"{path} has schema {shown(version)}, this version of mesart reads 3; {says}"
+
+
+def test_a_bundle_of_schema_2(folder, reseal):
+    """Its configuration named no method."""
+    reseal(folder, schema_version=2, config=CONFIG.to_dict())
+    assert refused(folder).endswith("has schema 2, this version of mesart reads 3; export the model again")
 
 
 @pytest.mark.parametrize(
@@ -119,11 +155,11 @@ def test_another_schema(folder, reseal, version, says):
         b"null",
         b"\xff\xfe\x00",
         b"[" * 100_000,
-        b'{"schema_version": 2}',
-        b'{"schema_version": 2, "schema_version": 2}',
-        b'{"schema_version": 2, "rho": NaN}',
-        b'{"schema_version": 2, "rho": 1' + b"0" * 10_000 + b"}",
-        b'{"schema_version": 2, "model": {}, "dtype": "float32", "config": 3}',
+        b'{"schema_version": 3}',
+        b'{"schema_version": 3, "schema_version": 3}',
+        b'{"schema_version": 3, "rho": NaN}',
+        b'{"schema_version": 3, "rho": 1' + b"0" * 10_000 + b"}",
+        b'{"schema_version": 3, "model": {}, "dtype": "float32", "config": 3}',
     ],
     ids=range(11),
 )
@@ -170,7 +206,7 @@ HASH = {"bytes": 0, "sha256": "0" * 64}
         ({"files": {"/etc/hostname": HASH}}, "is '/etc/hostname', expected the plain name"),
         ({"files": {"weights.safetensors": {"bytes": 1, "sha256": "0" * 63}}}, "expected 64 hexadecimal digits"),
         ({"max_tokens": 10**5}, "max_tokens does not go with the configuration: stair_width = 5"),
-        ({"config": {"train_length": 64, "spiral_width": 2}}, "config lacks the field 'head_length'"),
+        ({"config": {"method": "mesa", "train_length": 64, "wide": 2}}, "config lacks the field 'head_length'"),
         ({"quantisation": {"scheme": "int8", "bits": 3, "group_size": None, "symmetric": True}}, "bits is 3, expected"),
     ],
     ids=range(20),
@@ -190,7 +226,7 @@ def test_a_field_that_cannot_be(folder, reseal, change, says):
     ],
 )
 def test_a_configuration_that_cannot_be(folder, reseal, field, value, says):
-    reseal(folder, config={**CONFIG.to_dict(), field: value})
+    reseal(folder, config={**method_to_json(CONFIG), field: value})
     assert says in refused(folder)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesart.graphs import Bucket, MesaConfig, MesaError, Plan, Span, Stairs
-from mesart.graphs.plan import all_buckets, bucket_for, buckets_up_to
+from mesart.graphs.plan import bucket_for, buckets_up_to
 from mesart.graphs.stairs import ORDINARY
 
 PAPER = MesaConfig(256, head_length=24, chunk_length=208, tail_min=40, linear_window=23, stair_width=10)
@@ -41,6 +41,7 @@ def configs(draw, fixed_width: bool = False) -> MesaConfig:
 def check(plan: Plan) -> None:
     """What every plan keeps to."""
     config = plan.config
+    assert isinstance(config, MesaConfig)
     spans = [*([plan.head] if plan.head else []), *plan.chunks, plan.tail]
     edges = [plan.start, *(span.stop for span in spans)]
     assert [span.start for span in spans] == edges[:-1]
@@ -278,7 +279,7 @@ class TestBuckets:
         assert plan.stairs.width == bucket.stair_width
         whole = [chunk for chunk in plan.chunks if len(chunk) == config.chunk_length]
         assert len(whole) <= bucket.chunks
-        first = next(bucket for bucket in all_buckets(config) if bucket.chunks)
+        first = next(bucket for bucket in config.buckets() if bucket.chunks)
         if bucket.chunks > max(4, first.chunks):
             assert bucket.chunks - len(whole) <= math.ceil(bucket.chunks / 3)
 

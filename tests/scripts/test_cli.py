@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mesart.graphs.manifest import MANIFEST_FILE, Manifest
+from mesart.graphs import MesaConfig
+from mesart.graphs.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
 from mesart.scripts.cli import main
 
 Capture = pytest.CaptureFixture[str]
@@ -37,6 +38,7 @@ def test_export_takes_every_field_of_the_configuration(
     assert main([*arguments, *options, "--rho", "0.6", "--stair-width", "9"]) == 0
     config = Manifest.read(output).config
     assert {name: getattr(config, name.replace("-", "_")) for name in fields} == fields
+    assert isinstance(config, MesaConfig)
     assert (config.log_n, config.rho, config.stair_width) == (False, 0.6, 9)
     assert capsys.readouterr().out == "", "progress is not a result"
 
@@ -55,7 +57,7 @@ def test_inspect(bundle: Callable[..., Path], capsys: Capture) -> None:
     assert "LlamaForCausalLM" in text
     assert "float32" in text
     assert main(["inspect", str(bundle()), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["schema_version"] == 2
+    assert json.loads(capsys.readouterr().out)["schema_version"] == SCHEMA_VERSION
 
 
 def test_generate(bundle: Callable[..., Path], capsys: Capture) -> None:

@@ -1,0 +1,110 @@
+"""How Mesa-Extrapolation cuts a prompt into head, chunks and tail, and where their tokens stand.
+
+Source: arXiv 2410.15859 v3, sections 4.1 (chunks) and 4.2 (Stair PE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from mesart.graphs.errors import InputError
+from mesart.graphs.plan import Plan, Span, bucket_for
+from mesart.graphs.stairs import Stairs
+
+if TYPE_CHECKING:
+    from mesart.graphs.config import MesaConfig
+
+
+def plan(config: MesaConfig, tokens: int) -> Plan:
+    """The plan of a first prompt: the plain model up to ``train_length`` tokens, chunks beyond.
+
+    Raises:
+        MesaError: a fixed stair width leaves the trained range.
+    """
+    if tokens <= config.train_length:
+        return Plan(config, 0, tokens, None, (), Span(0, tokens), config.stairs(tokens))
+    head = Span(0, config.head_length)
+    chunks, tail, stairs = _cut(config, head.stop, tokens, bucket_for(config, tokens).stair_width)
+    return Plan(config, 0, tokens, head, chunks, tail, stairs)
+
+
+def extension(config: MesaConfig, stairs: Stairs, cached: int, tokens: int) -> Plan:
+    """The plan that appends ``tokens`` tokens to a cache of ``cached`` tokens which stand at ``stairs``.
+
+    If they do not fit in the trained range behind the cache, the anchor moves forward, by whole stair steps while
+    that makes enough room, else to wider stairs. If they do not fit even so, they are cut into chunks of their own.
+    """
+    length = cached + tokens
+    if length <= config.short_length:
+        return Plan(config, cached, length, None, (), Span(cached, length), config.stairs(length))
+    room = max(tokens, min(config.tail_min, config.train_length // 16))  # not to move at every step
+    for candidate in _anchors(config, stairs, cached, length):
+        needed = tokens if candidate == stairs else room
+        if candidate.position(cached) + needed <= config.train_length:
+            return Plan(config, cached, length, None, (), Span(cached, length), candidate)
+    if cached < config.head_length:
+        # Too little is cached to be the head that chunks need: it is cheaper to start again.
+        return plan(config, length)
+    # A width that was fixed for first prompts gives way here too: a live cache is never lost to it.
+    width = max(stairs.width, config.fitting_width(bucket_for(config, length).max_tokens))
+    chunks, tail, moved = _cut(config, cached, length, width)
+    return Plan(config, cached, length, None, chunks, tail, moved)
+
+
+def require_room(config: MesaConfig, tokens: int) -> None:
+    """Raises a :class:`MesaError` if a prompt of ``tokens`` tokens leaves the trained range."""
+    if tokens > config.train_length:
+        # The worst tail of its bucket: as long as the minimum, with all the rest on stairs.
+        anchor = tokens - config.tail_min - config.linear_window
+        _require_range(config, Stairs(anchor, bucket_for(config, tokens).stair_width), tokens)
+
+
+def _cut(config: MesaConfig, start: int, stop: int, width: int) -> tuple[tuple[Span, ...], Span, Stairs]:
+    """Chunks of ``C`` and a tail, which is the rest: at least ``tail_min``, though a single chunk may leave less.
+
+    A tail longer than ``tail_max``, or that does not fit in the trained range, hands all but ``tail_min`` tokens to a
+    short last chunk: each token of a tail costs as much as the text is long, one of a chunk as much as a chunk.
+    """
+    whole = max(1, (stop - start - config.tail_min) // config.chunk_length)
+    edges = [start + index * config.chunk_length for index in range(whole + 1)]
+    if edges[-1] >= stop:  # a continuation too short for a whole chunk and too long for the trained range
+        edges[-1] = stop - config.tail_min
+    stairs = Stairs(edges[-1] - config.linear_window, width)
+    is_long = config.tail_max is not None and stop - edges[-1] > config.tail_max
+    if (is_long or stairs.position(stop - 1) >= config.train_length) and stop - edges[-1] > config.tail_min:
+        edges.append(stop - config.tail_min)
+        stairs = Stairs(edges[-1] - config.linear_window, width)
+    _require_range(config, stairs, stop)
+    chunks = tuple(Span(first, last) for first, last in pairwise(edges))
+    return chunks, Span(edges[-1], stop), stairs
+
+
+def _anchors(config: MesaConfig, stairs: Stairs, cached: int, length: int) -> Iterator[Stairs]:
+    """Where the anchor may stand, the cheapest first: unmoved, moved by whole steps, with wider stairs."""
+    yield stairs
+    earliest = cached - config.linear_window  # the linear window never shrinks below N
+    if earliest <= stairs.anchor:
+        return
+    yield Stairs(stairs.anchor + (earliest - stairs.anchor) // stairs.width * stairs.width, stairs.width)
+    # Wide enough for twice the tokens: places all keys anew, but the next time only after the text has doubled.
+    yield Stairs(earliest, max(stairs.width, config.fitting_width(2 * length)))
+
+
+def _require_range(config: MesaConfig, stairs: Stairs, tokens: int) -> None:
+    if stairs.position(tokens - 1) < config.train_length:
+        return
+    steps = config.train_length - (tokens - stairs.anchor)
+    if steps < 1:
+        raise InputError(
+            f"linear_window + tail = {tokens - stairs.anchor} tokens leave no trained position for stairs "
+            f"(train_length = {config.train_length}); lower linear_window, tail_min or chunk_length"
+        )
+    raise InputError(
+        f"stair_width = {stairs.width} leaves the trained range of {config.train_length} positions at {tokens} tokens; "
+        f"a stair_width of {-(-stairs.anchor // steps)} or more would do (or leave it out: it is then chosen)"
+    )
+
+
+__all__ = ["extension", "plan", "require_room"]
