@@ -197,7 +197,7 @@ class Rotation:
 
     def __init__(self, files: GraphFiles) -> None:
         self._layers = files.manifest.layers
-        self._graphs = {x.place: files.open(x.place) for x in self._layers if x.place is not None}
+        self._graphs = {file: files.open(file) for file in {x.place for x in self._layers} if file is not None}
 
     def __call__(self, layer: int, keys: Array, old: Positions, new: Positions) -> Array:
         place = self._layers[layer].place

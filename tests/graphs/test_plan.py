@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesart.graphs import Bucket, MesaConfig, MesaError, Plan, Span, Stairs
-from mesart.graphs.plan import bucket_for, buckets_up_to
+from mesart.graphs.plan import Chunk, Prefix, Rerotate, TailSlice, bucket_for, buckets_up_to
 from mesart.graphs.stairs import ORDINARY
 
 PAPER = MesaConfig(256, head_length=24, chunk_length=208, tail_min=40, linear_window=23, stair_width=10)
@@ -267,6 +267,46 @@ class TestShortTexts:
         tokens = data.draw(st.integers(1, 3 * config.train_length))
         stairs = Plan.of(model, tokens).stairs
         assert stairs == (Stairs(0, 1, config.train_length) if tokens <= short else Plan.of(config, tokens).stairs)
+
+
+class TestSteps:
+    """What there is to do: every new token once, in order, the tail last."""
+
+    @given(configs(), st.data())
+    def test_of_a_first_prompt(self, config, data):
+        self._check(Plan.of(config, data.draw(st.integers(1, 30 * config.train_length))))
+
+    @given(configs(), st.integers(0, 2**32))
+    def test_of_turns(self, config, seed):
+        choose = random.Random(seed)
+        stairs, length = ORDINARY, 0
+        for _ in range(8):
+            turn = choose.choice([1, choose.randint(1, config.train_length), choose.randint(1, 5 * config.train_length)])
+            plan = Plan.extend(config, stairs, length, turn)
+            self._check(plan)
+            stairs, length = plan.stairs, plan.length
+
+    @given(configs(), st.data())
+    def test_of_short_texts_that_become_long(self, config, data):
+        short = data.draw(st.integers(2, config.train_length - 1))
+        model = dataclasses.replace(config, short_length=short)
+        cached = data.draw(st.integers(1, short))
+        plan = Plan.extend(model, Plan.of(model, cached).stairs, cached, data.draw(st.integers(1, 3 * short)))
+        self._check(plan)
+
+    def _check(self, plan: Plan) -> None:
+        steps = list(plan.steps())
+        spans = [step.span for step in steps if not isinstance(step, Rerotate)]
+        assert [token for span in spans for token in range(span.start, span.stop)] == list(
+            range(plan.start, plan.length)
+        )
+        kinds = [type(step) for step in steps]
+        assert kinds == [Prefix] * (plan.head is not None) + [Chunk] * len(plan.chunks) + [Rerotate, TailSlice]
+        rotation, tail = steps[-2:]
+        # All before the tail stand where its queries look for them, and it stands there itself.
+        assert rotation == Rerotate(plan.tail.start, plan.stairs)
+        assert tail == TailSlice(plan.tail, plan.stairs)
+        assert plan.start > 0 or plan.head is None or steps[0] == Prefix(Span(0, plan.config.head_length))
 
 
 class TestBuckets:

@@ -14,6 +14,7 @@ import pytest
 from mesart.graphs import MesaError, TorchReference
 from mesart.graphs.manifest import Manifest, Role
 from mesart.runtime import MesaModel, backend_names, present_backends
+from mesart.runtime.backends import OnnxRuntimeBackend, OpenVinoBackend
 from mesart.runtime.engines import PACKAGES
 from mesart.runtime.runners.grouped import GroupedRunner
 from mesart.runtime.runners.paged import PagedRunner
@@ -276,6 +277,21 @@ class TestFormsOfAttention:
         with MesaModel.load(bundle_copy, backend) as model:
             assert isinstance(model.engine.runner, UnfusedRunner)
             assert np.abs(model.prefill(tokens(100)) - before).max() < 1e-5
+
+    @pytest.mark.parametrize("backend", [name for name in present_backends() if name != "torch"])
+    def test_each_graph_is_opened_once(self, bundle, monkeypatch, backend):
+        kind = {"onnxruntime": OnnxRuntimeBackend, "openvino": OpenVinoBackend}[backend]
+        opened: list[str] = []
+        for name in ("open", "open_in_place" if backend == "onnxruntime" else "open_paged"):
+            inner = getattr(kind, name)
+
+            def noted(self: Any, path: Path, info: Any = None, *, inner: Any = inner) -> Any:
+                opened.append(path.name)
+                return inner(self, path, info)
+
+            monkeypatch.setattr(kind, name, noted)
+        MesaModel.load(bundle(), backend, verify=False).close()
+        assert sorted(opened) == sorted(["place.onnx", f"model-{'grouped' if backend == 'onnxruntime' else 'paged'}.onnx"])
 
     @pytest.mark.parametrize("backend", present_backends())
     @pytest.mark.parametrize("family", ["gemma2", "mpt", "gpt_oss"])

@@ -144,7 +144,7 @@ def lying(request, bundle) -> Iterator[tuple[MesaModel, Liar]]:
 
 class TestGraphsThatWriteInPlace:
     LIES: ClassVar[dict[str, tuple[Callable[[dict[str, Any], Any], None], str]]] = {
-        "no logits": (lambda outputs, keys: outputs.pop("logits") and None, "has no output 'logits'"),
+        "no logits": (lambda outputs, keys: outputs.__delitem__("logits"), "has no output 'logits'"),
         "fewer": (lambda outputs, keys: outputs.update(logits=outputs["logits"][..., :-1]), "the engine gave logits"),
         "an axis": (lambda outputs, keys: outputs.update(logits=outputs["logits"][0]), "the engine gave logits"),
         "NaN": (lambda outputs, keys: outputs.update(logits=outputs["logits"] * np.nan), "mesart validate"),
