@@ -105,6 +105,8 @@ class Engine:
         with self.lock:
             self.require_open()
             turn.text.require_kv()
+            if turn.is_finished:
+                raise InputError("this turn has ended; make a new one")
             if any(other.text is turn.text for other in self._turns()):
                 raise InputError("this text has a turn that has not ended; wait for it, or abort it")
             if turn.goes_on and turn.text.shown:
@@ -154,20 +156,23 @@ class Engine:
         with self.lock:
             self.require_open()
             before = self._turns()
-            self._admit()
-            started = time.perf_counter()
-            work = self._next_work()
-            decoded = sum(turn.reading is not None and turn.reading.is_decoding for turn, _ in work)
-            size = sum(len(segment) for _, segments in work for segment in segments)
+            work: list[tuple[Turn, list[Segment]]] = []
             try:
+                self._admit()
+                started = time.perf_counter()
+                rotated = self._next_work(work)
+                decoded = sum(turn.reading is not None and turn.reading.is_decoding for turn, _ in work)
+                size = sum(len(segment) for _, segments in work for segment in segments)
                 self._run(work)
                 read = [turn for turn, _ in work if turn.reading is not None and turn.reading.is_done]
                 self._choose([turn for turn in read if not turn.is_finished])
             except BaseException as error:  # an interruption, wherever it came: nobody knows how far the texts are
-                for turn, _ in work:
-                    self._fail(turn, error)
+                for turn in before:
+                    if turn.reading is None or any(turn is other for other, _ in work):
+                        self._fail(turn, error)
                 raise
-            self.scheduler.observe(time.perf_counter() - started, size - decoded, decoded)
+            if not rotated:  # which takes time that says nothing of the next step
+                self.scheduler.observe(time.perf_counter() - started, size - decoded, decoded)
             return [turn for turn in before if turn.is_finished or turn in read]
 
     def close(self) -> None:
@@ -213,8 +218,12 @@ class Engine:
         except (MesaError, MemoryError) as error:
             self._fail(turn, error)
 
-    def _next_work(self) -> list[tuple[Turn, list[Segment]]]:
-        """What to run in this step: a token of each text that decodes, and parts of prompts."""
+    def _next_work(self, work: list[tuple[Turn, list[Segment]]]) -> bool:
+        """Adds what to run in this step: a token of each text that decodes, and parts of prompts.
+
+        Returns:
+            Whether keys were rotated on the way, instead of reading a prompt.
+        """
         for turn in list(self.scheduler.running):
             if turn.tokens and not turn.is_paused and turn.reading is not None and turn.reading.is_done:
                 turn.wanted = 1
@@ -223,7 +232,7 @@ class Engine:
         decoding = [turn for turn in running if turn.reading is not None and turn.reading.is_decoding]
         reading = [turn for turn in running if turn not in decoding]
         short: tuple[Turn, CapacityError] | None = None
-        work: list[tuple[Turn, list[Segment]]] = []
+        rotated = False
         budget = self.scheduler.budget(len(decoding))
         for turn in [*decoding, *reading]:
             if budget <= 0 and turn not in decoding:
@@ -235,12 +244,13 @@ class Engine:
                 continue
             if segments:
                 work.append((turn, segments))
+            rotated = rotated or not segments
             if turn not in decoding:
                 budget -= sum(map(len, segments)) or budget  # rotating keys takes a step's time
                 self.scheduler.pass_turn(turn)  # the others first, next time
         if short is not None and not work:
             self._fail(*short)
-        return work
+        return rotated
 
     def _segments(self, turn: Turn, budget: int, *, patient: bool = True) -> list[Segment]:
         """The next part of a turn; ``patient``: keys are rotated, all of them, until there is something to run."""
@@ -249,7 +259,7 @@ class Engine:
             while not (segments := turn.reading.next(budget)) and patient:
                 pass
         except CapacityError:
-            raise
+            raise  # it may wait
         except (MesaError, MemoryError) as error:
             self._fail(turn, error)
             return []
@@ -274,7 +284,10 @@ class Engine:
             return
         for turn, segments in work:
             assert turn.reading is not None
-            turn.reading.done(segments, logits[: len(segments)])
+            try:
+                turn.reading.done(segments, logits[: len(segments)])
+            except (MesaError, MemoryError) as error:
+                self._fail(turn, error)
             logits = logits[len(segments) :]
 
     def _forget(self, work: list[tuple[Turn, list[Segment]]]) -> BaseException | None:

@@ -1,0 +1,78 @@
+"""Which runner a bundle gets on a backend, and what is said of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mesart.graphs.errors import InputError
+from mesart.runtime import MesaModel, present_backends
+from mesart.runtime.kv.paged import PagedStore
+from mesart.runtime.runners.grouped import GroupedRunner
+from mesart.runtime.runners.paged import PagedRunner
+from mesart.runtime.runners.unfused import UnfusedRunner
+
+needs_openvino = pytest.mark.skipif("openvino" not in present_backends(), reason="openvino is not installed")
+needs_onnxruntime = pytest.mark.skipif("onnxruntime" not in present_backends(), reason="onnxruntime is not installed")
+
+
+def tokens(count: int) -> list[int]:
+    ids: list[int] = np.random.default_rng(0).integers(2, 320, count).tolist()
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("backend", "family", "runner"),
+    [
+        pytest.param("openvino", "llama", PagedRunner, marks=needs_openvino),
+        pytest.param("openvino", "gemma2", UnfusedRunner, marks=needs_openvino),  # capped scores, windows
+        pytest.param("onnxruntime", "llama", GroupedRunner, marks=needs_onnxruntime),
+        pytest.param("onnxruntime", "gemma2", UnfusedRunner, marks=needs_onnxruntime),
+        ("torch", "llama", UnfusedRunner),
+    ],
+)
+def test_a_model_runs_in_place_where_its_attention_and_the_engine_allow_it(bundle, backend, family, runner):
+    with MesaModel.load(bundle(family), backend, verify=False) as model:
+        assert type(model.engine.runner) is runner
+        assert model.choice == "asked for"
+
+
+@needs_openvino
+def test_without_the_operator_the_unfused_graph_runs_and_says_so(bundle, monkeypatch):
+    import openvino
+
+    with MesaModel.load(bundle(), "openvino", verify=False) as model:
+        expected = model.prefill(tokens(150))
+    monkeypatch.delattr(openvino.op, "_PagedAttentionExtension")
+    with MesaModel.load(bundle(), "openvino", verify=False) as model:
+        assert type(model.engine.runner) is UnfusedRunner
+        assert "without paged attention: OpenVINO" in model.choice
+        assert "has no operator for paged attention" in model.choice
+        assert np.abs(model.prefill(tokens(150)) - expected).max() < 1e-4
+
+
+@needs_openvino
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_keys_are_kept_in_the_dtype_of_the_bundle_or_not_paged(bundle, dtype):
+    with MesaModel.load(bundle("llama", dtype), "openvino", verify=False) as model:
+        store = model.engine.store
+        if isinstance(store, PagedStore):
+            assert store.keys[0].array.dtype.itemsize == 2
+        else:
+            assert "without paged attention" in model.choice
+        model.prefill(tokens(150))
+        model.extend(tokens(30))
+
+
+@pytest.mark.parametrize("memory", ["", "2x", "-1", "0", 0, -5, True, 1.5, "1" * 40, "GiB", []])
+def test_sizes_that_are_none(bundle, memory):
+    with pytest.raises(InputError, match="kv_memory is .*; give a number of bytes above 0, or a text such as '2GiB'"):
+        MesaModel.load(bundle(), "torch", verify=False, kv_memory=memory)
+
+
+@pytest.mark.parametrize(
+    ("memory", "size"), [("1MiB", 1 << 20), ("2 M", 2 << 20), ("1.5mib", 3 << 19), (1 << 20, 1 << 20)]
+)
+def test_sizes_as_people_write_them(bundle, memory, size):
+    with MesaModel.load(bundle(), "torch", verify=False, kv_memory=memory) as model:
+        assert model.engine.store.free_bytes == size
