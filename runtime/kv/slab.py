@@ -34,7 +34,8 @@ class Slab:
     def add(self, kv: SlabKv, capacity: int) -> None:
         """Gives a text the first row that is unused, with at least so many slots."""
         row = next((row for row, text in enumerate(self.texts) if text is None), self.rows)
-        self._grow(max(self.rows, row + 1), max(capacity, self.capacity))
+        rows = self.rows if row < self.rows else row + row // 2 + 1  # more than is needed, so as to copy seldom
+        self._grow(rows, max(capacity, self.capacity))
         kv.slab, kv.row = self, row
         self.texts[row] = kv
 

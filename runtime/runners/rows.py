@@ -59,17 +59,20 @@ class Rows:
 def in_rows(segments: Sequence[Segment], most: int | None) -> Iterator[Rows]:
     """Groups segments: decoding ones of neighbouring rows together, at most ``most`` rows; others each on its own.
 
-    Rows between them that have nothing to do run along where they are no more than those that have.
+    Rows between them that have nothing to do run along where they are no more than those that have. What they write
+    lies behind their texts: so decoding comes first, and then what those rows may have to do themselves in this run.
     """
     decoding: dict[int, list[int]] = {}
+    alone: list[Rows] = []
     for index, segment in enumerate(segments):
         assert isinstance(segment.kv, SlabKv)
         if segment.phase == "decode" and most != 1:
             decoding.setdefault(id(segment.kv.slab), []).append(index)
         else:
-            yield Rows(segment.kv.slab, segment.kv.row, [segment], [index])
+            alone.append(Rows(segment.kv.slab, segment.kv.row, [segment], [index]))
     for indices in decoding.values():
         yield from _neighbours(segments, sorted(indices, key=lambda index: _row(segments[index])), most)
+    yield from alone
 
 
 def _neighbours(segments: Sequence[Segment], indices: list[int], most: int | None) -> Iterator[Rows]:

@@ -33,7 +33,7 @@ from tests.fuzz.values import HOSTILE_NAMES, dump, mutate_text, mutate_tree, odd
 from tests.fuzz.workers import OTHER, REFUSED, SAME, Case, Fault, check_message, run_cases
 
 MANIFEST = "manifest.json"
-SYMBOLIC = {"onnxruntime": "model-onnxruntime.onnx", "openvino": "model.onnx", "torch": "model.onnx"}
+SYMBOLIC = {"onnxruntime": "model-grouped.onnx", "openvino": "model-paged.onnx", "torch": "model.onnx"}
 PROMPT_TOKENS, TURN_TOKENS = 150, 30
 TEXT = "The grass is green. Here we go."
 CHAT = [

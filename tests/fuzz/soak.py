@@ -38,26 +38,36 @@ GROWTH = 1.05
 ROOM = 24 << 20
 
 
+class _Wrapped:
+    """A graph that is run by ``run(graph, *arguments)``."""
+
+    def __init__(self, graph: Any, run: Callable[..., Any]) -> None:
+        self._graph, self._run = graph, run
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._run(self._graph, *arguments)
+
+    def bind(self, name: str, array: Any) -> None:
+        self._graph.bind(name, array)
+
+
 @contextmanager
-def _wrapped_graphs(run: Callable[[Any, Any], Any]) -> Iterator[None]:
-    """Graphs that are opened meanwhile are run by ``run(graph, feeds)``."""
-    classes: tuple[Any, ...] = (OnnxRuntimeBackend, OpenVinoBackend)
-    opens = [one.open for one in classes]
+def _wrapped_graphs(run: Callable[..., Any]) -> Iterator[None]:
+    """Graphs that are opened meanwhile are run by ``run(graph, *arguments)``."""
 
     def wrap(open_graph: Any) -> Any:
-        def wrapped(self: Any, *arguments: Any, **options: Any) -> Any:
-            graph = open_graph(self, *arguments, **options)
-            return lambda feeds: run(graph, feeds)
+        return lambda *arguments, **options: _Wrapped(open_graph(*arguments, **options), run)
 
-        return wrapped
-
-    for one in classes:
-        one.open = wrap(one.open)
+    kinds: tuple[Any, ...] = (OnnxRuntimeBackend, OpenVinoBackend)
+    names = ("open", "open_in_place", "open_paged")
+    before = [(kind, name, getattr(kind, name)) for kind in kinds for name in names if hasattr(kind, name)]
+    for kind, name, opens in before:
+        setattr(kind, name, wrap(opens))
     try:
         yield
     finally:
-        for one, before in zip(classes, opens, strict=True):
-            one.open = before
+        for kind, name, opens in before:
+            setattr(kind, name, opens)
 
 
 @dataclass
@@ -275,12 +285,12 @@ class Soak:
         except MesaError:
             self.rows = None
 
-    def _run(self, graph: Any, feeds: Any) -> Any:
+    def _run(self, graph: Any, *arguments: Any) -> Any:
         if self.left:
             self.left -= 1
             if not self.left:
                 raise MesaError("a graph failed, as it was made to")
-        return graph(feeds)
+        return graph(*arguments)
 
     def _length(self) -> int:
         return self.rng.choice((1, 5, 30, self.rng.randint(1, self.longest), self.longest - 20))

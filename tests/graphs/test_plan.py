@@ -281,7 +281,9 @@ class TestSteps:
         choose = random.Random(seed)
         stairs, length = ORDINARY, 0
         for _ in range(8):
-            turn = choose.choice([1, choose.randint(1, config.train_length), choose.randint(1, 5 * config.train_length)])
+            turn = choose.choice(
+                [1, choose.randint(1, config.train_length), choose.randint(1, 5 * config.train_length)]
+            )
             plan = Plan.extend(config, stairs, length, turn)
             self._check(plan)
             stairs, length = plan.stairs, plan.length

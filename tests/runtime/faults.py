@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from mesart.graphs import MesaError
 from mesart.runtime import MesaModel
@@ -50,10 +50,10 @@ class Faults(Watched):
         self._writes = writes
         self._is_due: Callable[[int, Sequence[Segment] | None], bool] = _never
         self._error: type[BaseException] = Interruption
-        self._engine: Any = model.engine
+        self._engine, self._store = model.engine, cast(Any, model.engine.store)
         super().__init__(model.engine.runner)
-        self._rotate = self._engine.store.rotation
-        self._engine.runner, self._engine.store.rotation = self, self._rotation
+        self._rotate = self._store.rotation
+        self._engine.runner, self._store.rotation = self, self._rotation
 
     def __enter__(self) -> Faults:
         return self
@@ -61,7 +61,7 @@ class Faults(Watched):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._engine.runner, self._engine.store.rotation = self.inner, self._rotate
+        self._engine.runner, self._store.rotation = self.inner, self._rotate
 
     def none(self) -> None:
         self._ask(_never, Interruption)

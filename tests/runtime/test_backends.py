@@ -291,15 +291,11 @@ class TestFormsOfAttention:
 
             monkeypatch.setattr(kind, name, noted)
         MesaModel.load(bundle(), backend, verify=False).close()
-        assert sorted(opened) == sorted(["place.onnx", f"model-{'grouped' if backend == 'onnxruntime' else 'paged'}.onnx"])
+        assert sorted(opened) == sorted(
+            ["place.onnx", f"model-{'grouped' if backend == 'onnxruntime' else 'paged'}.onnx"]
+        )
 
-    @pytest.mark.parametrize("backend", present_backends())
-    @pytest.mark.parametrize("family", ["gemma2", "mpt", "gpt_oss"])
-    def test_a_model_whose_attention_asks_for_more(self, bundle, backend, family):
-        with MesaModel.load(bundle(family), backend, verify=False) as model:
-            assert isinstance(model.engine.runner, UnfusedRunner)
-
-    def test_an_openvino_that_has_no_such_operator(self, bundle_copy):
+    def test_a_paged_graph_that_openvino_cannot_load(self, bundle_copy):
         """Says so, and goes on with the symbolic graph."""
         pytest.importorskip("openvino")
         with MesaModel.load(bundle_copy, "openvino") as model:

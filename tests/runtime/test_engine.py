@@ -124,6 +124,21 @@ class TestTurnsOfManyTexts:
         for turn in (first, second):
             engine.close_text(turn.text)
 
+    def test_a_prompt_is_read_between_rows_that_decode(self, model):
+        """Where texts are rows, its row lies between theirs."""
+        engine, prompts = model.engine, [tokens(30), tokens(23, 3), tokens(40, 1)]
+        expected = [alone(model, prompt, 6) for prompt in prompts]
+        turns = [turn_of(engine, prompt, 6) for prompt in prompts]
+        for turn in (turns[0], turns[2]):
+            engine.add(turn)
+        while not (turns[0].tokens and turns[2].tokens):
+            engine.step()
+        engine.add(turns[1])
+        run(engine, turns)
+        assert [turn.tokens for turn in turns] == expected
+        for turn in turns:
+            engine.close_text(turn.text)
+
     def test_threads_share_an_engine(self, model):
         """One steps, others add and abort."""
         engine, expected = model.engine, [alone(model, tokens(20 + i, i), 6) for i in range(4)]

@@ -16,7 +16,7 @@ import pytest
 from mesart.graphs import MesaError
 from mesart.graphs.manifest import Role
 from mesart.runtime import MesaModel, present_backends
-from mesart.runtime.backends import OnnxRuntimeBackend, OpenVinoBackend, PagedGraph, TorchBackend
+from mesart.runtime.backends import OnnxRuntimeBackend, OpenVinoBackend, TorchBackend
 from mesart.runtime.graphs import SymbolicGraphs
 from mesart.runtime.runners.runner import require_keys
 
@@ -128,14 +128,9 @@ def lying(request, bundle) -> Iterator[tuple[MesaModel, Liar]]:
         return liars[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        in_place, blocks = OnnxRuntimeBackend.open_in_place, OpenVinoBackend.open_paged
-
-        def paged(*arguments: Any) -> PagedGraph:
-            opened: Any = blocks(*arguments)
-            return PagedGraph(liar(opened.graph), opened.storage)  # type: ignore[arg-type]
-
-        patch.setattr(OnnxRuntimeBackend, "open_in_place", lambda *arguments: liar(in_place(*arguments)))
-        patch.setattr(OpenVinoBackend, "open_paged", paged)
+        for kind, name in ((OnnxRuntimeBackend, "open_in_place"), (OpenVinoBackend, "open_paged")):
+            opens = getattr(kind, name)
+            patch.setattr(kind, name, lambda *arguments, opens=opens: liar(opens(*arguments)))
         model = MesaModel.load(bundle(), request.param, verify=False)
     (only,) = liars
     with model:
@@ -222,6 +217,11 @@ class TestKeys:
             refused(lambda: require_keys([array], "step", model.manifest))
 
 
+def places(model: MesaModel) -> int:
+    """The number of graphs that rotate keys, which are opened first."""
+    return len({layer.place for layer in model.manifest.layers})
+
+
 class TestOpenVinoThatComputesNothing:
     """Short of memory it returns from a run as from any other, with the results of the run before."""
 
@@ -244,7 +244,7 @@ class TestOpenVinoThatComputesNothing:
     def test_a_prompt_of_the_same_length(self, lazy):
         model, idle = lazy
         first = model.prefill(IDS[:30])
-        idle |= set(range(len({x.place for x in model.manifest.layers}), 9))
+        idle |= set(range(places(model), 9))
         for _ in range(2):
             assert "OpenVINO computed nothing in model" in refused(lambda: model.prefill(IDS[30:60]))
         idle.clear()
@@ -255,16 +255,16 @@ class TestOpenVinoThatComputesNothing:
         model.prefill(IDS)
         expected = model.extend(IDS)
         model.prefill(IDS)
-        idle |= set(range(len({x.place for x in model.manifest.layers})))
+        idle |= set(range(places(model)))
         assert "OpenVINO computed nothing in place.onnx" in refused(lambda: model.extend(IDS))
         idle.clear()
         assert np.abs(model.extend(IDS) - expected).max() < 1e-4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_little_memory_is_one_line_or_the_right_numbers(bundle, backend):
-    """And the model is usable afterwards."""
+@pytest.mark.parametrize(("backend", "rows"), [("onnxruntime", 20000), ("openvino", 1000)])
+def test_little_memory_is_one_line_or_the_right_numbers(bundle, backend, rows):
+    """And the model is usable afterwards. A pool of blocks has its address space before, and the rows may all fit."""
     pytest.importorskip(backend)
     code = """
 import resource, sys
@@ -276,13 +276,15 @@ with MesaModel.load(sys.argv[1], sys.argv[2], threads=1, verify=False) as model:
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (24 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     try:
-        model.prefill([ids] * 20000)
+        assert abs(model.prefill([ids] * int(sys.argv[3])) - first).max() < 1e-4
     except MesaError as error:
         print("one line:", error)
     assert (model.prefill(ids) == first).all()
 """
-    command = [sys.executable, "-c", code, os.fspath(bundle()), backend]
+    command = [sys.executable, "-c", code, os.fspath(bundle()), backend, str(rows)]
     done = subprocess.run(command, check=False, capture_output=True, timeout=120, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("one line: ")
-    assert "memory" in done.stdout
+    said = done.stdout.splitlines()
+    assert len(said) <= 1
+    assert all(line.startswith("one line: ") and "memory" in line for line in said)
+    assert said or backend == "openvino"

@@ -74,7 +74,7 @@ class TestMappedGraph:
 @pytest.mark.parametrize("backend", [name for name in present_backends() if name != "torch"])
 def test_no_file_may_name_an_address(bundle_copy, backend):
     """Engines would read whatever there is in the process's memory."""
-    for name in ("model.onnx", "model-onnxruntime.onnx"):
+    for name in ("model.onnx", "model-grouped.onnx", "model-paged.onnx"):
         path = bundle_copy / name
         path.write_bytes(path.read_bytes().replace(b"weights.safetensors\x12", IN_MEMORY + b"x\x12"))
         path.write_bytes(path.read_bytes().replace(b"weights.safetensors", IN_MEMORY + b"x"))

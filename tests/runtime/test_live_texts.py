@@ -10,6 +10,7 @@ import pytest
 
 from mesart.graphs import MesaError, TorchReference
 from mesart.runtime import MesaModel, present_backends
+from mesart.runtime.runners.runner import Segment
 from tests.runtime.faults import Faults, Interruption
 
 
@@ -221,9 +222,12 @@ class TestABatchThatFails:
         expected = model.extend(self.TURNS)
         for failing in range(4):
             model.prefill(self.PROMPTS)
-            last = self.TURNS[failing][-1]
+
+            def is_last(segment: Segment, last: int = self.TURNS[failing][-1]) -> bool:
+                return segment.phase == "tail" and bool(segment.ids[-1] == last)
+
             with Faults(model) as faults:
-                faults.in_runs(lambda segment, last=last: segment.phase == "tail" and segment.ids[-1] == last)
+                faults.in_runs(is_last)
                 with pytest.raises(MesaError, match="gave up"):
                     model.extend(self.TURNS)
             assert state(model) == before
@@ -268,7 +272,7 @@ class TestABatchThatFails:
         model.prefill([tokens(62), tokens(5)])
         with Faults(model) as faults:
 
-            def is_second_row(segment: Any) -> bool:
+            def is_second_row(segment: Segment) -> bool:
                 if len(segment) == 7:
                     faults.in_rotations()
                     return True

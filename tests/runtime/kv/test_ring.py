@@ -48,7 +48,9 @@ def check(store: RingStore, text: Text, reach: Reach) -> None:
     assert positions[: reach.sinks].tolist() == list(range(min(used, reach.sinks)))
 
 
-@given(window=st.integers(1, 20), sinks=st.integers(0, 6), texts=st.integers(1, 3), steps=STEPS, seed=st.integers(0, 99))
+@given(
+    window=st.integers(1, 20), sinks=st.integers(0, 6), texts=st.integers(1, 3), steps=STEPS, seed=st.integers(0, 99)
+)
 def test_holds_the_first_and_the_last_tokens(window, sinks, texts, steps, seed):
     store, reach = ring(window, sinks)
     rng, free = np.random.default_rng(seed), store.free_bytes

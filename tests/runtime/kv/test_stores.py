@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import re
 from collections.abc import Callable
@@ -67,8 +68,7 @@ class Store(RuleBasedStateMachine):
         free = self.store.free_bytes
         try:
             return call()
-        except CapacityError as error:
-            assert "are missing" in str(error)
+        except CapacityError:
             assert self.store.free_bytes == free
             return None
 
@@ -167,7 +167,8 @@ class Store(RuleBasedStateMachine):
             spans.append(Span(start, start + length))
             start += length
         for span in spans:
-            chunk = self.refused(lambda span=span: self.store.begin_chunk(head, size, text.kv, span)) if head else None
+            begin = functools.partial(self.store.begin_chunk, head, size, text.kv, span)
+            chunk = self.refused(begin) if head is not None else None
             if chunk is not None:
                 begun = text.first(size)
                 begun.kv = chunk
@@ -240,12 +241,15 @@ class Store(RuleBasedStateMachine):
             assert not len(text)
         self.rotation.fails = lambda call: False
         if text.kv.torn:
-            self.free(which)
+            self.free(which, False)
 
     @precondition(lambda self: self.texts)
-    @rule(which=PICKS)
-    def free(self, which: int) -> None:
+    @rule(which=PICKS, fails=st.booleans())
+    def free(self, which: int, fails: bool) -> None:
+        """Whatever a run that failed has left behind it."""
         text = self.pick(which)
+        if fails:
+            spoil(self.store, text.kv, text.kv.room - len(text))
         room, free = text.kv.room, self.store.free_bytes
         for _ in range(2):  # twice is once
             self.store.free(text.kv)
@@ -275,15 +279,10 @@ class Blocks(Store):
     make = staticmethod(paged)
 
     @invariant()
-    def nothing_else_lies_anywhere(self) -> None:
-        """Blocks of no text and slots behind a text are zeros: what is not seen has the weight 0, and 0 * NaN is NaN."""
-        used = np.zeros((self.all // (32 * BYTES), 32), bool)
-        for text in self.texts:
-            slots = np.arange(len(text))
-            used[text.kv.blocks[slots // 32], slots % 32] = True
+    def all_are_numbers(self) -> None:
+        """Whoever owns a slot: what is not seen has the weight 0, and 0 times NaN is NaN."""
         for pool in (*self.store.keys, *self.store.values):
-            seen = pool.array.transpose(0, 2, 1, 3)[: used.shape[0]]
-            assert not seen[~used].any()
+            assert np.isfinite(pool.array).all()
 
 
 class Rows(Store):
@@ -412,7 +411,17 @@ class TestRowsOfASlab:
         assert [kv.row for kv in texts] == [0, 1, 2, 3]
         store.free(texts[1])
         assert store.allocate(10).row == 1
-        assert texts[0].slab.rows == 4
+
+    def test_texts_that_come_copy_the_others_seldom(self):
+        store, rng = slab(Rotation(), memory=1 << 22), np.random.default_rng(0)
+        text = Text(store.allocate(20))
+        text.append(store, Tokens.random(rng, 15), np.arange(15))
+        moved = set()
+        for _ in range(100):
+            store.allocate(10)
+            text.check(store)
+            moved.add(text.kv.slab.keys[0].ctypes.data)
+        assert len(moved) < 15
 
     def test_growing_without_memory_leaves_all_texts(self, monkeypatch):
         store, rng = slab(Rotation()), np.random.default_rng(0)
