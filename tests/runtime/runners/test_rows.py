@@ -56,7 +56,10 @@ def test_each_segment_is_in_its_row_once(slabs, most, seed):
     for rows in in_rows(segments, most):
         # What runs along may still have its own tokens to compute, and has not computed them yet: it writes there.
         along = {rows.start + row for row, each in enumerate(rows.segments) if each is None}
-        assert not any(segments[index].kv.slab is rows.slab and segments[index].kv.row in along for index in seen)
+        for index in seen:
+            kv = segments[index].kv
+            assert isinstance(kv, SlabKv)
+            assert kv.slab is not rows.slab or kv.row not in along
         assert rows.given
         assert [segments[index] for index in rows.indices] == rows.given
         seen += rows.indices
