@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesart.graphs.manifest import LayerInfo
-from mesart.runtime.kv.slab import SlabStore
+from mesart.runtime.kv.slab import SlabKv, SlabStore
 from mesart.runtime.runners.rows import in_rows
 from mesart.runtime.runners.runner import Phase, Segment
 
@@ -57,9 +57,9 @@ def test_each_segment_is_in_its_row_once(slabs, most, seed):
         # What runs along may still have its own tokens to compute, and has not computed them yet: it writes there.
         along = {rows.start + row for row, each in enumerate(rows.segments) if each is None}
         for index in seen:
-            kv = segments[index].kv
-            assert isinstance(kv, SlabKv)
-            assert kv.slab is not rows.slab or kv.row not in along
+            before = segments[index].kv
+            assert isinstance(before, SlabKv)
+            assert before.slab is not rows.slab or before.row not in along
         assert rows.given
         assert [segments[index] for index in rows.indices] == rows.given
         seen += rows.indices
