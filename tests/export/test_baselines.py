@@ -226,7 +226,7 @@ class TestDroppedKeys:
         with MesaModel.load(baseline_bundle(name), "torch", verify=False) as model:
             reach = model.manifest.config.reach
             assert reach is not None
-            model.prefill(tokens(300))
+            model.prefill(tokens(100))
             (text,) = model.texts
             assert text.require_kv().room == reach.slots
             taken = model.engine.store.bytes_in_use
