@@ -74,6 +74,7 @@ class Engine:
         self.manifest, self.store, self.runner, self.scheduler = manifest, store, runner, scheduler
         self.lock = RLock()
         self._closed = False
+        self._ended: list[Turn] = []  # in the last step
 
     def require_open(self) -> None:
         """Raises an :class:`InputError` once it has been closed."""
@@ -89,9 +90,8 @@ class Engine:
     def close_text(self, text: Sequence) -> None:
         """Frees what a text holds; a turn of it that has not ended is aborted. Twice is once."""
         with self.lock:
-            for turn in self._turns():
-                if turn.text is text:
-                    self.abort(turn)
+            if text.turn is not None:
+                self.abort(text.turn)
             kv, text.kv = text.kv, None
             if kv is not None and not self._closed:
                 self.store.free(kv)
@@ -107,12 +107,13 @@ class Engine:
             turn.text.require_kv()
             if turn.is_finished:
                 raise InputError("this turn has ended; make a new one")
-            if any(other.text is turn.text for other in self._turns()):
+            if turn.text.turn is not None:
                 raise InputError("this text has a turn that has not ended; wait for it, or abort it")
             if turn.goes_on and turn.text.shown:
                 turn.ids = np.concatenate([turn.text.shown, turn.ids])
             plan_of_turn(self.manifest, turn.text, len(turn.ids))
             turn.final_length = len(turn.text) + len(turn.ids) + turn.max_new_tokens
+            turn.text.turn = turn
             self.scheduler.add(turn)
             return turn
 
@@ -138,11 +139,6 @@ class Engine:
                         turn.reading.commit()
                     turn.reading = None
 
-    def turns_of(self, text: Sequence) -> list[Turn]:
-        """The turn of a text that has not ended, if there is one."""
-        with self.lock:
-            return [turn for turn in self._turns() if turn.text is text]
-
     @property
     def is_idle(self) -> bool:
         return not self.scheduler.running and not self.scheduler.waiting
@@ -155,7 +151,7 @@ class Engine:
         """
         with self.lock:
             self.require_open()
-            before = self._turns()
+            self._ended.clear()
             work: list[tuple[Turn, list[Segment]]] = []
             try:
                 self._admit()
@@ -167,13 +163,13 @@ class Engine:
                 read = [turn for turn, _ in work if turn.reading is not None and turn.reading.is_done]
                 self._choose([turn for turn in read if not turn.is_finished])
             except BaseException as error:  # an interruption, wherever it came: nobody knows how far the texts are
-                for turn in before:
+                for turn in [*(turn for turn, _ in work), *self._turns()]:
                     if turn.reading is None or any(turn is other for other, _ in work):
                         self._fail(turn, error)
                 raise
             if not rotated:  # which takes time that says nothing of the next step
                 self.scheduler.observe(time.perf_counter() - started, size - decoded, decoded)
-            return [turn for turn in before if turn.is_finished or turn in read]
+            return [*self._ended, *(turn for turn in read if not turn.is_finished)]
 
     def close(self) -> None:
         """Ends all turns and frees all memory; later calls raise a :class:`MesaError`."""
@@ -182,6 +178,7 @@ class Engine:
                 return
             for turn in self._turns():
                 turn.error, turn.is_finished, turn.reading = InputError("the engine was closed"), True, None
+                turn.text.turn = None
                 self.scheduler.remove(turn)
             self._closed = True
             self.runner.close()
@@ -192,17 +189,25 @@ class Engine:
 
     def _admit(self) -> None:
         """Begins turns that wait, as far as there is memory for all of them to their ends."""
-        while True:
-            for turn in self.scheduler.admit(self._fits):
-                self._begin(turn, turn.ids)
-            if self.scheduler.running or not self.scheduler.waiting:
-                return
-            turn = self.scheduler.waiting[0]  # and there is nothing that it could wait for
-            self._fail(turn, self.store.shortage(self._needed(turn)))
+        if not self.scheduler.waiting:
+            return
+        free = self.store.free_bytes - sum(map(self._needed, self.scheduler.running))
 
-    def _fits(self, turn: Turn) -> bool:
-        needed = self._needed(turn)  # nothing: then it takes nothing from the others, however little there is
-        return not needed or needed + sum(map(self._needed, self.scheduler.running)) <= self.store.free_bytes
+        def fits(turn: Turn) -> bool:
+            nonlocal free
+            needed = self._needed(turn)  # nothing: then it takes nothing from the others, however little there is
+            if needed and needed > free:
+                return False
+            free -= needed
+            return True
+
+        for turn in self.scheduler.admit(fits):
+            self._begin(turn, turn.ids)
+        while self.scheduler.waiting and not self.scheduler.running:  # there is nothing that it could wait for
+            turn = self.scheduler.waiting[0]
+            self._fail(turn, self.store.shortage(self._needed(turn)))
+            for other in self.scheduler.admit(fits):
+                self._begin(other, other.ids)
 
     def _needed(self, turn: Turn) -> int:
         """Bytes that a turn may still take."""
@@ -230,22 +235,23 @@ class Engine:
                 self._begin(turn, np.array(turn.text.shown, np.int64))
         running = [turn for turn in self.scheduler.running if turn.reading is not None and not turn.reading.is_done]
         decoding = [turn for turn in running if turn.reading is not None and turn.reading.is_decoding]
-        reading = [turn for turn in running if turn not in decoding]
+        reading = [turn for turn in running if turn.reading is not None and not turn.reading.is_decoding]
         short: tuple[Turn, CapacityError] | None = None
         rotated = False
         budget = self.scheduler.budget(len(decoding))
-        for turn in [*decoding, *reading]:
-            if budget <= 0 and turn not in decoding:
+        for index, turn in enumerate([*decoding, *reading]):
+            decodes = index < len(decoding)
+            if budget <= 0 and not decodes:
                 break
             try:
-                segments = self._segments(turn, budget, patient=turn in decoding or not decoding)
+                segments = self._segments(turn, budget, patient=decodes or not decoding)
             except CapacityError as error:  # for a chunk's scratch, until another turn has ended
                 short = short or (turn, error)
                 continue
             if segments:
                 work.append((turn, segments))
             rotated = rotated or not segments
-            if turn not in decoding:
+            if not decodes:
                 budget -= sum(map(len, segments)) or budget  # rotating keys takes a step's time
                 self.scheduler.pass_turn(turn)  # the others first, next time
         if short is not None and not work:
@@ -340,6 +346,9 @@ class Engine:
     def _finish(self, turn: Turn) -> None:
         self.scheduler.remove(turn)
         turn.is_finished = True
+        if turn.text.turn is turn:
+            turn.text.turn = None
+        self._ended.append(turn)
         if turn.reading is not None and not turn.keep_undo:
             turn.reading.commit()
             turn.reading = None

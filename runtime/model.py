@@ -405,7 +405,8 @@ class MesaModel:
 
     def _stop_generating(self, text: Sequence) -> None:
         """A generation that nobody goes on with gives way to the next call."""
-        for turn in self.engine.turns_of(text):
+        turn = text.turn
+        if turn is not None:
             self.engine.abort(turn)
             self.engine.settle([turn])
 

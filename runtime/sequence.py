@@ -12,6 +12,7 @@ from mesart.graphs.errors import EngineError, InputError
 from mesart.graphs.stairs import ORDINARY, Stairs
 
 if TYPE_CHECKING:
+    from mesart.runtime.engine import Turn
     from mesart.runtime.kv.store import Kv
 
 
@@ -21,12 +22,14 @@ class Sequence:
     Attributes:
         kv: the keys and values of its tokens; ``None`` once it has been closed.
         stairs: where its tokens stand.
+        turn: what is being appended to it, if anything is.
         shown: tokens that were given out and not computed yet: the next turn begins with them.
     """
 
     def __init__(self, kv: Kv) -> None:
         self.kv: Kv | None = kv
         self.stairs: Stairs = ORDINARY
+        self.turn: Turn | None = None
         self.shown: list[int] = []
         self._ids = np.zeros(0, np.int64)
         self._length = 0
