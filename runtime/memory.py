@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 _GROUP = Path("/sys/fs/cgroup")
 _FALLBACK = 4 << 30
 """Where the system does not tell."""
 
 
 def free_memory() -> int:
-    """Bytes that are free on the machine, or in the process's control group if that is less."""
-    found = [_available()]
+    """Bytes that are free: on the machine, in the process's control group, in its address space, whatever is least."""
+    found = [_available(), _address_space()]
     limit, used = _number(_GROUP / "memory.max"), _number(_GROUP / "memory.current")
     if limit is not None and used is not None:
         found.append(max(0, limit - used))
@@ -26,6 +31,20 @@ def _available() -> int | None:
         return None
     found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
     return int(found[1]) << 10 if found else None
+
+
+def _address_space() -> int | None:
+    """A third of what is left of a limited one: OpenVINO reserves as much as the caches take, for a moment."""
+    if resource is None:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError):
+        pages = 0
+    return max(0, int(limit) - pages * resource.getpagesize()) // 3
 
 
 def _number(path: Path) -> int | None:
