@@ -328,7 +328,7 @@ class MesaModel:
             prompts: token ids of each row.
             max_new_tokens: the most tokens that a row gets.
             sampling: how tokens are chosen; as the bundle's ``generation_config.json`` says if left out.
-            append: to the live cache (a second turn), instead of starting anew.
+            append: to the live texts (a second turn), instead of starting anew.
 
         Yields:
             The next token of each row, ``None`` once a row has ended. The end-of-text token itself is yielded.
@@ -433,7 +433,7 @@ class MesaModel:
             prompt: text or token ids.
             max_new_tokens: the most tokens to generate.
             stop: strings that end the text; they are not part of it.
-            append: to the live cache (a second turn), instead of starting anew.
+            append: to the live texts (a second turn), instead of starting anew.
             sampling: how tokens are chosen; as the bundle's ``generation_config.json`` says if left out.
             **options: fields of :class:`~mesart.runtime.SamplingConfig` that differ from it, such as
                 ``temperature=0.7, top_p=0.9, seed=1``.

@@ -63,11 +63,6 @@ class Reading:
         return self.plan.start > 0 and self.plan.length - self.plan.start == 1
 
     @property
-    def remaining(self) -> int:
-        """Tokens that are still to be computed."""
-        return self.plan.length - self._kv.length - sum(kv.length - self._config.head_length for _, kv in self._chunks)
-
-    @property
     def logits(self) -> Logits:
         """Float32 ``[wanted, V]``, once all is computed."""
         return np.concatenate(self._logits)

@@ -8,14 +8,13 @@ from typing import Protocol
 import numpy as np
 
 from mesart.graphs.manifest import Manifest
+from mesart.runtime.graphs import GRANULE
 from mesart.runtime.kv.store import Array
 from mesart.runtime.runners.rows import Rows, in_rows
 from mesart.runtime.runners.runner import Logits, Phase, Segment, of_shape, require_keys, require_numbers
 
 _TOKENS = 512
 """New tokens that fill a CPU."""
-
-_GRANULE = 64
 
 _SCORES = 1 << 21
 """Scores a head that a run may hold: the operator holds those of all heads at once."""
@@ -24,7 +23,7 @@ _SCORES = 1 << 21
 def capacity_in_place(tokens: int, growing: bool) -> int:
     """Slots for so many tokens; one more at least, for what a row writes that only runs along."""
     # Slots that are not used take no memory, and copying to a larger buffer does.
-    return ((tokens + tokens // 2 if growing else tokens) // _GRANULE + 1) * _GRANULE
+    return ((tokens + tokens // 2 if growing else tokens) // GRANULE + 1) * GRANULE
 
 
 class InPlaceGraph(Protocol):
@@ -39,7 +38,6 @@ class GroupedRunner:
     """Runs the bundle's grouped graph; see :class:`~mesart.runtime.runners.runner.Runner`.
 
     Args:
-        heads: query heads of a layer, whose scores a run holds.
         check: asked before each run that reads a prompt: whether weights are what they were.
     """
 
