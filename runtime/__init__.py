@@ -1,4 +1,4 @@
-"""From a bundle to tokens: runners, keys and values, many texts side by side. Imports neither torch nor transformers."""
+"""From a bundle to tokens: runners, keys and values, many texts at a time. Imports neither torch nor transformers."""
 
 from mesart.runtime.backends import backend_names, present_backends
 from mesart.runtime.model import MesaModel
