@@ -191,12 +191,16 @@ class Engine:
         """Begins turns that wait, as far as there is memory for all of them to their ends."""
         if not self.scheduler.waiting:
             return
-        free = self.store.free_bytes - sum(map(self._needed, self.scheduler.running))
+        free: int | None = None  # asked for once, and only if somebody needs some
 
         def fits(turn: Turn) -> bool:
             nonlocal free
-            needed = self._needed(turn)  # nothing: then it takes nothing from the others, however little there is
-            if needed and needed > free:
+            needed = self._needed(turn)
+            if not needed:  # it takes nothing from the others, however little there is
+                return True
+            if free is None:
+                free = self.store.free_bytes - sum(map(self._needed, self.scheduler.running))
+            if needed > free:
                 return False
             free -= needed
             return True
