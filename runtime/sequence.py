@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from mesart.graphs.errors import EngineError, InputError
 from mesart.graphs.stairs import ORDINARY, Stairs
+from mesart.runtime.kv.store import Kv, with_room
 
 if TYPE_CHECKING:
     from mesart.runtime.engine import Turn
-    from mesart.runtime.kv.store import Kv
 
 
 class Sequence:
@@ -44,10 +44,7 @@ class Sequence:
 
     def append(self, ids: Tokens[int] | NDArray[np.int64]) -> None:
         start, stop = self._length, self._length + len(ids)
-        if stop > len(self._ids):
-            grown = np.zeros(stop + stop // 2, np.int64)
-            grown[:start] = self._ids[:start]
-            self._ids = grown
+        self._ids = with_room(self._ids, start, stop)
         self._ids[start:stop] = ids
         self._length = stop
 

@@ -18,6 +18,15 @@ Rotate: TypeAlias = Callable[[int, Array, Positions, Positions], Array]
 """``(layer, keys [B, K, S, D], old [B, S], new [B, S])``: the keys, rotated from their old positions to new ones."""
 
 
+def with_room(numbers: NDArray[np.int64], used: int, size: int) -> NDArray[np.int64]:
+    """A buffer for ``size`` numbers that begins with the first ``used`` of another: that one, if it is long enough."""
+    if size <= len(numbers):
+        return numbers
+    grown = np.zeros(size + size // 2, np.int64)  # so that appending copies seldom
+    grown[:used] = numbers[:used]
+    return grown
+
+
 class Kv:
     """The keys and values of one text, or of a chunk of one; slot ``i`` holds its token ``i``.
 
@@ -41,10 +50,7 @@ class Kv:
     def append(self, positions: Positions) -> None:
         """Keys and values of the next tokens have been written, at these positions."""
         start, stop = self.length, self.length + len(positions)
-        if stop > len(self._positions):
-            grown = np.zeros(stop + stop // 2, np.int64)
-            grown[:start] = self._positions[:start]
-            self._positions = grown
+        self._positions = with_room(self._positions, start, stop)
         self._positions[start:stop] = positions
         self.length = stop
 
@@ -181,4 +187,4 @@ def moved_span(old: Positions, new: Positions) -> tuple[int, int]:
     return (int(moved[0]), int(moved[-1]) + 1) if len(moved) else (0, 0)
 
 
-__all__ = ["Array", "Budget", "Kv", "KvStore", "Positions", "Rotate", "moved_span", "no_room"]
+__all__ = ["Array", "Budget", "Kv", "KvStore", "Positions", "Rotate", "moved_span", "no_room", "with_room"]
