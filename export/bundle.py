@@ -222,6 +222,7 @@ def export_model(
             files=weight_infos | {path.name: FileInfo(path.stat().st_size, sha256(path)) for path in others},
             weight_files=list(weight_infos),
             quantisation=quantisation,
+            filler=texts.filler(config.head_length),
         )
         write_new(folder / MANIFEST_FILE, manifest.to_json())
         shared = files.shared

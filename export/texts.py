@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +34,9 @@ _SETTINGS = "tokenizer_config.json"
 _MOST_BYTES = 256 << 20
 """The largest files of tokenizers have 35 MB."""
 
+_FILLER = "The documents that follow are given in no special order. "
+"""What a head is filled up with, over and over, where less than a head stands before the documents of a prompt."""
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -40,6 +44,17 @@ class Texts:
 
     files: Mapping[str, bytes] = field(repr=False)
     """The tokenizer's files and the generation settings; by plain names."""
+
+    def filler(self, count: int) -> list[int]:
+        """Token ids to fill up a head with; the first of the vocabulary where there is no tokenizer."""
+        if "tokenizer.json" not in self.files:
+            return [0] * count
+        with user_data("the tokenizer cannot be used"):
+            tokenizer = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            sentence = tokenizer.encode(_FILLER, add_special_tokens=False).ids
+        return list(islice(cycle(sentence or [0]), count))
 
     def write(self, folder: Path, network: Any) -> None:
         """Writes them and the network's config; a file that is there already is never written to.

@@ -54,6 +54,11 @@ def _check_config(manifest: Manifest) -> None:
             raise Mismatch(f"is {bucket}, the configuration gives {right}", f".buckets[{index}]")
     if len(manifest.buckets) != len(expected):
         raise Mismatch(f"are {len(manifest.buckets)}, the configuration gives {len(expected)}", ".buckets")
+    if manifest.graphs and len(manifest.filler) != config.head_length:
+        raise Mismatch(f"has {len(manifest.filler)} ids, the head {config.head_length}", ".filler")
+    vocabulary = manifest.model["vocab_size"]
+    if any(index >= vocabulary for index in manifest.filler):
+        raise Mismatch(f"has ids beyond the vocabulary of {vocabulary}", ".filler")
 
 
 def _check_files(manifest: Manifest) -> None:

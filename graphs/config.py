@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -162,6 +162,11 @@ class MesaConfig:
         """The plan of a first prompt: the plain model up to ``train_length`` tokens, chunks beyond."""
         self._require_train_length()
         return mesa.plan(self, tokens)
+
+    def plan_between(self, tokens: int, edges: Sequence[int]) -> Plan:
+        """The plan of a first prompt whose chunks begin and end at edges, however short it is."""
+        self._require_train_length()
+        return mesa.plan_between(self, tokens, edges)
 
     def extension(self, stairs: Stairs, cached: int, tokens: int) -> Plan:
         """The plan of tokens behind a cache: its anchor moves, or they are cut into chunks of their own."""

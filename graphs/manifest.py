@@ -268,6 +268,8 @@ class Manifest:
     """safetensors; those of the checkpoint, if they are linked, and one of the bundle's own."""
     quantisation: Quantisation | None = None
     """Of the weights of linear layers; the others have ``dtype``."""
+    filler: list[Count] = field(default_factory=list)
+    """Token ids, ``head_length`` of them: what a head is filled up with, where documents begin before its end."""
     schema_version: int = SCHEMA_VERSION
 
     @property

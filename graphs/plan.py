@@ -7,7 +7,7 @@ same thing: tokens ``start .. length - 1`` are new, the ones before are in the c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -128,15 +128,30 @@ class Plan:
     """Where all tokens stand when the tail runs. Tokens of the cache that stood elsewhere are placed anew."""
 
     @classmethod
-    def of(cls, config: StaticMethod, tokens: int) -> Plan:
+    def of(cls, config: StaticMethod, tokens: int, edges: Sequence[int] = ()) -> Plan:
         """The plan of a first prompt.
 
+        Args:
+            config: the method.
+            tokens: of the prompt.
+            edges: where chunks have to begin and end, however short the prompt is: tokens before the first are head and
+                chunks of their own, those between two edges are cut into equal pieces of at most ``C``, those behind
+                the last are the tail. So what lies between two edges makes the same chunks in every prompt.
+
         Raises:
-            MesaError: an empty prompt, or one that leaves the positions that the method has.
+            MesaError: an empty prompt, one that leaves the positions that the method has, or edges that cut nothing.
         """
         if tokens < 1:
             raise InputError("the prompt is empty; give at least one token")
-        return config.plan(tokens)
+        if not edges:
+            return config.plan(tokens)
+        first, last = config.head_length, tokens - 1
+        if list(edges) != sorted(set(edges)) or not (first <= edges[0] and edges[-1] <= last) or edges[-1] == first:
+            raise InputError(
+                f"a prompt of {tokens} tokens cannot be cut at {list(edges)}: edges rise, from {first} (head_length) "
+                f"to {last} at most, with tokens before the last"
+            )
+        return config.plan_between(tokens, edges)
 
     @classmethod
     def extend(cls, config: StaticMethod, stairs: Stairs, cached: int, tokens: int) -> Plan:
@@ -149,7 +164,7 @@ class Plan:
         if cached == 0:
             return cls.of(config, tokens)
         length = cached + tokens
-        if cached <= config.short_length < length:
+        if stairs.offset and cached <= config.short_length < length:
             return cls.of(config, length)
         return config.extension(stairs, cached, tokens)
 

@@ -150,6 +150,19 @@ class Cuda:
         kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._call("cudaMemcpy2DAsync", to, to_pitch, source, source_pitch, width, rows, kind, self._stream)
 
+    def upload_rows(self, to: int, pitch: int, host: Pinned, at: int, width: int, rows: int) -> None:
+        """Copies rows that lie side by side in host memory, from its byte ``at`` on, a ``pitch`` apart to the device.
+
+        The host memory must stay as it is until then.
+        """
+        kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpy2DAsync", to, pitch, host.address + at, width, width, rows, kind, self._stream)
+
+    def download_rows(self, host: Pinned, at: int, source: int, pitch: int, width: int, rows: int) -> None:
+        """The way back of :meth:`upload_rows`."""
+        kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpy2DAsync", host.address + at, width, source, pitch, width, rows, kind, self._stream)
+
     def zero_rows(self, to: int, pitch: int, width: int, rows: int) -> None:
         """Fills ``rows`` rows of ``width`` bytes with zeros."""
         self._call("cudaMemset2DAsync", to, pitch, 0, width, rows, self._stream)

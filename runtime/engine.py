@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from threading import RLock
 
@@ -12,12 +13,14 @@ from numpy.typing import NDArray
 
 from mesart.graphs.errors import CapacityError, EngineError, InputError, MesaError
 from mesart.graphs.manifest import Manifest
+from mesart.runtime.chunk_store.stored import StoredChunks
 from mesart.runtime.kv.store import KvStore
 from mesart.runtime.reading import Reading, plan_of_turn
 from mesart.runtime.runners.runner import Logits, Runner, Segment
 from mesart.runtime.sampling import Sampler, choose_tokens
 from mesart.runtime.scheduler import Scheduler
 from mesart.runtime.sequence import Sequence
+from mesart.runtime.usage import Usage
 
 
 @dataclass(eq=False)
@@ -25,7 +28,9 @@ class Turn:
     """Tokens to be appended to a text, and what is to follow.
 
     Attributes:
-        wanted: of how many of the last of ``ids`` the logits are wanted.
+        wanted: of how many of the last of ``ids`` the logits are wanted; 0: chunks are computed for the store, no tail.
+        edges: where chunks of a first prompt have to begin and end, see :meth:`~mesart.graphs.plan.Plan.of`.
+        stored: where chunks that were computed before are, and those that are computed now are put.
         max_new_tokens: the most tokens to generate behind them; 0: none, the logits are all that is wanted.
         sampler: chooses them; it has been told of all tokens so far.
         ends: tokens that end the text.
@@ -44,11 +49,15 @@ class Turn:
     allowed: int | None = None
     goes_on: bool = False
     keep_undo: bool = False
+    edges: Tokens[int] = ()
+    stored: StoredChunks | None = None
 
     logits: Logits | None = field(default=None, init=False)
     """Float32 ``[wanted, V]``, once ``ids`` are computed."""
     tokens: list[int] = field(default_factory=list, init=False)
     """What has been generated."""
+    usage: Usage | None = field(default=None, init=False)
+    """What became of the tokens of ``ids``, once they are computed."""
     error: BaseException | None = field(default=None, init=False)
     """Why it failed; the text is as it was before the step that did."""
     is_finished: bool = field(default=False, init=False)
@@ -56,6 +65,13 @@ class Turn:
     """What is being computed, or was last."""
     final_length: int = field(default=0, init=False)
     """Tokens that the text may have in the end."""
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Tokens that are there of those that there are to be before the next token, or the logits."""
+        if self.reading is None:
+            return (len(self.text), len(self.text)) if self.is_finished else (0, len(self.ids))
+        return self.reading.progress
 
     @property
     def is_paused(self) -> bool:
@@ -111,7 +127,7 @@ class Engine:
                 raise InputError("this text has a turn that has not ended; wait for it, or abort it")
             if turn.goes_on and turn.text.shown:
                 turn.ids = np.concatenate([turn.text.shown, turn.ids])
-            plan_of_turn(self.manifest, turn.text, len(turn.ids))
+            plan_of_turn(self.manifest, turn.text, len(turn.ids), turn.edges)
             turn.final_length = len(turn.text) + len(turn.ids) + turn.max_new_tokens
             turn.text.turn = turn
             self.scheduler.add(turn)
@@ -223,7 +239,16 @@ class Engine:
             turn.reading.commit()
             turn.reading = None
         try:
-            turn.reading = Reading(self.manifest, self.store, self.runner, turn.text, ids, turn.wanted)
+            turn.reading = Reading(
+                self.manifest,
+                self.store,
+                self.runner,
+                turn.text,
+                ids,
+                turn.wanted,
+                edges=turn.edges,
+                stored=turn.stored,
+            )
         except (MesaError, MemoryError) as error:
             self._fail(turn, error)
 
@@ -252,7 +277,7 @@ class Engine:
             except CapacityError as error:  # for a chunk's scratch, until another turn has ended
                 short = short or (turn, error)
                 continue
-            if segments:
+            if segments or (turn.reading is not None and turn.reading.is_done):  # all was found, and nothing is to run
                 work.append((turn, segments))
             rotated = rotated or not segments
             if not decodes:
@@ -263,10 +288,10 @@ class Engine:
         return rotated
 
     def _segments(self, turn: Turn, budget: int, *, patient: bool = True) -> list[Segment]:
-        """The next part of a turn; ``patient``: keys are rotated, all of them, until there is something to run."""
+        """The next part of a turn; ``patient``: keys are rotated or found, all, until there is something to run."""
         assert turn.reading is not None
         try:
-            while not (segments := turn.reading.next(budget)) and patient:
+            while not (segments := turn.reading.next(budget)) and patient and not turn.reading.is_done:
                 pass
         except CapacityError:
             raise  # it may wait
@@ -280,6 +305,7 @@ class Engine:
 
     def _run(self, work: list[tuple[Turn, list[Segment]]]) -> None:
         """Runs segments of many turns together; if that fails, each turn's alone, so that one disturbs no other."""
+        work = [item for item in work if item[1]]
         if not work:
             return
         try:
@@ -315,6 +341,7 @@ class Engine:
         for turn in turns:
             assert turn.reading is not None
             turn.logits = turn.reading.logits
+            turn.usage = turn.usage or turn.reading.usage
         for turn in [turn for turn in turns if turn.sampler is None]:
             self._finish(turn)
         choosing = [turn for turn in turns if turn.sampler is not None]

@@ -19,6 +19,7 @@ from mesart.runtime.backends import (
     TorchBackend,
     choose_backend,
 )
+from mesart.runtime.chunk_store.keys import fingerprint
 from mesart.runtime.device_rotation import DeviceRotation
 from mesart.runtime.engines import PACKAGES, Engines, usable_flavour
 from mesart.runtime.graphs import GraphFiles, Rotation, SpecialisedGraphs, SymbolicGraphs
@@ -40,6 +41,9 @@ _MEMORY_SHARE = 0.75
 
 _LEAST_MEMORY = 256 << 20
 
+_COMPUTING = {"any", "onnxruntime", "paged", "grouped"}
+"""Roles of the graphs that compute heads and chunks of any length."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -53,6 +57,8 @@ class Loaded:
     device: str
     choice: str
     """Why this backend, a phrase for people."""
+    fingerprint: str
+    """Names what computes keys and values: :func:`~mesart.runtime.chunk_store.keys.fingerprint`."""
 
 
 def require_digest(bundle: Path, manifest: Manifest, digest: str, *, verify: bool) -> None:
@@ -132,7 +138,11 @@ def load_runner(
     store, runner, form = _open_runner(graph_files, memory, specialised=specialised)
     choice += f"; the bundle's engines do not run here: {reason}" if reason else ""
     choice += f"; {form}" if form else ""
-    return Loaded(store, runner, manifest, engine.name, engine.device, choice)
+    roles = _COMPUTING | ({"head", "chunk"} if specialised else set())
+    graphs = [files.infos[graph.file].sha256 for graph in manifest.graphs if graph.role in roles]
+    computed_by = (engine.name, engine.device, type(runner).__name__, activations or "")
+    named = fingerprint(manifest, graphs, computed_by)
+    return Loaded(store, runner, manifest, engine.name, engine.device, choice, named)
 
 
 def _open_runner(files: GraphFiles, memory: int, *, specialised: bool) -> tuple[KvStore, Runner, str]:
@@ -200,7 +210,13 @@ def _load_engines(files: BundleFiles, manifest: Manifest, flavour: Flavour, choi
     except BaseException:
         engines.close()
         raise
-    return Loaded(store, runner, replace(manifest, buckets=engines.buckets(manifest)), flavour, "cuda", choice)
+    built = engines.set
+    plans = [
+        engine.key for engine in built.engines if {profile.role for profile in engine.profiles} & {"head", "chunk"}
+    ]
+    named = fingerprint(manifest, plans, (flavour, built.version, engines.cuda.capability))
+    usable = replace(manifest, buckets=engines.buckets(manifest))
+    return Loaded(store, runner, usable, flavour, "cuda", choice, named)
 
 
 __all__ = ["Loaded", "load_runner", "read_texts", "require_digest"]

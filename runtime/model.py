@@ -20,9 +20,15 @@ from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import Plan, bucket_for
 from mesart.runtime.backends import Activations, Array
+from mesart.runtime.chunk_store.store import ChunkStore, require_store
+from mesart.runtime.chunk_store.stored import StoredChunks
+from mesart.runtime.chunk_store.warm import warm
+from mesart.runtime.document_texts import DocumentTexts
+from mesart.runtime.documents import Reuse, check_reuse
 from mesart.runtime.engine import Engine, Turn
 from mesart.runtime.kv.device import DeviceMemory, DeviceStore
 from mesart.runtime.load import Loaded, load_runner, read_texts, require_digest
+from mesart.runtime.prompts import Prompt, PromptIds, checked_count, checked_prompts, is_batch, token_ids
 from mesart.runtime.reading import plan_of_turn
 from mesart.runtime.sampling import Sampler, SamplingConfig
 from mesart.runtime.scheduler import Scheduler
@@ -30,9 +36,11 @@ from mesart.runtime.sequence import Sequence
 from mesart.runtime.stream import TextStream
 from mesart.runtime.text import Tokenizer, configured_eos_ids, default_sampling
 from mesart.runtime.text_files import TEXT_FILES
+from mesart.runtime.usage import Usage, WarmReport
 
 Logits: TypeAlias = NDArray[np.float32]
-Prompt: TypeAlias = "str | Tokens[int]"
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called while a prompt is read, with the tokens that are there and those that there are to be."""
 
 
 class MesaModel:
@@ -49,9 +57,10 @@ class MesaModel:
         backend: the backend's name, ``device`` where it runs and ``choice`` why it was chosen.
         manifest: what the bundle holds.
         engine: runs any number of texts side by side; the model's own texts are some of them.
+        usage: what became of the last prompt's tokens, of all rows together; ``None`` before the first.
     """
 
-    def __init__(self, files: BundleFiles, loaded: Loaded) -> None:
+    def __init__(self, files: BundleFiles, loaded: Loaded, store: ChunkStore | None = None) -> None:
         self.bundle, self.manifest = files.folder, loaded.manifest
         self._texts = read_texts(files)  # now: the folder may be another bundle's by the time that they are needed
         self.backend, self.device, self.choice = loaded.backend, loaded.device, loaded.choice
@@ -59,6 +68,9 @@ class MesaModel:
         self._process = os.getpid()
         self._live: list[Sequence] = []
         self._changes = 0  # counts the calls that changed the texts
+        self._vocabulary = int(self.manifest.model["vocab_size"])
+        self._stored = None if store is None else StoredChunks(store, loaded.fingerprint, loaded.store.layout)
+        self.usage: Usage | None = None
 
     @classmethod
     def load(
@@ -73,6 +85,7 @@ class MesaModel:
         trust_remote_code: bool = False,
         activations: Activations | None = None,
         kv_memory: int | str | None = None,
+        store: ChunkStore | None = None,
     ) -> MesaModel:
         """Opens a bundle.
 
@@ -94,11 +107,14 @@ class MesaModel:
                 weights: faster, and not the model that was exported (docs/decoding.md has both in numbers).
             kv_memory: the most that keys and values of all texts may take, in bytes or as ``"2GiB"``; three quarters of
                 the memory that is free if left out. Engines of ``mesart build`` take what their buckets need.
+            store: keeps the chunks of prompts, and finds those that it has: nothing is computed twice. Several models
+                may share one.
 
         Raises:
             MesaError: no bundle, another one than ``digest`` says, a missing or altered file, a backend that is unknown
                 or not installed, engines that do not run on this machine, or rounding where there is nothing to round.
         """
+        require_store(store)
         folder = Path(bundle)
         manifest = Manifest.read(folder)
         if digest is not None:
@@ -116,7 +132,7 @@ class MesaModel:
             activations=activations,
             kv_memory=kv_memory,
         )
-        return cls(files, loaded)
+        return cls(files, loaded, store)
 
     def __enter__(self) -> MesaModel:
         return self
@@ -130,6 +146,8 @@ class MesaModel:
         """Frees the engine and all texts, after a call that is still computing; the model cannot be used any more."""
         if os.getpid() == self._process:  # else the engine is the parent's
             self.engine.close()
+            if self._stored is not None:
+                self._stored.store.flush()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -165,7 +183,7 @@ class MesaModel:
         """
         prompts = self._prompts(input_ids)
         with self._alone():
-            turns = self._new_turns(prompts, all_logits=all_logits)
+            turns = self._new_turns(prompts, self._stored, all_logits=all_logits)
             return self._computed(self._begin(turns), undo_to_nothing=True)
 
     def extend(self, input_ids: ArrayLike | Tokens[Tokens[int]], *, all_logits: bool = False) -> Logits:
@@ -175,49 +193,54 @@ class MesaModel:
         """
         prompts = self._prompts(input_ids)
         with self._alone():
-            return self._computed(self._begin(self._later_turns(prompts, all_logits=all_logits)))
+            return self._computed(self._begin(self._later_turns(prompts, self._stored, all_logits=all_logits)))
 
     def step(self, token: int | ArrayLike) -> Logits:
         """Appends one token to each live text; logits of the next, float32 ``[B, 1, V]``."""
-        with _token_ids(token):
+        with token_ids(token):
             column = np.asarray(token).reshape(-1, 1)
         tokens = self._prompts(column)
         with self._alone():
             if not any(self.lengths):
                 raise InputError("step needs a prompt in the cache; call prefill first")
-            return self._computed(self._begin(self._later_turns(tokens)))
+            return self._computed(self._begin(self._later_turns(tokens, self._stored)))
 
-    def _new_turns(self, prompts: list[list[int]], *, all_logits: bool = False) -> list[Turn]:
+    def _new_turns(
+        self, prompts: list[PromptIds], stored: StoredChunks | None, *, all_logits: bool = False
+    ) -> list[Turn]:
         """Turns of new texts, which take the place of the live ones; those are forgotten."""
-        wanted = self._wanted(
-            [plan_of_turn(self.manifest, None, len(prompt)) for prompt in prompts], prompts, all_logits
-        )
+        plans = [plan_of_turn(self.manifest, None, len(prompt.ids), prompt.edges) for prompt in prompts]
+        wanted = self._wanted(plans, prompts, all_logits)
         for text in self._live:
             self.engine.close_text(text)
         self._live = []
         self._live = [self.engine.open_text() for _ in prompts]
-        return self._turns(prompts, wanted)
+        return self._turns(prompts, wanted, stored)
 
-    def _later_turns(self, prompts: list[list[int]], *, all_logits: bool = False) -> list[Turn]:
+    def _later_turns(
+        self, prompts: list[PromptIds], stored: StoredChunks | None, *, all_logits: bool = False
+    ) -> list[Turn]:
         """Turns of the live texts; whatever is wrong with one of them is said before anything is changed."""
         self._require_texts(len(prompts))
         for text in self._live:
             text.require_kv()
         pairs = zip(self._live, prompts, strict=True)
-        plans = [plan_of_turn(self.manifest, text, len(prompt)) for text, prompt in pairs]
-        return self._turns(prompts, self._wanted(plans, prompts, all_logits))
+        plans = [plan_of_turn(self.manifest, text, len(prompt.ids)) for text, prompt in pairs]
+        return self._turns(prompts, self._wanted(plans, prompts, all_logits), stored)
 
-    def _turns(self, prompts: list[list[int]], wanted: int) -> list[Turn]:
-        pairs = zip(self._live, prompts, strict=True)
-        return [Turn(text, np.array(prompt, np.int64), wanted, keep_undo=True) for text, prompt in pairs]
+    def _turns(self, prompts: list[PromptIds], wanted: int, stored: StoredChunks | None) -> list[Turn]:
+        return [
+            Turn(text, np.array(prompt.ids, np.int64), wanted, keep_undo=True, edges=prompt.edges, stored=stored)
+            for text, prompt in zip(self._live, prompts, strict=True)
+        ]
 
-    def _wanted(self, plans: list[Plan], prompts: list[list[int]], all_logits: bool) -> int:
+    def _wanted(self, plans: list[Plan], prompts: list[PromptIds], all_logits: bool) -> int:
         """Of how many of the last tokens of each prompt the logits can be had, as one array."""
         if not all_logits:
             return 1
         if self.engine.runner.last_logits_only:
             raise InputError("these graphs give the last logits only, no all_logits; load the symbolic graph")
-        sizes = {min(len(plan.tail), len(prompt)) for plan, prompt in zip(plans, prompts, strict=True)}
+        sizes = {min(len(plan.tail), len(prompt.ids)) for plan, prompt in zip(plans, prompts, strict=True)}
         if len(sizes) > 1:
             raise InputError(
                 f"all_logits of a batch needs tails of one length, these have {', '.join(map(str, sorted(sizes)))}; "
@@ -248,13 +271,19 @@ class MesaModel:
         except BaseException:
             self._undo(turns, to_nothing=undo_to_nothing)
             raise
+        self._note_usage(turns)
         self.engine.settle(turns)
         return logits
 
-    def _run(self, turns: list[Turn], is_done: Callable[[Turn], bool]) -> None:
+    def _note_usage(self, turns: list[Turn]) -> None:
+        self.usage = sum((turn.usage for turn in turns if turn.usage is not None), start=Usage())
+
+    def _run(self, turns: list[Turn], is_done: Callable[[Turn], bool], progress: Progress | None = None) -> None:
         """Computes until all turns are done; raises the first error."""
         while not all(turn.is_finished or is_done(turn) for turn in turns):
             self.engine.step()
+            if progress is not None:
+                progress(*map(sum, zip(*(turn.progress for turn in turns), strict=True)))
             failed = next((turn for turn in turns if turn.error is not None), None)
             if failed is not None and failed.error is not None:
                 raise failed.error
@@ -333,18 +362,21 @@ class MesaModel:
         Yields:
             The next token of each row, ``None`` once a row has ended. The end-of-text token itself is yielded.
         """
-        yield from self._generate(prompts, max_new_tokens, sampling, append, [False] * len(self._prompts(prompts)))
+        rows = self._prompts(prompts)
+        yield from self._generate(rows, max_new_tokens, sampling, append, [False] * len(rows), self._stored)
 
     def _generate(
         self,
-        prompts: Tokens[Tokens[int]],
+        prompts: list[PromptIds],
         max_new_tokens: int,
         sampling: SamplingConfig | None,
         append: bool,
         ended: list[bool],
+        stored: StoredChunks | None,
+        progress: Progress | None = None,
     ) -> Iterator[list[int | None]]:
         """See :meth:`generate_ids`. ``ended``: of each row; the caller may end more of them between two tokens."""
-        count = _require_count(max_new_tokens)
+        count = checked_count(max_new_tokens)
         choice, rows = sampling or self.default_sampling, range(len(ended))
         seeds = [None if choice.seed is None else choice.seed + row for row in rows]
         turns: list[Turn] = []
@@ -353,13 +385,15 @@ class MesaModel:
             for index in range(count):
                 with self._alone():
                     if index == 0:
-                        turns = self._begin_generating(self._prompts(prompts), count, choice, seeds, append=append)
+                        turns = self._begin_generating(prompts, count, choice, seeds, stored, append=append)
                     elif self._changes != changes:
                         raise InputError(
                             "another call has changed the cache since this generation's last token; finish one "
                             "generation before the next, give both prompts to one, or load the model twice"
                         )
-                    chosen = self._next_tokens(turns, ended, new=index == 0 and not append)
+                    chosen = self._next_tokens(turns, ended, None if index else progress, new=index == 0 and not append)
+                    if index == 0:
+                        self._note_usage(turns)
                     changes = self._changes
                 yield chosen
                 if all(ended):
@@ -370,21 +404,24 @@ class MesaModel:
 
     def _begin_generating(
         self,
-        prompts: list[list[int]],
+        prompts: list[PromptIds],
         count: int,
         choice: SamplingConfig,
         seeds: list[int | None],
+        stored: StoredChunks | None,
         *,
         append: bool,
     ) -> list[Turn]:
-        turns = self._later_turns(prompts) if append else self._new_turns(prompts)
+        turns = self._later_turns(prompts, stored) if append else self._new_turns(prompts, stored)
         for turn, seed in zip(turns, seeds, strict=True):
             turn.sampler = Sampler(replace(choice, seed=seed))
             turn.max_new_tokens, turn.ends, turn.goes_on = count, frozenset(self.eos_token_ids), True
             turn.sampler.note([*turn.text.ids, *turn.text.shown, *turn.ids])
         return self._begin(turns)
 
-    def _next_tokens(self, turns: list[Turn], ended: list[bool], *, new: bool) -> list[int | None]:
+    def _next_tokens(
+        self, turns: list[Turn], ended: list[bool], progress: Progress | None, *, new: bool
+    ) -> list[int | None]:
         """The next token of each turn that has not ended, computed together."""
         waiting = [turn for turn, end in zip(turns, ended, strict=True) if not end]
         for turn, end in zip(turns, ended, strict=True):
@@ -393,7 +430,7 @@ class MesaModel:
         for turn in waiting:
             turn.allowed = len(turn.tokens) + 1
         try:
-            self._run(waiting, lambda turn: turn.is_paused)
+            self._run(waiting, lambda turn: turn.is_paused, progress)
         except BaseException:
             self._undo(turns if new else waiting, to_nothing=new)
             self._changes += 1
@@ -425,6 +462,11 @@ class MesaModel:
         stop: str | Tokens[str] = (),
         append: bool = False,
         sampling: SamplingConfig | None = None,
+        documents: Tokens[Prompt] = (),
+        lead: str = "",
+        reuse: Reuse = "auto",
+        cache_salt: str = "",
+        progress: Progress | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Generates text piece by piece; a piece never ends within a character, nor in what may be a stop string.
@@ -435,13 +477,33 @@ class MesaModel:
             stop: strings that end the text; they are not part of it.
             append: to the live texts (a second turn), instead of starting anew.
             sampling: how tokens are chosen; as the bundle's ``generation_config.json`` says if left out.
+            documents: texts, or lists of token ids, that stand before the prompt; docs/documents.md has how they are
+                read and reused.
+            lead: stands before the documents.
+            reuse: see :data:`~mesart.runtime.documents.Reuse`.
+            cache_salt: only prompts of the same salt share chunks in the store.
+            progress: called while the prompt is read, with the tokens that are there and those that there are to be.
             **options: fields of :class:`~mesart.runtime.SamplingConfig` that differ from it, such as
                 ``temperature=0.7, top_p=0.9, seed=1``.
         """
         choice = self._sampling(sampling, options)
-        ids = self._encode(prompt, append=append)
-        text = TextStream(self.tokenizer, stop, context=ids)
-        for (token,) in self.generate_ids([ids], max_new_tokens, choice, append=append):
+        row = self._prompt(prompt, documents, lead, reuse, append=append)
+        stored = self._stored_for(reuse, cache_salt)
+        yield from self._streamed(row, max_new_tokens, stop, choice, stored, progress, append=append)
+
+    def _streamed(
+        self,
+        prompt: PromptIds,
+        max_new_tokens: int,
+        stop: str | Tokens[str],
+        choice: SamplingConfig,
+        stored: StoredChunks | None,
+        progress: Progress | None,
+        *,
+        append: bool,
+    ) -> Iterator[str]:
+        text = TextStream(self.tokenizer, stop, context=prompt.ids)
+        for (token,) in self._generate([prompt], max_new_tokens, choice, append, [False], stored, progress):
             if token is None or token in self.eos_token_ids:
                 break
             piece = text.push(token)
@@ -461,36 +523,110 @@ class MesaModel:
         stop: str | Tokens[str] = (),
         append: bool = False,
         sampling: SamplingConfig | None = None,
+        documents: Tokens[Prompt] = (),
+        lead: str = "",
+        reuse: Reuse = "auto",
+        cache_salt: str = "",
+        progress: Progress | None = None,
         **options: Any,
     ) -> str | list[str]:
         """Generates text for one prompt, or for each of a list of texts in one batch; options as of :meth:`stream`."""
-        if not _is_batch(prompt):
-            return "".join(
-                self.stream(
-                    prompt,  # type: ignore[arg-type]
-                    max_new_tokens,
-                    stop=stop,
-                    append=append,
-                    sampling=sampling,
-                    **options,
-                )
-            )
-        choice = self._sampling(sampling, options)
-        ids = [self._encode(str(text), append=append) for text in prompt]
-        texts = [TextStream(self.tokenizer, stop, context=row) for row in ids]
-        pieces: list[list[str]] = [[] for _ in ids]
-        ended = [False] * len(ids)
-        for tokens in self._generate(ids, max_new_tokens, choice, append, ended):
+        choice, stored = self._sampling(sampling, options), self._stored_for(reuse, cache_salt)
+        prompts = list(prompt) if is_batch(prompt) else [prompt]
+        rows = [self._prompt(text, documents, lead, reuse, append=append) for text in prompts]  # type: ignore[arg-type]
+        if not is_batch(prompt):
+            pieces = self._streamed(rows[0], max_new_tokens, stop, choice, stored, progress, append=append)
+            return "".join(pieces)
+        texts = [TextStream(self.tokenizer, stop, context=row.ids) for row in rows]
+        written: list[list[str]] = [[] for _ in rows]
+        ended = [False] * len(rows)
+        for tokens in self._generate(rows, max_new_tokens, choice, append, ended, stored, progress):
             for row, token in enumerate(tokens):
                 if token is not None and token not in self.eos_token_ids:
-                    pieces[row].append(texts[row].push(token))
+                    written[row].append(texts[row].push(token))
                     ended[row] = texts[row].stopped
-        return ["".join([*row, text.flush()]) for row, text in zip(pieces, texts, strict=True)]
+        return ["".join([*row, text.flush()]) for row, text in zip(written, texts, strict=True)]
 
-    def chat(self, messages: Tokens[Mapping[str, Any]], max_new_tokens: int = 256, **options: Any) -> Iterator[str]:
-        """Streams the answer to a conversation, put into the bundle's chat template; options as of :meth:`stream`."""
-        text = self.tokenizer.apply_chat_template([dict(message) for message in messages])
-        return self.stream(self.tokenizer.encode(text, add_special_tokens=False), max_new_tokens, **options)
+    def chat(
+        self,
+        messages: Tokens[Mapping[str, Any]],
+        max_new_tokens: int = 256,
+        *,
+        stop: str | Tokens[str] = (),
+        append: bool = False,
+        sampling: SamplingConfig | None = None,
+        documents: Tokens[Prompt] = (),
+        reuse: Reuse = "auto",
+        cache_salt: str = "",
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Streams the answer to a conversation, put into the bundle's chat template; options as of :meth:`stream`.
+
+        Documents stand where the template has a place for them, else before the first message of the user.
+        """
+        check_reuse(reuse)
+        choice, stored = self._sampling(sampling, options), self._stored_for(reuse, cache_salt)
+        if len(documents):
+            self._require_first(append=append)
+            row = self._document_texts.chat(messages, documents).joined(self.manifest, reuse)
+        else:
+            text = self.tokenizer.apply_chat_template([dict(message) for message in messages])
+            (row,) = self._prompts([self.tokenizer.encode(text, add_special_tokens=False)])
+        return self._streamed(row, max_new_tokens, stop, choice, stored, progress, append=append)
+
+    def warm(
+        self,
+        documents: Tokens[Prompt],
+        *,
+        lead: str = "",
+        messages: Tokens[Mapping[str, Any]] | None = None,
+        cache_salt: str = "",
+        progress: Progress | None = None,
+    ) -> WarmReport:
+        """Has documents in the store before anybody asks about them; the live texts stay as they are.
+
+        Args:
+            documents: as of :meth:`stream`.
+            lead: what will stand before them.
+            messages: the conversation that they will be part of, as far as it is known; what the chat template puts
+                before the documents is what matters.
+            cache_salt: as of :meth:`stream`.
+            progress: called with the tokens of documents that are there, and all of them.
+
+        Raises:
+            MesaError: the model has no store, or a document is longer than the largest bucket.
+        """
+        stored = self._stored_for("always", cache_salt)
+        if stored is None:
+            raise InputError("there is no store to warm: load the model with store=ChunkStore(...)")
+        if messages is None:
+            prompt = self._document_texts.plain(lead, documents, [0])
+        else:
+            prompt = self._document_texts.chat(messages, documents)
+        with self._alone():
+            report = warm(self.engine, stored, prompt, progress)
+        stored.store.flush()
+        return report
+
+    @cached_property
+    def _document_texts(self) -> DocumentTexts:
+        return DocumentTexts(self.tokenizer if "tokenizer.json" in self._texts else None, self._vocabulary)
+
+    def _stored_for(self, reuse: Reuse, salt: str) -> StoredChunks | None:
+        check_reuse(reuse)
+        return None if self._stored is None or reuse == "off" else replace(self._stored, salt=salt)
+
+    def _prompt(self, prompt: Prompt, documents: Tokens[Prompt], lead: str, reuse: Reuse, *, append: bool) -> PromptIds:
+        check_reuse(reuse)
+        if len(documents) or lead:
+            self._require_first(append=append)
+            return self._document_texts.plain(lead, documents, prompt).joined(self.manifest, reuse)
+        return PromptIds(self._encode(prompt, append=append))
+
+    def _require_first(self, *, append: bool) -> None:
+        if append:
+            raise InputError("documents stand at the beginning of a text; leave append out")
 
     def _sampling(self, sampling: SamplingConfig | None, options: Mapping[str, Any]) -> SamplingConfig:
         try:
@@ -504,27 +640,10 @@ class MesaModel:
         rows = self._prompts(prompt)
         if len(rows) != 1:
             raise InputError(f"one text is one list of token ids, got {len(rows)}; generate_ids takes a batch of them")
-        return rows[0]
+        return rows[0].ids
 
-    def _prompts(self, input_ids: ArrayLike | Tokens[Tokens[int]]) -> list[list[int]]:
-        """The rows of a batch, checked."""
-        with _token_ids(input_ids):
-            nested = isinstance(input_ids, (list, tuple)) and any(np.ndim(row) for row in input_ids)
-            rows: list[Array] = [np.asarray(row) for row in input_ids] if nested else list(np.atleast_2d(input_ids))  # type: ignore[union-attr]
-        vocabulary = int(self.manifest.model["vocab_size"])
-        if not rows:
-            raise InputError("the prompt is empty; give at least one token")
-        for row in rows:
-            if row.size == 0:
-                raise InputError("the prompt is empty; give at least one token")
-            if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
-                raise InputError(f"token ids must be integers, [T] or [B, T]; got {row.dtype} of shape {row.shape}")
-            if row.min() < 0 or row.max() >= vocabulary:
-                raise InputError(
-                    f"token id {int(row.max() if row.max() >= vocabulary else row.min())} is outside the vocabulary of "
-                    f"{vocabulary}; is the tokenizer this model's own?"
-                )
-        return [[int(token) for token in row] for row in rows]
+    def _prompts(self, input_ids: ArrayLike | Tokens[Tokens[int]]) -> list[PromptIds]:
+        return checked_prompts(input_ids, self._vocabulary)
 
     def _require_texts(self, rows: int) -> None:
         if not self._live and rows == 1:
@@ -534,30 +653,3 @@ class MesaModel:
             raise InputError("the cache is empty; call prefill first with a batch")
         if rows != live:
             raise InputError(f"the cache holds {live} prompts, got tokens for {rows}")
-
-
-@contextmanager
-def _token_ids(value: object) -> Iterator[None]:
-    """What numpy cannot make an array of is no token ids."""
-    try:
-        yield
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"token ids must be integers, [T] or [B, T]; got {type(value).__name__}: {error}") from error
-
-
-def _is_batch(prompt: object) -> bool:
-    """Whether it is texts, not one text or its ids."""
-    if not isinstance(prompt, (list, tuple)) or not any(isinstance(text, str) for text in prompt):
-        return False
-    other = next((text for text in prompt if not isinstance(text, str)), None)
-    if other is not None:
-        raise InputError(f"a batch is a list of texts; one of them is {type(other).__name__}")
-    return True
-
-
-def _require_count(tokens: int) -> int:
-    if isinstance(tokens, bool) or not isinstance(tokens, (int, np.integer)):
-        raise InputError(f"max_new_tokens is {tokens!r}; it must be a whole number")
-    if tokens < 1:
-        raise InputError(f"max_new_tokens is {tokens}; it must be at least 1")
-    return int(tokens)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from collections.abc import Sequence as Tokens
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,12 @@ from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import Chunk, Plan, Prefix, Rerotate, Span, TailSlice, query_scales
 from mesart.graphs.stairs import ORDINARY
+from mesart.runtime.chunk_store.store import Tier
+from mesart.runtime.chunk_store.stored import ChunksBehind, StoredChunks
 from mesart.runtime.kv.store import Kv, KvStore
 from mesart.runtime.runners.runner import Logits, Phase, Runner, Segment
 from mesart.runtime.sequence import Sequence
+from mesart.runtime.usage import CachedTokens, Usage
 
 _ROTATED = 4096
 """Keys that are rotated between two runs: so that other texts need not wait for all of a long one."""
@@ -27,23 +31,36 @@ class Reading:
 
     Args:
         ids: int64 ``[S]``, at least one.
-        wanted: of how many of the last of them the logits are wanted.
+        wanted: of how many of the last of them the logits are wanted; with none, the tail is not computed.
+        edges: where chunks of a first prompt have to begin and end.
+        stored: chunks that were computed before; those that are computed now are put there.
     """
 
     def __init__(
-        self, manifest: Manifest, store: KvStore, runner: Runner, text: Sequence, ids: NDArray[np.int64], wanted: int
+        self,
+        manifest: Manifest,
+        store: KvStore,
+        runner: Runner,
+        text: Sequence,
+        ids: NDArray[np.int64],
+        wanted: int,
+        *,
+        edges: Tokens[int] = (),
+        stored: StoredChunks | None = None,
     ) -> None:
         self._config, self._store, self._runner, self._text = manifest.config, store, runner, text
-        self.plan = plan_of_turn(manifest, text, len(ids))
+        self.plan = plan_of_turn(manifest, text, len(ids), edges)
         self._shown = text.shown
         self._ids = np.concatenate([text.ids, ids])
-        self._steps = deque(self.plan.steps())
+        self._steps = deque(step for step in self.plan.steps() if wanted or isinstance(step, (Prefix, Chunk)))
         self._wanted = wanted
+        self._found: Counter[Tier] = Counter()
         self._logits: list[Logits] = []
         self._old = text.require_kv()
         self._before = len(text), text.stairs
         self._chunks: list[tuple[Chunk, Kv]] = []  # those that are being computed
         self._head: Kv | None = None  # what they begin with, where that is a copy
+        self._head_is_stored = False
         if self.plan.start < len(text):  # all of it is computed again
             self._kv = store.allocate(self.plan.length)
             self._bring_back: Callable[[], None] = lambda: None
@@ -52,6 +69,10 @@ class Reading:
             store.reserve(self._kv, self.plan.length)
             self._bring_back = store.checkpoint(self._kv, len(ids))
         text.shown = []
+        self._stored: ChunksBehind | None = None
+        if stored is not None and self.plan.chunks:
+            self._stored = stored.behind(self._ids[: self._config.head_length])
+            self._stored.pin([self._stored.head_key(), *map(self._key, self.plan.chunks)])
 
     @property
     def is_done(self) -> bool:
@@ -65,13 +86,27 @@ class Reading:
     @property
     def logits(self) -> Logits:
         """Float32 ``[wanted, V]``, once all is computed."""
-        return np.concatenate(self._logits)
+        return np.concatenate(self._logits) if self._logits else np.zeros((0, 0), np.float32)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Tokens whose keys are there, of all of them."""
+        chunks = sum(kv.length - self._config.head_length for _, kv in self._chunks)
+        return self._kv.length + chunks, self.plan.length
+
+    @property
+    def usage(self) -> Usage:
+        """What becomes of the text's tokens; of those so far that are there."""
+        found = CachedTokens(self.plan.start, self._found["memory"], self._found["disk"])
+        return Usage(self.plan.length, self._kv.length - found.total, found)
 
     def next(self, budget: int) -> list[Segment]:
-        """What to run next, of about ``budget`` tokens at most; nothing where keys were rotated instead."""
+        """What to run next, of about ``budget`` tokens at most; nothing where keys were rotated, or found, instead."""
         step = self._steps[0]
         if isinstance(step, Rerotate):
             self._rotate(step)
+            return []
+        if not isinstance(step, TailSlice) and self._restore(step):
             return []
         if isinstance(step, Chunk):
             return self._next_chunks(budget)
@@ -89,9 +124,17 @@ class Reading:
         if isinstance(step, Chunk):
             self._end_chunks()
         elif segments and self._kv.length == step.span.stop:  # type: ignore[union-attr]
-            self._steps.popleft()
+            if isinstance(step, Prefix) and self._stored is not None:
+                self._stored.put(self._stored.head_key(), self._store.read_block(self._kv, 0, len(step.span)))
+            self._end_step()
+
+    def _end_step(self) -> None:
+        """The first step is done."""
+        self._steps.popleft()
+        if not self._steps or not isinstance(self._steps[0], (Prefix, Chunk)):
+            self._release()
         if self.is_done:
-            self._text.append(self._ids[len(self._text) :])
+            self._text.append(self._ids[len(self._text) : self._kv.length])
             self._text.stairs = self.plan.stairs
             self._text.kv = self._kv
 
@@ -106,7 +149,7 @@ class Reading:
         for _, chunk in self._chunks:
             self._store.free(chunk)
         self._chunks.clear()
-        self._free_head()
+        self._release()
         self._steps.clear()
         length, stairs = self._before
         self._text.truncate(length)
@@ -131,7 +174,26 @@ class Reading:
             self._store.rotate(self._kv, start, positions[start : int(wrong[-1]) + 1])
             if int(wrong[0]) < start:
                 return
-        self._steps.popleft()
+        self._end_step()
+
+    def _key(self, chunk: Span) -> str:
+        assert self._stored is not None
+        return self._stored.chunk_key(self._ids[chunk.start : chunk.stop])
+
+    def _restore(self, step: Prefix | Chunk) -> bool:
+        """Whether a head or chunk that has not begun was in the store, and now is in the text."""
+        if self._stored is None or self._chunks or self._kv.length > step.span.start:
+            return False
+        is_head = isinstance(step, Prefix)
+        found = self._stored.find(self._stored.head_key() if is_head else self._key(step.span), len(step.span))
+        if found is None:
+            return False
+        block, tier = found
+        first = 0 if is_head else self._config.head_length
+        self._store.append_block(self._kv, block, ORDINARY.positions(first, first + block.tokens))
+        self._found[tier] += block.tokens
+        self._end_step()
+        return True
 
     def _next_chunks(self, budget: int) -> list[Segment]:
         """The next slice of a chunk that has begun, or as many whole chunks as there is time for."""
@@ -147,9 +209,15 @@ class Reading:
 
     def _begin_chunks(self, budget: int) -> None:
         size = self._config.head_length
+        keys: set[str] = set()
         for step in self._steps:
             if not isinstance(step, Chunk) or (self._chunks and len(step.span) > budget):
                 break
+            if self._stored is not None:
+                key = self._key(step.span)
+                if self._chunks and (key in keys or self._stored.has(key)):
+                    break  # it will be found, once those before it are done
+                keys.add(key)
             head = self._local_head()
             try:
                 chunk = self._store.begin_chunk(head, size, self._kv, step.span)
@@ -171,9 +239,10 @@ class Reading:
             self._store.end_chunk(kv, size, self._kv, chunk.span)
             self._chunks.pop(0)
             self._kv.append(positions)
-            self._steps.popleft()
-        if not isinstance(self._steps[0], Chunk):
-            self._free_head()
+            if self._stored is not None and (self._head is None or self._head_is_stored):
+                block = self._store.read_block(self._kv, chunk.span.start, chunk.span.stop)
+                self._stored.put(self._key(chunk.span), block)
+            self._end_step()
 
     def _local_head(self) -> Kv:
         """The text's head at its ordinary positions: chunks see it there, wherever it stands in a later turn."""
@@ -182,19 +251,26 @@ class Reading:
         if np.array_equal(self._kv.positions[:size], local):
             return self._kv
         if self._head is None:
-            head = self._store.copy(self._kv, size)
+            found = None if self._stored is None else self._stored.find(self._stored.head_key(), size)
+            head = self._store.copy(self._kv, size) if found is None else self._store.allocate(size)
             try:
-                self._store.rotate(head, 0, local)
+                if found is None:  # its keys are rounded twice: the chunks are this text's alone
+                    self._store.rotate(head, 0, local)
+                else:
+                    self._store.append_block(head, found[0], local)
             except BaseException:
                 self._store.free(head)
                 raise
-            self._head = head
+            self._head, self._head_is_stored = head, found is not None
         return self._head
 
-    def _free_head(self) -> None:
+    def _release(self) -> None:
+        """Frees what only chunks need."""
         if self._head is not None:
             self._store.free(self._head)
             self._head = None
+        if self._stored is not None:
+            self._stored.release()
 
     def _slice(self, phase: Phase, past: int, budget: int) -> int:
         """Tokens of the next run: fewer than there is time for only where the graph takes no more."""
@@ -209,8 +285,8 @@ class Reading:
         return Segment(phase, kv, self._ids[span.start : span.stop], positions, scales, wanted)
 
 
-def plan_of_turn(manifest: Manifest, text: Sequence | None, tokens: int) -> Plan:
-    """The plan of a turn: of ``text``, or with ``None`` of a new one.
+def plan_of_turn(manifest: Manifest, text: Sequence | None, tokens: int, edges: Tokens[int] = ()) -> Plan:
+    """The plan of a turn: of ``text``, or with ``None`` of a new one, whose chunks may have to lie between edges.
 
     Raises:
         MesaError: a first prompt longer than the largest bucket.
@@ -227,7 +303,7 @@ def plan_of_turn(manifest: Manifest, text: Sequence | None, tokens: int) -> Plan
                 f"a prompt of {tokens} tokens is longer than the largest bucket of this bundle, {largest} tokens; "
                 f"export again with --max-tokens {tokens}"
             )
-        return Plan.of(manifest.config, tokens)
+        return Plan.of(manifest.config, tokens, edges)
     return Plan.extend(manifest.config, text.stairs, len(text), tokens)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from os import PathLike
 from typing import Any, Final
 
@@ -117,6 +117,15 @@ class Tokenizer:
         batch = lambda: self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)  # noqa: E731
         with user_data(f"{what} cannot read this text"):
             return list(within_seconds(seconds, what, batch)[0].ids)
+
+    @cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """What :meth:`encode` adds before a text, and behind it."""
+        found = self._tokenizer.encode_batch_fast(["a"], add_special_tokens=True)[0]
+        added = [bool(mask) for mask in found.special_tokens_mask]
+        begins = added.index(False) if False in added else 0
+        ends = added[::-1].index(False) if False in added else 0
+        return found.ids[:begins], found.ids[len(added) - ends :]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that the tokenizer does not know have none.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -124,6 +124,11 @@ class AllTail(ABC):
 
     def plan(self, tokens: int) -> Plan:
         return Plan(self, 0, tokens, None, (), Span(0, tokens), self.stairs(tokens))
+
+    def plan_between(self, tokens: int, edges: Sequence[int]) -> Plan:
+        raise InputError(
+            f"the method {self.name} has no chunks; a prompt of {tokens} tokens cannot be cut at documents"
+        )
 
     def extension(self, stairs: Stairs, cached: int, tokens: int) -> Plan:
         """Tokens stand where they would in a first prompt of that length, wherever the cache stands."""

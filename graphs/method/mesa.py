@@ -5,7 +5,7 @@ Source: arXiv 2410.15859 v3, sections 4.1 (chunks) and 4.2 (Stair PE).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,26 @@ def plan(config: MesaConfig, tokens: int) -> Plan:
     return Plan(config, 0, tokens, head, chunks, tail, stairs)
 
 
+def plan_between(config: MesaConfig, tokens: int, edges: Sequence[int]) -> Plan:
+    """The plan of a first prompt whose chunks lie between edges, from the head to the tail.
+
+    A tail that is too long (see :func:`_cut`) hands tokens to chunks of its own, behind the last edge.
+
+    Raises:
+        MesaError: a fixed stair width leaves the trained range.
+    """
+    head = Span(0, config.head_length)
+    ends = [head.stop, *edges] if edges[0] > head.stop else [*edges]
+    chunks = tuple(piece for first, last in pairwise(ends) for piece in _pieces(first, last, config.chunk_length))
+    width = bucket_for(config, tokens).stair_width
+    tail, stairs = Span(edges[-1], tokens), _stairs_before(config, edges[-1], width)
+    if _is_long(config, tail, stairs):
+        more, tail, stairs = _cut(config, tail.start, tokens, width)
+        chunks += more
+    _require_range(config, stairs, tokens)
+    return Plan(config, 0, tokens, head, chunks, tail, stairs)
+
+
 def extension(config: MesaConfig, stairs: Stairs, cached: int, tokens: int) -> Plan:
     """The plan that appends ``tokens`` tokens to a cache of ``cached`` tokens which stand at ``stairs``.
 
@@ -37,8 +57,8 @@ def extension(config: MesaConfig, stairs: Stairs, cached: int, tokens: int) -> P
     that makes enough room, else to wider stairs. If they do not fit even so, they are cut into chunks of their own.
     """
     length = cached + tokens
-    if length <= config.short_length:
-        return Plan(config, cached, length, None, (), Span(cached, length), config.stairs(length))
+    if stairs.offset:  # it stays within the short texts
+        return Plan(config, cached, length, None, (), Span(cached, length), stairs)
     room = max(tokens, min(config.tail_min, config.train_length // 16))  # not to move at every step
     for candidate in _anchors(config, stairs, cached, length):
         needed = tokens if candidate == stairs else room
@@ -71,14 +91,32 @@ def _cut(config: MesaConfig, start: int, stop: int, width: int) -> tuple[tuple[S
     edges = [start + index * config.chunk_length for index in range(whole + 1)]
     if edges[-1] >= stop:  # a continuation too short for a whole chunk and too long for the trained range
         edges[-1] = stop - config.tail_min
-    stairs = Stairs(edges[-1] - config.linear_window, width)
-    is_long = config.tail_max is not None and stop - edges[-1] > config.tail_max
-    if (is_long or stairs.position(stop - 1) >= config.train_length) and stop - edges[-1] > config.tail_min:
+    stairs = _stairs_before(config, edges[-1], width)
+    if _is_long(config, Span(edges[-1], stop), stairs):
         edges.append(stop - config.tail_min)
-        stairs = Stairs(edges[-1] - config.linear_window, width)
+        stairs = _stairs_before(config, edges[-1], width)
     _require_range(config, stairs, stop)
     chunks = tuple(Span(first, last) for first, last in pairwise(edges))
     return chunks, Span(edges[-1], stop), stairs
+
+
+def _pieces(start: int, stop: int, most: int) -> tuple[Span, ...]:
+    """As few pieces as there can be of at most so many tokens, of lengths that differ by one at most."""
+    count = -(-(stop - start) // most)
+    edges = [start + (stop - start) * index // count for index in range(count + 1)]
+    return tuple(Span(first, last) for first, last in pairwise(edges))
+
+
+def _stairs_before(config: MesaConfig, tail: int, width: int) -> Stairs:
+    """The stairs of a tail that starts at this token: the linear window before it stays as it is."""
+    return Stairs(tail - config.linear_window, width)
+
+
+def _is_long(config: MesaConfig, tail: Span, stairs: Stairs) -> bool:
+    """Whether a tail is to hand tokens to a chunk: it is longer than ``tail_max``, or leaves the trained range."""
+    beyond = stairs.position(tail.stop - 1) >= config.train_length
+    above = config.tail_max is not None and len(tail) > config.tail_max
+    return (beyond or above) and len(tail) > config.tail_min
 
 
 def _anchors(config: MesaConfig, stairs: Stairs, cached: int, length: int) -> Iterator[Stairs]:
@@ -107,4 +145,4 @@ def _require_range(config: MesaConfig, stairs: Stairs, tokens: int) -> None:
     )
 
 
-__all__ = ["extension", "plan", "require_room"]
+__all__ = ["extension", "plan", "plan_between", "require_room"]

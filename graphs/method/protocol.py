@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -91,6 +91,13 @@ class StaticMethod(Protocol):
 
         Raises:
             MesaError: it leaves the positions.
+        """
+
+    def plan_between(self, tokens: int, edges: Sequence[int]) -> Plan:
+        """The plan of a first prompt that is cut at edges; see :meth:`Plan.of <mesart.graphs.plan.Plan.of>`.
+
+        Raises:
+            MesaError: it leaves the positions, or the method has no chunks.
         """
 
     def extension(self, stairs: Stairs, cached: int, tokens: int) -> Plan:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -11,9 +13,11 @@ from mesart.graphs.errors import CapacityError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import Span
 from mesart.runtime.backends import STORAGE
+from mesart.runtime.cuda import Pinned
 from mesart.runtime.device_buckets import DeviceBuckets
 from mesart.runtime.device_rotation import DeviceRotation
 from mesart.runtime.engines import Engines
+from mesart.runtime.kv.block import BlockLayout, KvBlock
 from mesart.runtime.kv.device_buffers import DeviceBuffer, DeviceBuffers
 from mesart.runtime.kv.store import Array, Kv, Positions, moved_span
 from mesart.runtime.slots import SlotTensor
@@ -79,9 +83,8 @@ class DeviceStore:
     def __init__(self, manifest: Manifest, engines: Engines, rotation: DeviceRotation) -> None:
         self._layers, self._engines, self._cuda, self._rotation = manifest.layers, engines, engines.cuda, rotation
         self._storage = np.dtype(STORAGE[manifest.dtype])
-        self.bytes_per_token = self._storage.itemsize * sum(
-            x.kv_heads * (x.key_size + x.value_size) for x in manifest.layers
-        )
+        self.layout = BlockLayout.of(manifest.layers, STORAGE[manifest.dtype])
+        self.bytes_per_token = self.layout.bytes_per_token
         self._buckets = DeviceBuckets(manifest, engines)
         size, looks = self._storage.itemsize, manifest.looks_at_positions
         what = "the keys and values"
@@ -246,6 +249,36 @@ class DeviceStore:
         finally:
             self._cuda.free_pinned(host)
         return arrays[: len(self._layers)], arrays[len(self._layers) :]
+
+    def read_block(self, kv: Kv, start: int, stop: int) -> KvBlock:
+        assert isinstance(kv, DeviceKv)
+        block, buffer = KvBlock(self.layout, stop - start), kv.held
+        with self._staged(block) as (host, places):
+            for tensor, at in zip(buffer.tensors, places, strict=True):
+                width = (stop - start) * tensor.slot_bytes
+                self._cuda.download_rows(host, at, tensor.at(start), tensor.pitch, width, tensor.heads)
+            self._cuda.synchronize()
+            block.buffer[:] = host.bytes[: block.bytes]
+        return block
+
+    def append_block(self, kv: Kv, block: KvBlock, positions: Positions) -> None:
+        assert isinstance(kv, DeviceKv)
+        with self._staged(block) as (host, places):
+            host.bytes[: block.bytes] = block.buffer
+            for tensor, at in zip(kv.held.tensors, places, strict=True):
+                width = block.tokens * tensor.slot_bytes
+                self._cuda.upload_rows(tensor.at(kv.length), tensor.pitch, host, at, width, tensor.heads)
+        kv.append(positions)
+
+    @contextmanager
+    def _staged(self, block: KvBlock) -> Iterator[tuple[Pinned, list[int]]]:
+        """Host memory that the device can reach, and where each of a block's tensors lies in it."""
+        host = self._cuda.pinned(block.bytes)
+        try:
+            yield host, [0, *accumulate(tensor.nbytes for tensor in block.tensors[:-1])]
+            self._cuda.synchronize()
+        finally:
+            self._cuda.free_pinned(host)
 
     def trim(self) -> None:
         self._reclaim()

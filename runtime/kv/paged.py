@@ -13,6 +13,7 @@ from mesart.graphs.bundle_names import BLOCK
 from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.manifest import LayerInfo
 from mesart.graphs.plan import Span
+from mesart.runtime.kv.block import BlockLayout, KvBlock
 from mesart.runtime.kv.store import Array, Kv, Positions, Rotate, moved_span, no_room
 
 _ROTATED = 128
@@ -36,8 +37,8 @@ class PagedStore:
 
     def __init__(self, layers: Sequence[LayerInfo], storage: type[np.generic], rotate: Rotate, memory: int) -> None:
         self._layers, self.rotation = layers, rotate
-        size = np.dtype(storage).itemsize
-        self.bytes_per_token = size * sum(x.kv_heads * (x.key_size + x.value_size) for x in layers)
+        self.layout = BlockLayout.of(layers, storage)
+        self.bytes_per_token = self.layout.bytes_per_token
         self._block_bytes = BLOCK * self.bytes_per_token
         self._count = max(1, min(memory // self._block_bytes, np.iinfo(np.int32).max))
         self.keys = [_Pool(self._count, (x.kv_heads, BLOCK, x.key_size), storage) for x in layers]
@@ -192,6 +193,19 @@ class PagedStore:
         blocks = kv.blocks[start // BLOCK : -(-stop // BLOCK)]
         return [pool.array[blocks] for pool in (*self.keys, *self.values)]
 
+    def read_block(self, kv: Kv, start: int, stop: int) -> KvBlock:
+        assert isinstance(kv, PagedKv)
+        block = KvBlock(self.layout, stop - start)
+        for tensor, pool in zip(block.tensors, (*self.keys, *self.values), strict=True):
+            tensor[:] = _read(pool.array, kv.blocks, start, stop)
+        return block
+
+    def append_block(self, kv: Kv, block: KvBlock, positions: Positions) -> None:
+        assert isinstance(kv, PagedKv)
+        for tensor, pool in zip(block.tensors, (*self.keys, *self.values), strict=True):
+            _write(pool.array, kv.blocks, kv.length, tensor)
+        kv.append(positions)
+
     def trim(self) -> None:
         """Nothing: blocks without texts are given back at once."""
 
@@ -279,8 +293,16 @@ def _read(pool: Array, blocks: NDArray[np.int32], start: int, stop: int) -> Arra
 
 def _write(pool: Array, blocks: NDArray[np.int32], start: int, new: Array) -> None:
     """Writes ``[K, S, D]`` into a text's slots from ``start`` on."""
-    slots = np.arange(start, start + new.shape[1])
-    pool[blocks[slots // BLOCK], :, slots % BLOCK] = new.transpose(1, 0, 2)
+    heads, count, size = new.shape
+    first = min(-start % BLOCK, count)  # of the tokens, the one that begins a block
+    last = first + (count - first) // BLOCK * BLOCK
+    for part in (slice(first), slice(last, count)):
+        slots = np.arange(start, start + count)[part]
+        if len(slots):
+            pool[blocks[slots[0] // BLOCK], :, slots % BLOCK] = new[:, part].transpose(1, 0, 2)
+    if last > first:  # block by block is far faster than token by token
+        whole = new[:, first:last].reshape(heads, -1, BLOCK, size)
+        pool[blocks[(start + first) // BLOCK : (start + last) // BLOCK]] = whole.transpose(1, 0, 2, 3)
 
 
 __all__ = ["PagedKv", "PagedStore"]

@@ -9,6 +9,7 @@ import numpy as np
 from mesart.graphs.errors import CapacityError
 from mesart.graphs.manifest import LayerInfo
 from mesart.graphs.plan import Span
+from mesart.runtime.kv.block import BlockLayout, KvBlock
 from mesart.runtime.kv.store import Array, Budget, Kv, Positions, Rotate, moved_span
 
 
@@ -87,9 +88,8 @@ class SlabStore:
         capacity: Callable[[int, bool], int],
     ) -> None:
         self._layers, self._storage, self.rotation, self._capacity = layers, storage, rotate, capacity
-        self.bytes_per_token = np.dtype(storage).itemsize * sum(
-            x.kv_heads * (x.key_size + x.value_size) for x in layers
-        )
+        self.layout = BlockLayout.of(layers, storage)
+        self.bytes_per_token = self.layout.bytes_per_token
         self._budget = Budget(memory)
         self._texts = Slab(layers, storage)
 
@@ -229,6 +229,18 @@ class SlabStore:
             [key[kv.row][:, part].copy() for key in kv.slab.keys],
             [value[kv.row][:, part].copy() for value in kv.slab.values],
         )
+
+    def read_block(self, kv: Kv, start: int, stop: int) -> KvBlock:
+        assert isinstance(kv, SlabKv)
+        block = KvBlock(self.layout, stop - start)
+        for tensor, array in zip(block.tensors, (*kv.slab.keys, *kv.slab.values), strict=True):
+            tensor[:] = array[kv.row, :, start:stop]
+        return block
+
+    def append_block(self, kv: Kv, block: KvBlock, positions: Positions) -> None:
+        assert isinstance(kv, SlabKv)
+        layers = len(self._layers)
+        self.write(kv, block.tensors[:layers], block.tensors[layers:], positions)
 
     def trim(self) -> None:
         """Nothing: slabs without texts are given back at once."""

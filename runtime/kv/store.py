@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.errors import CapacityError
 from mesart.graphs.plan import Span
+
+if TYPE_CHECKING:
+    from mesart.runtime.kv.block import BlockLayout, KvBlock
 
 Array: TypeAlias = NDArray[Any]
 Positions: TypeAlias = NDArray[np.int64]
@@ -68,6 +71,8 @@ class KvStore(Protocol):
 
     bytes_per_token: int
     """Of keys and values of all layers."""
+    layout: BlockLayout
+    """Of its blocks."""
 
     @property
     def free_bytes(self) -> int:
@@ -135,6 +140,14 @@ class KvStore(Protocol):
 
     def read(self, kv: Kv) -> tuple[list[Array], list[Array]]:
         """Copies of keys and values, ``[K, length, D]``, a layer each, in the bundle's dtype."""
+        ...
+
+    def read_block(self, kv: Kv, start: int, stop: int) -> KvBlock:
+        """A copy of the keys and values of tokens ``start .. stop - 1``."""
+        ...
+
+    def append_block(self, kv: Kv, block: KvBlock, positions: Positions) -> None:
+        """A text, which has room for them, goes on by the tokens of a block; their keys stand at these positions."""
         ...
 
     def trim(self) -> None:

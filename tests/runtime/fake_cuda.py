@@ -230,23 +230,36 @@ class FakeGpu:
     def cudaMemcpy2DAsync(
         self, to: int, to_pitch: int, source: int, pitch: int, width: int, height: int, kind: CopyKind, stream: int
     ) -> tuple[Any, ...]:
-        assert kind == CopyKind.cudaMemcpyDeviceToDevice
+        target_view = self.host_view if kind == CopyKind.cudaMemcpyDeviceToHost else self.view
+        origin_view = self.host_view if kind == CopyKind.cudaMemcpyHostToDevice else self.view
+
+        def ends() -> tuple[np.ndarray, np.ndarray]:
+            return (
+                self._rows(to, to_pitch, width, height, target_view),
+                self._rows(source, pitch, width, height, origin_view),
+            )
 
         def work() -> None:
-            target, origin = self._rows(to, to_pitch, width, height), self._rows(source, pitch, width, height)
+            target, origin = ends()
             if np.shares_memory(target, origin):
                 raise Fault("a copy onto itself")
             target[:] = origin
 
-        self._rows(to, to_pitch, width, height)
-        self._rows(source, pitch, width, height)
+        ends()
         self.put(work)
         return (Status.cudaSuccess,)
 
-    def _rows(self, address: int, pitch: int, width: int, height: int) -> np.ndarray:
+    def _rows(
+        self,
+        address: int,
+        pitch: int,
+        width: int,
+        height: int,
+        view: Callable[[int, int], np.ndarray] | None = None,
+    ) -> np.ndarray:
         if width > pitch:
             raise Fault(f"rows of {width} bytes, {pitch} apart")
-        flat = self.view(address, pitch * (height - 1) + width)
+        flat = (view or self.view)(address, pitch * (height - 1) + width)
         return np.lib.stride_tricks.as_strided(flat, (height, width), (pitch, 1))
 
     def cudaStreamBeginCapture(self, stream: int, mode: CaptureMode) -> tuple[Any, ...]:
