@@ -10,8 +10,8 @@ from threading import RLock
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import CapacityError, EngineError, InputError, MesaError
-from mesart.graphs.manifest import Manifest
 from mesart.runtime.kv.store import KvStore
 from mesart.runtime.reading import Reading, plan_of_turn
 from mesart.runtime.runners.runner import Logits, Runner, Segment

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import CapacityError, InputError
-from mesart.graphs.manifest import Manifest
-from mesart.graphs.plan import Chunk, Plan, Prefix, Rerotate, Span, TailSlice, query_scales
-from mesart.graphs.stairs import ORDINARY
+from mesart.graphs.method.plan import Chunk, Plan, Prefix, Rerotate, Span, TailSlice, query_scales
+from mesart.graphs.method.stairs import ORDINARY
 from mesart.runtime.kv.store import Kv, KvStore
 from mesart.runtime.runners.runner import Logits, Phase, Runner, Segment
 from mesart.runtime.sequence import Sequence

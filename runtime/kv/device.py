@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import CapacityError
-from mesart.graphs.manifest import Manifest
-from mesart.graphs.plan import Span
+from mesart.graphs.method.plan import Span
 from mesart.runtime.backends import STORAGE
 from mesart.runtime.device_buckets import DeviceBuckets
 from mesart.runtime.device_rotation import DeviceRotation
