@@ -27,7 +27,7 @@ from typing import Any, Literal
 from mesart.evaluation.arguments import require_lengths, require_whole
 from mesart.evaluation.progress import progress_bar
 from mesart.graphs import InputError, MesaError, Plan
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.method.protocol import StaticMethod
 from mesart.runtime import backend_names, present_backends
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import InputError
-from mesart.graphs.manifest import Manifest
 
 Answer = Callable[[list[int]], tuple[float, float]]
 """Runs a prompt and decodes behind it; seconds to the first logits, seconds a token."""
@@ -149,7 +149,7 @@ def _mesart(job: dict[str, Any]) -> Answer:
 def _transformers(job: dict[str, Any]) -> Answer:
     import torch  # noqa: PLC0415  (only one of the two systems is loaded)
 
-    from mesart.graphs.torch_graph import load_plain_model  # noqa: PLC0415
+    from mesart.graphs.model.torch_graph import load_plain_model  # noqa: PLC0415
 
     torch.set_num_threads(job["threads"])
     dtype, device = getattr(torch, job["dtype"]), job.get("device", "cpu")

@@ -24,7 +24,7 @@ from mesart.evaluation.methods import METHODS
 from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import table, times, versions
 from mesart.evaluation.suite import chosen_method, fingerprint
-from mesart.graphs.config import MesaConfig
+from mesart.graphs.method.config import MesaConfig
 
 
 @dataclass(frozen=True)

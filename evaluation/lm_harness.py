@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from mesart import __version__
 from mesart.evaluation.systems import Source, System, open_systems
-from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError, MesaError
+from mesart.graphs.method.config import MesaConfig
 from mesart.runtime.sampling import Sampler, SamplingConfig
 from mesart.runtime.stream import TextStream
 from mesart.runtime.text import Tokenizer

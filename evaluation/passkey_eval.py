@@ -16,8 +16,8 @@ from mesart.evaluation.passkey import Filler, PasskeyPrompt, minimum_length, pas
 from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import table, times, to_json, wilson_interval
 from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, System, open_systems
-from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
+from mesart.graphs.method.config import MesaConfig
 
 FILLERS: Final[tuple[Filler, ...]] = get_args(Filler)
 """The fillers there are."""

@@ -16,8 +16,8 @@ from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import Z95, table, times, to_json
 from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, open_systems
-from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
+from mesart.graphs.method.config import MesaConfig
 
 
 @dataclass(frozen=True)

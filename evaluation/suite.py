@@ -272,7 +272,7 @@ def _outcome(result: Mapping[str, Any]) -> Outcome:
 
 
 def _describe(name: str, source: str) -> ModelInfo:
-    from mesart.graphs.config import MesaConfig  # noqa: PLC0415
+    from mesart.graphs.method.config import MesaConfig  # noqa: PLC0415
 
     return ModelInfo(name, source, MesaConfig.from_model(source).train_length, fingerprint(source))
 

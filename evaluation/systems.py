@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.config import MesaConfig
+from mesart.graphs.bundle.manifest import MANIFEST_FILE, Manifest
 from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.generation import GENERATION_FILE
-from mesart.graphs.manifest import MANIFEST_FILE, Manifest
-from mesart.graphs.plan import Plan
+from mesart.graphs.method.config import MesaConfig
+from mesart.graphs.method.plan import Plan
 from mesart.runtime.load import read_texts
 from mesart.runtime.model import MesaModel
 from mesart.runtime.text import Tokenizer
@@ -132,7 +132,7 @@ class MesaReference(System):
     """Mesa-Extrapolation of a checkpoint, by the slow and obvious reference in PyTorch."""
 
     def __init__(self, model: nn.Module, config: MesaConfig) -> None:
-        from mesart.graphs.reference import TorchReference  # noqa: PLC0415  (torch only where it is needed)
+        from mesart.graphs.model.reference import TorchReference  # noqa: PLC0415  (torch only where it is needed)
 
         self._reference = TorchReference(model, config)
         self.engine = f"TorchReference, {_dtype(model)}"
@@ -173,7 +173,7 @@ class Origin(System):
     def __init__(self, model: nn.Module, train_length: int) -> None:
         import torch  # noqa: PLC0415
 
-        from mesart.graphs.rotary import short_length  # noqa: PLC0415
+        from mesart.graphs.model.rotary import short_length  # noqa: PLC0415
 
         self._torch = torch
         self._model = model
@@ -367,7 +367,7 @@ def _open_bundle(
 
 def _bundle_model(bundle: Path, manifest: Manifest, trust_remote_code: bool) -> nn.Module:
     try:
-        from mesart.graphs.torch_graph import load_bundle_model  # noqa: PLC0415
+        from mesart.graphs.model.torch_graph import load_bundle_model  # noqa: PLC0415
     except ImportError as error:
         raise _needs_torch("system 'origin'", error) from error
     return load_bundle_model(bundle, manifest, trust_remote_code=trust_remote_code)

@@ -48,8 +48,8 @@ from mesart.evaluation.perplexity import places_in
 from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import Z95, table, versions, wilson_interval
 from mesart.evaluation.systems import CheckpointModel, OpenSystems, Origin, Source, Subject, stretched
-from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
+from mesart.graphs.method.config import MesaConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -417,7 +417,7 @@ def _lengths(train_length: int, max_tokens: int, least: int) -> list[int]:
 
 
 def _mesa(model: nn.Module, config: MesaConfig) -> tuple[Runner, MesaConfig]:
-    from mesart.graphs.reference import TorchReference  # noqa: PLC0415  (torch only where it is needed)
+    from mesart.graphs.model.reference import TorchReference  # noqa: PLC0415  (torch only where it is needed)
 
     config = config.for_model(model)
     reference = TorchReference(model, config)

@@ -29,10 +29,10 @@ from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import Z95, table, times, to_json, versions, wilson_interval
 from mesart.evaluation.suite import fingerprint
 from mesart.evaluation.systems import CheckpointModel, MesaBundle, MesaReference, OpenSystems, Source, Subject, System
-from mesart.graphs.config import MesaConfig
+from mesart.graphs.bundle.manifest import MANIFEST_FILE, Manifest, sha256
 from mesart.graphs.errors import InputError, MesaError
-from mesart.graphs.manifest import MANIFEST_FILE, Manifest, sha256
-from mesart.graphs.plan import Plan, buckets_up_to
+from mesart.graphs.method.config import MesaConfig
+from mesart.graphs.method.plan import Plan, buckets_up_to
 from mesart.runtime.load import load_runner, read_texts
 from mesart.runtime.model import MesaModel
 from mesart.runtime.text import Tokenizer

@@ -27,9 +27,9 @@ from torch import nn
 from mesart.evaluation.arguments import require_seed, require_whole
 from mesart.evaluation.progress import progress_bar
 from mesart.graphs import InputError, Plan, Span, TorchReference
-from mesart.graphs.manifest import Manifest, Quantisation
+from mesart.graphs.bundle.manifest import Manifest, Quantisation
+from mesart.graphs.method.plan import Bucket
 from mesart.graphs.method.protocol import StaticMethod
-from mesart.graphs.plan import Bucket
 from mesart.runtime import MesaModel
 
 FACTOR = 4.0
@@ -228,7 +228,7 @@ def _plain_model(folder: Path, manifest: Manifest, against: str | Path | None, t
         from mesart.export.checkpoint import load_model  # noqa: PLC0415  (export needs more packages)
 
         return load_model(against, manifest.dtype, trust_remote_code=trust_remote_code)
-    from mesart.graphs.torch_graph import load_bundle_model  # noqa: PLC0415
+    from mesart.graphs.model.torch_graph import load_bundle_model  # noqa: PLC0415
 
     return load_bundle_model(folder, manifest, trust_remote_code=trust_remote_code)
 
@@ -236,8 +236,8 @@ def _plain_model(folder: Path, manifest: Manifest, against: str | Path | None, t
 def _quantise(model: nn.Module, folder: Path, how: Quantisation) -> None:
     """Gives the model the weights that the scheme makes of its own, where the bundle has them quantised."""
     from mesart.export.quantise import quantise  # noqa: PLC0415  (export needs more packages)
-    from mesart.graphs.torch_fp8 import round_inputs  # noqa: PLC0415
-    from mesart.graphs.torch_weights import dequantise, read_quantised_names, replace_products  # noqa: PLC0415
+    from mesart.graphs.model.torch_fp8 import round_inputs  # noqa: PLC0415
+    from mesart.graphs.model.torch_weights import dequantise, read_quantised_names, replace_products  # noqa: PLC0415
 
     def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
         del name

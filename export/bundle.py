@@ -29,9 +29,7 @@ from mesart.export.stage import real_place, staged
 from mesart.export.texts import read_texts
 from mesart.export.trace import no_collection, trace_place, trace_roles
 from mesart.export.weights import WeightFiles, WeightMode, open_network
-from mesart.graphs.config import MesaConfig
-from mesart.graphs.errors import InputError
-from mesart.graphs.manifest import (
+from mesart.graphs.bundle.manifest import (
     DTYPES,
     ENGINE_FILE,
     ENGINE_PLACE_FILE,
@@ -49,11 +47,13 @@ from mesart.graphs.manifest import (
     TensorInfo,
     sha256,
 )
+from mesart.graphs.errors import InputError
+from mesart.graphs.method.config import MesaConfig
+from mesart.graphs.method.plan import Bucket, buckets_up_to
 from mesart.graphs.method.protocol import StaticMethod
-from mesart.graphs.plan import Bucket, buckets_up_to
-from mesart.graphs.role import RoleModule
-from mesart.graphs.rotary import LayerSpec
-from mesart.graphs.torch_weights import expert_weights
+from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.rotary import LayerSpec
+from mesart.graphs.model.torch_weights import expert_weights
 from mesart.graphs.user_data import user_data
 
 _TOOLS = ("mesart", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")

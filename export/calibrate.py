@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from mesart.export.checkpoint import load_model
+from mesart.graphs.bundle.manifest import Quantisation
 from mesart.graphs.errors import InputError
-from mesart.graphs.manifest import Quantisation
 from mesart.graphs.user_data import user_data
 
 METHODS = {"auto-round": "auto_round", "awq": "awq"}

@@ -22,10 +22,10 @@ from transformers.utils.hub import cached_file
 from mesart.export.checkpoint_weights import index_entries, open_weights
 from mesart.export.model_sizes import check_sizes
 from mesart.export.quantised_checkpoint import read_scheme
-from mesart.graphs.config import read_config_file
+from mesart.graphs.bundle.manifest import DTYPES
 from mesart.graphs.errors import InputError
 from mesart.graphs.json_file import described
-from mesart.graphs.manifest import DTYPES
+from mesart.graphs.model_config import read_config_file
 from mesart.graphs.user_data import user_data
 
 _HUB_TEXTS: Final = (

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from mesart.graphs.bundle.manifest import ENGINES_FOLDER, MANIFEST_FILE, SCHEMA_VERSION, Flavour, Manifest
 from mesart.graphs.errors import MesaError
-from mesart.graphs.manifest import ENGINES_FOLDER, MANIFEST_FILE, SCHEMA_VERSION, Flavour, Manifest
 
 BUILD_LOG = f"{ENGINES_FOLDER}/build.jsonl"
 

@@ -11,7 +11,7 @@ import onnx_ir.passes.common as passes
 
 from mesart.export.forms import attend_to_all_slots
 from mesart.export.fp8 import pair_single_rows
-from mesart.graphs.manifest import (
+from mesart.graphs.bundle.manifest import (
     ENGINE_FILE,
     ENGINE_PLACE_FILE,
     Layout,
@@ -21,7 +21,7 @@ from mesart.graphs.manifest import (
     WeightInfo,
     Weights,
 )
-from mesart.graphs.plan import Bucket
+from mesart.graphs.method.plan import Bucket
 
 TAIL_SLICE = 256
 """New tokens of a tail run; longer tails run in slices."""

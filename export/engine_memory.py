@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mesart.export.engine_graphs import EngineShapes
+from mesart.graphs.bundle.manifest import Manifest, ProfileInfo, Weights
 from mesart.graphs.errors import InputError
-from mesart.graphs.manifest import Manifest, ProfileInfo, Weights
 
 _GIB = 1 << 30
 _CONTEXT = 400 << 20

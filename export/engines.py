@@ -28,8 +28,7 @@ from mesart.export.engine_memory import estimate, require_fit
 from mesart.export.fp8 import computed_products, count_products
 from mesart.export.gpus import Gpu, local_gpu, parse_gpus
 from mesart.export.tensorrt_builder import NoKernelError, Plan, Progress, TensorRtBuilder
-from mesart.graphs.errors import InputError, MesaError
-from mesart.graphs.manifest import (
+from mesart.graphs.bundle.manifest import (
     ENGINES_FOLDER,
     EngineInfo,
     EngineSet,
@@ -41,7 +40,8 @@ from mesart.graphs.manifest import (
     engine_info,
     sha256,
 )
-from mesart.graphs.plan import Bucket
+from mesart.graphs.errors import InputError, MesaError
+from mesart.graphs.method.plan import Bucket
 
 _QUIET_SECONDS = 30.0
 """Between two lines of progress in a file, where a terminal has one line that changes."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from mesart.export.disk import explained, require_space, sync, sync_folder
 from mesart.export.stage import clear_leftovers, is_stage, mounts, real_place, staged
 from mesart.export.swap import NEW, take_place
+from mesart.graphs.bundle.manifest import MANIFEST_FILE
 from mesart.graphs.errors import InputError, MesaError
-from mesart.graphs.manifest import MANIFEST_FILE
 
 Entries = Callable[[Path], Collection[str]]
 """The files of a folder that are its own, by their paths in it; a :class:`MesaError` if it is not of the kind."""

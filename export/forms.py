@@ -23,8 +23,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from mesart.export.trace import ATTENTION_DOMAIN, merge_equal, tidy_names
-from mesart.graphs.attention import MASKED
-from mesart.graphs.reach import Reach
+from mesart.graphs.method.reach import Reach
+from mesart.graphs.model.attention import MASKED
 
 Form = Literal["split", "heads", "fused", "in_place"]
 

@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mesart.graphs.torch_fp8 import FP8, UNIT
-from mesart.graphs.torch_weights import Packed
+from mesart.graphs.model.torch_fp8 import FP8, UNIT
+from mesart.graphs.model.torch_weights import Packed
 
 _MOST = torch.finfo(FP8).max
 

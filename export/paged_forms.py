@@ -16,7 +16,7 @@ import onnx_ir as ir
 from mesart.export.forms import LayerAttention
 from mesart.export.specialise import specialise
 from mesart.export.trace import ATTENTION_DOMAIN, merge_equal, tidy_names
-from mesart.graphs.bundle_names import BLOCK, PAGED_DOMAIN, PAGED_INPUTS
+from mesart.graphs.bundle.names import BLOCK, PAGED_DOMAIN, PAGED_INPUTS
 
 _MICROSOFT = "com.microsoft"
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)

@@ -27,10 +27,10 @@ from torch import Tensor
 from mesart.export.experts import find_groups, split_group
 from mesart.export.fp8 import quantise_fp8, round_inputs
 from mesart.export.safetensors_file import Pending
+from mesart.graphs.bundle.manifest import Quantisation
 from mesart.graphs.errors import InputError
-from mesart.graphs.manifest import Quantisation
-from mesart.graphs.torch_fp8 import FP8
-from mesart.graphs.torch_weights import QUANTISED, SCALES, ZERO_POINTS, Packed
+from mesart.graphs.model.torch_fp8 import FP8
+from mesart.graphs.model.torch_weights import QUANTISED, SCALES, ZERO_POINTS, Packed
 
 SCHEMES = {"int8": 8, "int4": 4, "fp8": 8}
 """Bits by name."""
@@ -53,7 +53,7 @@ _ONNX_TYPES = {
 
 
 class PackedParts(Protocol):
-    """What is stored of a quantised weight: a :class:`~mesart.graphs.torch_weights.Packed`, or made when asked for."""
+    """What is stored of a quantised weight: ``Packed`` numbers, scales and zero points, or made when asked for."""
 
     @property
     def numbers(self) -> Tensor: ...
@@ -161,7 +161,7 @@ def scales_shape(shape: tuple[int, ...], how: Quantisation) -> tuple[int, ...]:
 
 
 def pack(numbers: Tensor, how: Quantisation) -> Tensor:
-    """Whole numbers of any dtype and shape, as :class:`~mesart.graphs.torch_weights.Packed` stores them."""
+    """Whole numbers of any dtype and shape, as :class:`~mesart.graphs.model.torch_weights.Packed` stores them."""
     if how.bits == 8:
         return numbers.to(torch.int8 if how.symmetric else torch.uint8)
     halves = numbers.reshape(-1).to(torch.int8).view(torch.uint8) & 15

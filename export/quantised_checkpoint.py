@@ -26,9 +26,9 @@ from torch import Tensor
 
 from mesart.export.quantise import GROUP_SIZES, SCHEMES, pack, scales_shape
 from mesart.export.safetensors_file import Stored
+from mesart.graphs.bundle.manifest import Quantisation
 from mesart.graphs.errors import InputError, MesaError
-from mesart.graphs.manifest import Quantisation
-from mesart.graphs.torch_weights import Packed, dequantise
+from mesart.graphs.model.torch_weights import Packed, dequantise
 
 _AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in an int32 of AWQ each of its eight columns lies: even ones in the lower half, odd ones in the upper."""

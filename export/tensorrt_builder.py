@@ -13,8 +13,8 @@ from typing import Any
 import onnx
 
 from mesart.export.disk import replace_file
+from mesart.graphs.bundle.manifest import Flavour, TensorInfo
 from mesart.graphs.errors import EngineError, InputError, MesaError, first_line
-from mesart.graphs.manifest import Flavour, TensorInfo
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 

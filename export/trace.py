@@ -23,7 +23,7 @@ from torch import nn
 
 from mesart.export.decompose import decomposed_one_by_one
 from mesart.graphs.errors import InputError, MesaError, first_line
-from mesart.graphs.role import RoleModule
+from mesart.graphs.model.role import RoleModule
 
 OPSET = 23
 IR_VERSION = 11
@@ -42,7 +42,7 @@ Inputs: query ``[B, H, S, D]``, key and value ``[B, K, S, D]``, past key and val
 ``new_mask``, and where the layer needs them ``position_ids``, ``past_position_ids``, a sink of each head, ``[H]``,
 and queries ``[B, H, S, D]`` and keys ``[B, K, F, D]`` as they meet the first tokens beyond the window.
 Attributes: ``layer``, ``softcap`` (0: none), ``window`` (0: none), ``slopes`` (ALiBi's, one a head; absent: none), and
-with first tokens ``reach_`` and each field of :class:`~mesart.graphs.reach.Reach`.
+with first tokens ``reach_`` and each field of :class:`~mesart.graphs.method.reach.Reach`.
 """
 
 _ROLE_AXES = {
@@ -119,7 +119,7 @@ def trace_roles(module: RoleModule) -> ir.Model:
 
 
 def trace_place(module: nn.Module, kv_heads: int, key_size: int, dtype: torch.dtype) -> ir.Model:
-    """The graph of :class:`~mesart.graphs.rotary.Place`: inputs ``key``, ``from_ids``, ``to_ids``; output ``moved``."""
+    """The graph of a :class:`~mesart.graphs.model.rotary.Place`: ``key``, ``from_ids``, ``to_ids`` give ``moved``."""
     any_size = torch.export.Dim.DYNAMIC
     from_ids, to_ids = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64)
     example = (torch.zeros(2, kv_heads, 5, key_size, dtype=dtype), from_ids, to_ids)

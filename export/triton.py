@@ -32,9 +32,9 @@ from mesart.export.gpus import local_gpu
 from mesart.export.specialise import specialise
 from mesart.export.tensorrt_builder import NoKernelError, TensorRtBuilder
 from mesart.export.triton_model import BUNDLE_FOLDER, MODEL, MODEL_FILE
-from mesart.graphs.config import MesaConfig
+from mesart.graphs.bundle.manifest import MANIFEST_FILE, GraphInfo, Manifest, TensorInfo
 from mesart.graphs.errors import InputError, MesaError
-from mesart.graphs.manifest import MANIFEST_FILE, GraphInfo, Manifest, TensorInfo
+from mesart.graphs.method.config import MesaConfig
 
 TritonEngine = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 

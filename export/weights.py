@@ -29,9 +29,9 @@ from mesart.export.quantise import PackedParts, quantise, quantised_bytes
 from mesart.export.quantise import pending as pending_parts
 from mesart.export.quantised_checkpoint import Repacked, open_packed, read_scheme
 from mesart.export.safetensors_file import Pending, Stored, read_header, write_file
+from mesart.graphs.bundle.manifest import WEIGHTS_FILE, FileInfo, Quantisation, sha256
 from mesart.graphs.errors import InputError
-from mesart.graphs.manifest import WEIGHTS_FILE, FileInfo, Quantisation, sha256
-from mesart.graphs.torch_weights import expert_weights, match_weights
+from mesart.graphs.model.torch_weights import expert_weights, match_weights
 from mesart.graphs.user_data import user_data
 
 WeightMode = Literal["auto", "link", "copy"]

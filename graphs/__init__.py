@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import BundleError, CapacityError, EngineError, InputError, MesaError
-from mesart.graphs.plan import Bucket, Plan, Span
-from mesart.graphs.stairs import Stairs
+from mesart.graphs.method.config import MesaConfig
+from mesart.graphs.method.plan import Bucket, Plan, Span
+from mesart.graphs.method.stairs import Stairs
 
 if TYPE_CHECKING:
-    from mesart.graphs.reference import TorchReference
+    from mesart.graphs.model.reference import TorchReference
 
 __all__ = [
     "Bucket",
@@ -33,7 +33,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "TorchReference":
-        from mesart.graphs.reference import TorchReference  # noqa: PLC0415  (see above)
+        from mesart.graphs.model.reference import TorchReference  # noqa: PLC0415  (see above)
 
         return TorchReference
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.bundle.manifest import GraphInfo
 from mesart.graphs.errors import BundleError, CapacityError, EngineError, InputError, first_line, telling_line
-from mesart.graphs.manifest import GraphInfo
 from mesart.runtime.engine_imports import import_onnxruntime, import_openvino, leave_alone_in_forks
 from mesart.runtime.engines import PACKAGES
 from mesart.runtime.external_data import require_file_names
@@ -295,7 +295,7 @@ class TorchBackend:
         self._opened: dict[str, Any] = {}
 
     def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
-        from mesart.graphs.torch_graph import open_torch  # noqa: PLC0415  (torch only where it is asked for)
+        from mesart.graphs.model.torch_graph import open_torch  # noqa: PLC0415  (torch only where it is asked for)
 
         del info  # it computes any of them
         graph = open_torch(path, self._opened, trust_remote_code=self.trust_remote_code)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import InputError
-from mesart.graphs.manifest import Manifest
-from mesart.graphs.plan import Bucket
+from mesart.graphs.method.plan import Bucket
 from mesart.runtime.engines import Engines
 
 

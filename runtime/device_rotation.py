@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.runtime.backends import STORAGE
 from mesart.runtime.engines import Engines
 from mesart.runtime.kv.store import Positions

@@ -6,8 +6,8 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import InputError
-from mesart.graphs.manifest import Manifest
 from mesart.runtime.prompts import PromptIds
 
 Reuse: TypeAlias = Literal["auto", "always", "off"]

@@ -11,8 +11,8 @@ from threading import RLock
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import CapacityError, EngineError, InputError, MesaError
-from mesart.graphs.manifest import Manifest
 from mesart.runtime.chunk_store.stored import StoredChunks
 from mesart.runtime.kv.store import KvStore
 from mesart.runtime.reading import Reading, plan_of_turn
@@ -29,7 +29,7 @@ class Turn:
 
     Attributes:
         wanted: of how many of the last of ``ids`` the logits are wanted; 0: chunks are computed for the store, no tail.
-        edges: where chunks of a first prompt have to begin and end, see :meth:`~mesart.graphs.plan.Plan.of`.
+        edges: where chunks of a first prompt have to begin and end, see :meth:`~mesart.graphs.method.plan.Plan.of`.
         stored: where chunks that were computed before are, and those that are computed now are put.
         max_new_tokens: the most tokens to generate behind them; 0: none, the logits are all that is wanted.
         sampler: chooses them; it has been told of all tokens so far.

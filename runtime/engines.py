@@ -11,9 +11,8 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.bundle_files import BundleFiles
-from mesart.graphs.errors import BundleError, EngineError, InputError, MesaError, first_line
-from mesart.graphs.manifest import (
+from mesart.graphs.bundle.files import BundleFiles
+from mesart.graphs.bundle.manifest import (
     EngineInfo,
     EngineSet,
     FileInfo,
@@ -25,7 +24,8 @@ from mesart.graphs.manifest import (
     TensorInfo,
     WeightInfo,
 )
-from mesart.graphs.plan import Bucket
+from mesart.graphs.errors import BundleError, EngineError, InputError, MesaError, first_line
+from mesart.graphs.method.plan import Bucket
 from mesart.runtime.cuda import Cuda, aligned
 
 PACKAGES: Final[dict[Flavour, str]] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from mesart.graphs.bundle.records import shown
 from mesart.graphs.errors import BundleError
-from mesart.graphs.records import shown
 from mesart.runtime.linked_weights import IN_MEMORY
 
 # An entry of a tensor's `external_data`, as protobuf writes it: the key, then its value and how long that is.

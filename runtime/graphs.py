@@ -8,9 +8,9 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from mesart.graphs.bundle_files import BundleFiles
+from mesart.graphs.bundle.files import BundleFiles
+from mesart.graphs.bundle.manifest import GraphInfo, Manifest, Role
 from mesart.graphs.errors import InputError
-from mesart.graphs.manifest import GraphInfo, Manifest, Role
 from mesart.runtime.backends import Array, Backend, Graph
 from mesart.runtime.external_data import check_locations
 from mesart.runtime.kv.store import Positions

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from mesart.graphs.bundle_files import BundleFiles
+from mesart.graphs.bundle.files import BundleFiles
+from mesart.graphs.bundle.manifest import Flavour, Manifest
 from mesart.graphs.errors import BundleError, EngineError, InputError
-from mesart.graphs.manifest import Flavour, Manifest
 from mesart.graphs.memory_size import parse_memory
 from mesart.runtime.backends import (
     STORAGE,

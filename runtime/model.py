@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mesart.graphs.bundle_files import BundleFiles
+from mesart.graphs.bundle.files import BundleFiles
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import CapacityError, InputError
-from mesart.graphs.manifest import Manifest
-from mesart.graphs.plan import Plan, bucket_for
+from mesart.graphs.method.plan import Plan, bucket_for
 from mesart.runtime.backends import Activations, Array
 from mesart.runtime.chunk_store.store import ChunkStore, require_store
 from mesart.runtime.chunk_store.stored import StoredChunks

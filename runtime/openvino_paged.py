@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mesart.graphs.bundle_names import PAGED_DOMAIN, PAGED_INPUTS
+from mesart.graphs.bundle.names import PAGED_DOMAIN, PAGED_INPUTS
 from mesart.graphs.errors import EngineError
 
 _OPERANDS = 5 + len(PAGED_INPUTS)

@@ -23,7 +23,7 @@ class PromptIds:
 
     ids: list[int]
     edges: tuple[int, ...] = ()
-    """Where it is cut into chunks: :meth:`~mesart.graphs.plan.Plan.of`."""
+    """Where it is cut into chunks: :meth:`~mesart.graphs.method.plan.Plan.of`."""
 
 
 def checked_prompts(input_ids: ArrayLike | Tokens[Tokens[int]], vocabulary: int) -> list[PromptIds]:

@@ -9,10 +9,10 @@ from collections.abc import Sequence as Tokens
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import CapacityError, InputError
-from mesart.graphs.manifest import Manifest
-from mesart.graphs.plan import Chunk, Plan, Prefix, Rerotate, Span, TailSlice, query_scales
-from mesart.graphs.stairs import ORDINARY
+from mesart.graphs.method.plan import Chunk, Plan, Prefix, Rerotate, Span, TailSlice, query_scales
+from mesart.graphs.method.stairs import ORDINARY
 from mesart.runtime.chunk_store.store import Tier
 from mesart.runtime.chunk_store.stored import ChunksBehind, StoredChunks
 from mesart.runtime.kv.store import Kv, KvStore

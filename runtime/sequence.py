@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.errors import EngineError, InputError
-from mesart.graphs.stairs import ORDINARY, Stairs
+from mesart.graphs.method.stairs import ORDINARY, Stairs
 from mesart.runtime.kv.store import Kv, with_room
 
 if TYPE_CHECKING:

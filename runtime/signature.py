@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from mesart.graphs.bundle.manifest import GraphInfo, TensorInfo
 from mesart.graphs.errors import BundleError, MesaError
-from mesart.graphs.manifest import GraphInfo, TensorInfo
 
 _DTYPES = {
     "float": "float32",  # of ONNX and onnxruntime

@@ -74,8 +74,8 @@ def mesart(job: Job, *, random_cache: bool = False) -> Step:
 
 def _fill(model: Any, length: int) -> None:
     """Puts random keys and values where a prompt's would stand."""
-    from mesart.graphs.plan import Plan  # noqa: PLC0415
-    from mesart.graphs.stairs import ORDINARY  # noqa: PLC0415
+    from mesart.graphs.method.plan import Plan  # noqa: PLC0415
+    from mesart.graphs.method.stairs import ORDINARY  # noqa: PLC0415
     from mesart.runtime.kv.paged import PagedStore  # noqa: PLC0415
 
     model.prefill([7])

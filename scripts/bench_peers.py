@@ -31,8 +31,8 @@ from typing import Any, Final
 
 from mesart.evaluation.bench import ProcessError, cpu_name, process_error, run_process
 from mesart.evaluation.corpus import library_text
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import InputError, MesaError
-from mesart.graphs.manifest import Manifest
 from mesart.runtime import backend_names
 from mesart.runtime.text import Tokenizer
 from mesart.scripts.options import filled, number, threads, whole

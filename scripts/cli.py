@@ -16,7 +16,7 @@ from mesart.scripts import streams
 from mesart.scripts.signals import ending_signals
 
 if TYPE_CHECKING:
-    from mesart.graphs.manifest import Manifest
+    from mesart.graphs.bundle.manifest import Manifest
 
 _EXTRAS = dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"), "export") | {
     "matplotlib": "eval",

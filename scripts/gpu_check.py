@@ -27,8 +27,8 @@ from typing import Any
 
 from mesart.evaluation.bench import ProcessError, cpu_name, make_row, process_error, run_process, run_worker, versions
 from mesart.evaluation.json_lines import JsonLines
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import InputError, MesaError
-from mesart.graphs.manifest import Manifest
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "evaluation" / "demo_model"
 K = 1024

@@ -42,7 +42,7 @@ from mesart.evaluation.threshold import run_threshold
 from mesart.evaluation.tuning import sensitivity
 from mesart.export import export_model
 from mesart.graphs import InputError, MesaError
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.method.protocol import StaticMethod
 from mesart.graphs.method.registry import STATIC_METHODS
 

@@ -258,7 +258,7 @@ def bundle_copy(bundle, tmp_path: Path) -> Path:
 
 
 def _reseal(folder: Path, *altered: str, **fields: Any) -> None:
-    from mesart.graphs.manifest import MANIFEST_FILE, sealed, sha256
+    from mesart.graphs.bundle.manifest import MANIFEST_FILE, sealed, sha256
 
     path = folder / MANIFEST_FILE
     manifest = {**json.loads(path.read_text(encoding="utf-8")), **fields}

@@ -18,14 +18,14 @@ MAY_IMPORT = {
     "evaluation": {"graphs", "export", "runtime"},
     "scripts": {"graphs", "export", "runtime", "evaluation"},
 }
+# folder inside graphs -> those of its sisters that it may import; the modules beside the folders may import none
+GRAPHS_MAY_IMPORT = {"method": set[str](), "bundle": {"method"}, "model": {"method", "bundle"}}
 # folder -> the packages that it may import, beside the standard library; the others may import any
 PACKAGES = {
-    "graphs": {"numpy", "torch", "transformers"},
+    "graphs": {"numpy", "transformers"},  # its cache of the hub, where a hub id is given
     "runtime": {"numpy", "tokenizers", "jinja2", "tqdm", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"},
 }
 TORCH = {"torch", "transformers"}
-# The modules of graphs that need torch, beside those with torch in their name. The runtime may use all others.
-TORCH_MODULES = {"attention", "experts", "reference", "role", "rotary"}
 
 
 def modules(folder: str) -> list[Path]:
@@ -39,8 +39,7 @@ def dotted(path: Path) -> str:
 
 def may_need_torch(path: Path) -> bool:
     """Whether a module of graphs or runtime is one that only comes to use where there is torch."""
-    in_graphs = path.parent == ROOT / "graphs" and path.stem in TORCH_MODULES
-    return "torch" in path.stem or in_graphs or path.parent == ROOT / "graphs" / "adapters"
+    return "torch" in path.stem or path.is_relative_to(ROOT / "graphs" / "model")
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -78,10 +77,25 @@ def test_imports(path: Path) -> None:
     assert not faults, "\n".join([str(path), *faults])
 
 
+@pytest.mark.parametrize("path", modules("graphs"), ids=dotted)
+def test_imports_inside_graphs(path: Path) -> None:
+    """Integers, then the contract, then torch: each knows those before it."""
+    if path == ROOT / "graphs" / "__init__.py":  # the names for users, from all folders
+        return
+    inner, *deeper = path.relative_to(ROOT / "graphs").parts
+    allowed = GRAPHS_MAY_IMPORT[inner] | {inner} if deeper else set[str]()
+    faults = []
+    for line, name in imports(path):
+        _, folder, inside, *_ = (*name.split("."), "", "")
+        if folder == "graphs" and inside in GRAPHS_MAY_IMPORT and inside not in allowed:
+            faults.append(f"line {line}: {name}: {inner} may import {sorted(allowed) or 'none of the folders'}")
+    assert not faults, "\n".join([str(path), *faults])
+
+
 def test_runtime_needs_no_torch() -> None:
     """Every module that a runtime image uses imports where torch and transformers cannot be imported."""
     names = [dotted(path) for path in modules("graphs") + modules("runtime") if not may_need_torch(path)]
-    assert {"mesart.graphs.plan", "mesart.runtime"} <= set(names)
+    assert {"mesart.graphs.method.plan", "mesart.runtime"} <= set(names)
     # Not an ImportError, which a module might catch; and the traceback shows who asked.
     code = f"""
 import importlib, sys

@@ -40,7 +40,14 @@ def test_sdist_and_wheel(clone: Path) -> None:
     with tarfile.open(sdist) as archive:
         assert not [member.name for member in archive if member.issym() or member.islnk()]
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "graphs/plan.py"} <= names
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "constraints.txt",
+        "graphs/method/plan.py",
+    } <= names
     assert not [name for name in names if re.match(r"mesart/[^/]+/", name)], "a folder travels twice"
 
     offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")

@@ -20,7 +20,7 @@ from mesart.evaluation.methods.cache import LayerCache, Rows
 from mesart.evaluation.methods.method import Indices, Part, Positions, Rule, arange
 from mesart.evaluation.methods.rotation import Angles, angles_of, turn
 from mesart.evaluation.methods.wrapped import WrappedModel
-from mesart.graphs.rotary import LayerSpec
+from mesart.graphs.model.rotary import LayerSpec
 
 QUERY_BLOCK = 256
 """Queries that are computed together."""

@@ -1,6 +1,6 @@
 """Mesa-Extrapolation: chunks that see the head and themselves, and Stair position encoding for the tail.
 
-Rule: :class:`~mesart.graphs.plan.Plan`; the head attends causally, a chunk to the head and causally to itself at local
+Rule: :class:`~mesart.graphs.Plan`; the head attends causally, a chunk to the head and causally to itself at local
 positions, the tail and every generated token to everything at Stair positions. The tail's queries are scaled by log-n.
 Parameters: those of :class:`~mesart.graphs.MesaConfig`, with its defaults; ``log_n`` is on.
 Cost: about ``T (F + C / 2)`` scores for the chunks and ``tail T`` for the tail at prefill; all keys are kept, once:
@@ -29,10 +29,10 @@ from mesart.evaluation.methods.method import (
     cut,
     require_types,
 )
-from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
-from mesart.graphs.plan import Plan, query_scales
-from mesart.graphs.plan import Span as PlanSpan
+from mesart.graphs.method.config import MesaConfig
+from mesart.graphs.method.plan import Plan, query_scales
+from mesart.graphs.method.plan import Span as PlanSpan
 
 STANDING = "standing"
 """The one view: keys stand where the last run had them, at local positions or on stairs."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mesart.evaluation.methods.method import Positions
-from mesart.graphs.frequencies import table_frequencies
-from mesart.graphs.rotary import LayerSpec
+from mesart.graphs.method.frequencies import table_frequencies
+from mesart.graphs.model.rotary import LayerSpec
 
 Angles = tuple[Tensor, Tensor]
 """cos and sin, float32 ``[N, R / 2]``."""

@@ -13,10 +13,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from mesart.evaluation.methods.method import Positions
 from mesart.evaluation.methods.rotation import frequencies
-from mesart.graphs.attention import Window
-from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
-from mesart.graphs.role import RoleModule, scaled_by_position
+from mesart.graphs.method.config import MesaConfig
+from mesart.graphs.model.attention import Window
+from mesart.graphs.model.role import RoleModule, scaled_by_position
 
 ATTENTION = "mesa-methods"
 """The name of the executor's attention in transformers' attention interface."""
@@ -99,7 +99,7 @@ class WrappedModel:
         adapted = False
         for module in self._model.modules():
             forward = type(module).forward
-            if forward.__module__.startswith("mesart.graphs.adapters."):
+            if forward.__module__.startswith("mesart.graphs.model.adapters."):
                 # An adapter's layer calls Mesa attention by name: here the name means the executor's attention.
                 names = {**forward.__globals__, "mesa_attention": _attention}
                 module.forward = MethodType(
@@ -130,7 +130,7 @@ def _attention(
     alibi_slopes: Any = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """What the model's layers call, see :func:`mesart.graphs.attention.mesa_attention` for the arguments."""
+    """What the model's layers call, see :func:`mesart.graphs.model.attention.mesa_attention` for the arguments."""
     del dropout
     for name in ("head_mask", "position_bias", "block_mask", "indexer_mask"):
         if unused.get(name) is not None:

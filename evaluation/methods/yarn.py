@@ -8,7 +8,7 @@ Cost: ``T (T + 1) / 2`` scores at prefill; all keys are kept.
 At ``factor`` 1 it is the plain model; at any other it differs from it within ``T_r`` too, and was meant to be
 fine-tuned.
 Source: Peng et al. (arXiv 2309.00071), sections 3.2 and 3.4; see
-:func:`~mesart.graphs.frequencies.yarn`.
+:func:`~mesart.graphs.method.frequencies.yarn`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""Long-context methods whose graphs are static, one file each, behind one protocol. Integers and numpy only."""
+"""Long-context methods in integers and numpy: how a text is cut, where its keys are, what a query sees.
+
+Mesa is ``config.py``, ``plan.py``, ``stairs.py`` and ``mesa.py``; each other method whose graphs are static is a file.
+"""

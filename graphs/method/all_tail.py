@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.checks import MOST_POSITIONS, check_flag, check_train_length, check_whole
-from mesart.graphs.config import AUTO, MesaConfig, ModelSource, described_short
 from mesart.graphs.errors import InputError
-from mesart.graphs.frequencies import Frequencies, table_frequencies
+from mesart.graphs.method.config import AUTO, MesaConfig, described_short
+from mesart.graphs.method.frequencies import Frequencies, table_frequencies
+from mesart.graphs.method.plan import Bucket, Plan, Span
 from mesart.graphs.method.protocol import Table
-from mesart.graphs.plan import Bucket, Plan, Span
-from mesart.graphs.reach import Reach
-from mesart.graphs.stairs import Stairs
+from mesart.graphs.method.reach import Reach
+from mesart.graphs.method.stairs import Stairs
+from mesart.graphs.model_config import ModelSource
 
 MOST_FACTOR: Final = 1e9
 """The largest factor that frequencies may be divided by: no text is so many times longer than a window."""
@@ -55,7 +56,7 @@ class AllTail(ABC):
     max_tokens: int = field(default=AUTO, kw_only=True)
     """The longest text, generated tokens included: the position table ends there. Left out until :meth:`up_to`."""
     short_length: int = field(default=0, kw_only=True)
-    """See :class:`~mesart.graphs.config.MesaConfig`: the model's, and nothing to choose."""
+    """See :class:`~mesart.graphs.method.config.MesaConfig`: the model's, and nothing to choose."""
 
     def __post_init__(self) -> None:
         check_train_length(self.train_length)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesart.graphs.checks import check_number
-from mesart.graphs.frequencies import Frequencies, dynamic_ntk
 from mesart.graphs.method.all_tail import MOST_FACTOR, AllTail
+from mesart.graphs.method.frequencies import Frequencies, dynamic_ntk
 
 
 @dataclass(frozen=True)

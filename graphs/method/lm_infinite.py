@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesart.graphs.checks import check_whole
+from mesart.graphs.method.reach import Reach
 from mesart.graphs.method.windowed import Windowed
-from mesart.graphs.reach import Reach
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mesart.graphs.errors import InputError
-from mesart.graphs.plan import Plan, Span, bucket_for
-from mesart.graphs.stairs import Stairs
+from mesart.graphs.method.plan import Plan, Span, bucket_for
+from mesart.graphs.method.stairs import Stairs
 
 if TYPE_CHECKING:
-    from mesart.graphs.config import MesaConfig
+    from mesart.graphs.method.config import MesaConfig
 
 
 def plan(config: MesaConfig, tokens: int) -> Plan:

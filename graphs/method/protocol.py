@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.reach import Reach
-from mesart.graphs.stairs import Stairs
+from mesart.graphs.method.reach import Reach
+from mesart.graphs.method.stairs import Stairs
+from mesart.graphs.model_config import ModelSource
 
 if TYPE_CHECKING:
-    from mesart.graphs.config import ModelSource
-    from mesart.graphs.plan import Bucket, Plan
+    from mesart.graphs.method.plan import Bucket, Plan
 
 Table: TypeAlias = NDArray[np.float32]
 """cos or sin of every position, ``[positions, R]``."""
@@ -24,7 +24,7 @@ class StaticMethod(Protocol):
     """A method and its parameters, all that an export fixes: a frozen dataclass of numbers. Lengths are in tokens.
 
     Whoever plans, traces, checks or measures asks the method and never which one it is. Mesa-Extrapolation is
-    :class:`~mesart.graphs.config.MesaConfig`; :data:`~mesart.graphs.method.registry.STATIC_METHODS` has them all.
+    :class:`~mesart.graphs.MesaConfig`; :data:`~mesart.graphs.method.registry.STATIC_METHODS` has them all.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # so that ``dataclasses.replace`` takes it
@@ -87,7 +87,7 @@ class StaticMethod(Protocol):
         """Raises a :class:`~mesart.graphs.errors.MesaError` if a text of ``tokens`` tokens leaves the positions."""
 
     def plan(self, tokens: int) -> Plan:
-        """The plan of a first prompt of at least one token; see :meth:`Plan.of <mesart.graphs.plan.Plan.of>`.
+        """The plan of a first prompt of at least one token; see :meth:`Plan.of <mesart.graphs.Plan.of>`.
 
         Raises:
             MesaError: it leaves the positions.
@@ -103,7 +103,7 @@ class StaticMethod(Protocol):
     def extension(self, stairs: Stairs, cached: int, tokens: int) -> Plan:
         """The plan of at least one token behind ``cached`` tokens that stand at ``stairs``.
 
-        Both are turned by the same frequencies: see :meth:`Plan.extend <mesart.graphs.plan.Plan.extend>`, which asks.
+        Both are turned by the same frequencies: see :meth:`Plan.extend <mesart.graphs.Plan.extend>`, which asks.
 
         Raises:
             MesaError: it leaves the positions.

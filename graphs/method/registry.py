@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from mesart.graphs.config import MesaConfig
+from mesart.graphs.method.config import MesaConfig
 from mesart.graphs.method.dynamic_ntk import DynamicNtkConfig
 from mesart.graphs.method.lm_infinite import LMInfiniteConfig
 from mesart.graphs.method.origin import OriginConfig

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mesart.graphs.method.all_tail import AllTail
-from mesart.graphs.plan import Bucket
+from mesart.graphs.method.plan import Bucket
 
 
 @dataclass(frozen=True)
 class Windowed(AllTail):
-    """A method whose ``reach`` is not all; see :class:`~mesart.graphs.reach.Reach`."""
+    """A method whose ``reach`` is not all; see :class:`~mesart.graphs.method.reach.Reach`."""
 
     def buckets(self) -> Iterator[Bucket]:
         yield Bucket(0, self.max_tokens, 1)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesart.graphs.checks import check_number
-from mesart.graphs.frequencies import Frequencies, yarn
 from mesart.graphs.method.all_tail import MOST_FACTOR, AllTail
+from mesart.graphs.method.frequencies import Frequencies, yarn
 
 
 @dataclass(frozen=True)
 class YarnConfig(AllTail):
-    """Frequencies that are the same for texts of any length; see :func:`mesart.graphs.frequencies.yarn`."""
+    """Frequencies that are the same for texts of any length; see :func:`mesart.graphs.method.frequencies.yarn`."""
 
     name = "yarn"
     rotary_only = True

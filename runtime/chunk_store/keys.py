@@ -14,7 +14,7 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
 
 _FORMAT = 1
 """Changes whenever entries of older versions may not be used any more."""

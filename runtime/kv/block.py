@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.manifest import LayerInfo
+from mesart.graphs.bundle.manifest import LayerInfo
 
 
 @dataclass(frozen=True)

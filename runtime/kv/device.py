@@ -9,9 +9,9 @@ from itertools import accumulate
 
 import numpy as np
 
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import CapacityError
-from mesart.graphs.manifest import Manifest
-from mesart.graphs.plan import Span
+from mesart.graphs.method.plan import Span
 from mesart.runtime.backends import STORAGE
 from mesart.runtime.cuda import Pinned
 from mesart.runtime.device_buckets import DeviceBuckets

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mesart.graphs.manifest import LayerInfo
+from mesart.graphs.bundle.manifest import LayerInfo
 from mesart.runtime.cuda import Cuda
 from mesart.runtime.slot_positions import SlotPositions
 from mesart.runtime.slots import SlotBlock, SlotTensor

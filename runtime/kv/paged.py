@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.bundle_names import BLOCK
+from mesart.graphs.bundle.manifest import LayerInfo
+from mesart.graphs.bundle.names import BLOCK
 from mesart.graphs.errors import CapacityError, InputError
-from mesart.graphs.manifest import LayerInfo
-from mesart.graphs.plan import Span
+from mesart.graphs.method.plan import Span
 from mesart.runtime.kv.block import BlockLayout, KvBlock
 from mesart.runtime.kv.store import Array, Kv, Positions, Rotate, moved_span, no_room
 

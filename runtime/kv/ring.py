@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.manifest import LayerInfo
-from mesart.graphs.reach import Reach
+from mesart.graphs.bundle.manifest import LayerInfo
+from mesart.graphs.method.reach import Reach
 from mesart.runtime.kv.slab import SlabKv, SlabStore
 from mesart.runtime.kv.store import Array, Kv, Positions, Rotate
 
 
 class RingStore(SlabStore):
-    """A slab store whose texts take no more memory as they grow; see :class:`~mesart.graphs.reach.Reach`.
+    """A slab store whose texts take no more memory as they grow; see :class:`~mesart.graphs.method.reach.Reach`.
 
     The slots of the first tokens are theirs. The others are taken in turn: a token overwrites the one that was
     ``window`` tokens before it. Graphs see by a key's position, not by its slot, what it is.

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mesart.graphs.bundle.manifest import LayerInfo
 from mesart.graphs.errors import CapacityError
-from mesart.graphs.manifest import LayerInfo
-from mesart.graphs.plan import Span
+from mesart.graphs.method.plan import Span
 from mesart.runtime.kv.block import BlockLayout, KvBlock
 from mesart.runtime.kv.store import Array, Budget, Kv, Positions, Rotate, moved_span
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.errors import CapacityError
-from mesart.graphs.plan import Span
+from mesart.graphs.method.plan import Span
 
 if TYPE_CHECKING:
     from mesart.runtime.kv.block import BlockLayout, KvBlock

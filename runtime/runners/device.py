@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mesart.graphs.bundle.manifest import Manifest, ProfileInfo, Role
 from mesart.graphs.errors import BundleError, InputError
-from mesart.graphs.manifest import Manifest, ProfileInfo, Role
-from mesart.graphs.plan import Span
+from mesart.graphs.method.plan import Span
 from mesart.runtime.cuda import Pinned, aligned
 from mesart.runtime.device_buckets import DeviceBuckets
 from mesart.runtime.engines import Engines

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.runtime.graphs import GRANULE
 from mesart.runtime.kv.store import Array
 from mesart.runtime.runners.rows import Rows, in_rows

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from mesart.graphs.bundle_names import BLOCK
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.bundle.names import BLOCK
 from mesart.runtime.kv.paged import PagedKv, PagedStore
 from mesart.runtime.kv.store import Array
 from mesart.runtime.runners.runner import Logits, Phase, Segment, of_shape, require_keys, require_numbers

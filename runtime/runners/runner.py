@@ -10,8 +10,8 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import BundleError, EngineError, MesaError
-from mesart.graphs.manifest import Manifest
 from mesart.runtime.kv.store import Array, Kv, Positions
 
 Phase = Literal["prefix", "chunk", "tail", "decode"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mesart.graphs.manifest import Manifest, Role
+from mesart.graphs.bundle.manifest import Manifest, Role
 from mesart.runtime.graphs import RoleGraphs
 from mesart.runtime.kv.slab import SlabKv, SlabStore
 from mesart.runtime.kv.store import Array

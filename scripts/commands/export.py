@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 from typing import Any
 
-from mesart.graphs.config import AUTO, MesaConfig
+from mesart.graphs.bundle.manifest import DTYPES
 from mesart.graphs.errors import InputError
-from mesart.graphs.manifest import DTYPES
+from mesart.graphs.method.config import AUTO, MesaConfig
 from mesart.graphs.method.protocol import StaticMethod
 from mesart.scripts import streams
 from mesart.scripts.options import add_command, add_trust, filled, share, whole

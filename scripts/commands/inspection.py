@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.scripts import streams
 from mesart.scripts.options import add_command, filled
 

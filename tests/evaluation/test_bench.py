@@ -28,7 +28,7 @@ from mesart.evaluation.bench import (
 )
 from mesart.evaluation.bench_worker import peak_device_memory, peak_memory, require_cuda_provider
 from mesart.graphs import MesaConfig, MesaError, Plan
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65, 300])

@@ -525,7 +525,7 @@ class TestModelsThatAreRefused:
             open_method("origin", model, TRAINED)
 
     def test_angles_that_are_not_even(self, make_model):
-        from mesart.graphs.rotary import LayerSpec
+        from mesart.graphs.model.rotary import LayerSpec
 
         angles = torch.arange(32)[:, None] ** 1.5 * torch.tensor([1.0, 0.1])
         with pytest.raises(MesaError, match="do not grow evenly"):

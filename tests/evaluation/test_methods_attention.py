@@ -14,7 +14,7 @@ from torch import Tensor
 from mesart.evaluation.methods.attention import Merged, attend
 from mesart.evaluation.methods.cache import LayerCache, Rows
 from mesart.evaluation.methods.rotation import angles_of, turn
-from mesart.graphs.rotary import LayerSpec
+from mesart.graphs.model.rotary import LayerSpec
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from mesart.evaluation.validate import Validation, validate
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import FileInfo, Manifest, Role, sha256
+from mesart.graphs.bundle.manifest import FileInfo, Manifest, Role, sha256
 from mesart.runtime import MesaModel, present_backends
 from mesart.runtime.graphs import SymbolicGraphs
 from mesart.runtime.runners.runner import Logits, Phase, Runner, Segment

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from mesart.export import bundle as bundle_module
 from mesart.export import export_model
 from mesart.graphs import MesaConfig, MesaError
-from mesart.graphs.manifest import MANIFEST_FILE, Manifest, sha256
-from mesart.graphs.role import RoleModule
+from mesart.graphs.bundle.manifest import MANIFEST_FILE, Manifest, sha256
+from mesart.graphs.model.role import RoleModule
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_a_killed_export_leaves_nothing_that_loads(work, checkpoint, monkeypatch
     code = """
 import os, signal, sys
 from mesart.export import bundle
-from mesart.graphs.role import RoleModule
+from mesart.graphs.model.role import RoleModule
 bundle._trace = lambda model, config, *_: bundle._Graphs(RoleModule(model, config))
 bundle.sha256 = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 bundle.export_model(sys.argv[1], sys.argv[2])

@@ -25,10 +25,10 @@ from mesart.export.engine_memory import estimate
 from mesart.export.forms import with_attention
 from mesart.export.trace import trace_roles
 from mesart.graphs import MesaConfig, MesaError, TorchReference
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.method.all_tail import AllTail
 from mesart.graphs.method.registry import STATIC_METHODS
-from mesart.graphs.role import RoleModule
+from mesart.graphs.model.role import RoleModule
 from mesart.runtime import MesaModel
 from mesart.runtime.backends import present_backends
 from mesart.scripts.cli import main

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from mesart.export.safetensors_file import read_header
-from mesart.graphs.manifest import MANIFEST_FILE, Manifest, Role, sha256
+from mesart.graphs.bundle.manifest import MANIFEST_FILE, Manifest, Role, sha256
 
 BUNDLES = [("llama", "float32"), ("tied_llama", "bfloat16")]
 

@@ -22,9 +22,9 @@ from mesart.export.checkpoint_weights import open_weights
 from mesart.export.quantised_checkpoint import read_scheme
 from mesart.export.safetensors_file import read_header
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import Manifest
-from mesart.graphs.role import RoleModule
-from mesart.graphs.torch_graph import load_bundle_model
+from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.torch_graph import load_bundle_model
 from mesart.graphs.user_data import user_data
 
 Header = dict[str, Any]

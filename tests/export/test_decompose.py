@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from mesart.export import trace
 from mesart.export.trace import trace_place, trace_roles
 from mesart.graphs import MesaConfig
-from mesart.graphs.role import RoleModule
+from mesart.graphs.model.role import RoleModule
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

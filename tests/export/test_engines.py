@@ -22,7 +22,7 @@ from mesart.export.engine_graphs import engine_graph, engine_shapes
 from mesart.export.engine_memory import estimate
 from mesart.export.tensorrt_builder import TensorRtBuilder
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import ENGINES_FOLDER, EngineInfo, EngineSet, Layout, Manifest, ProfileInfo
+from mesart.graphs.bundle.manifest import ENGINES_FOLDER, EngineInfo, EngineSet, Layout, Manifest, ProfileInfo
 from mesart.runtime import MesaModel
 
 pytest.importorskip("tensorrt_rtx")

@@ -11,8 +11,8 @@ import torch
 
 from mesart.export.quantise import EXPERT, quantise, quantise_products
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import Quantisation
-from mesart.graphs.torch_weights import dequantise
+from mesart.graphs.bundle.manifest import Quantisation
+from mesart.graphs.model.torch_weights import dequantise
 
 EXPERTS, INPUTS, OUTPUTS = 5, 32, 6
 

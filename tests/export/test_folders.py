@@ -25,8 +25,8 @@ from mesart.export.disk import explained, replace_file, write_new
 from mesart.export.folders import atomic, check_target, require_apart, require_own
 from mesart.export.stage import clear_leftovers, is_stage, real_place, staged
 from mesart.export.weights import name_files
+from mesart.graphs.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from mesart.graphs.errors import MesaError
-from mesart.graphs.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 
 MARKER = "marker"
 

@@ -12,7 +12,7 @@ import torch
 from mesart.export.forms import Form, with_attention
 from mesart.export.trace import trace_roles
 from mesart.graphs import MesaConfig
-from mesart.graphs.role import RoleModule, RoleOutputs
+from mesart.graphs.model.role import RoleModule, RoleOutputs
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

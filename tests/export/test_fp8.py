@@ -24,8 +24,8 @@ from mesart.export.fp8 import computed_products, count_products, pair_single_row
 from mesart.export.quantise import choose_quantisation
 from mesart.export.tensorrt_builder import TensorRtBuilder
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import Manifest
-from mesart.graphs.torch_fp8 import UNIT, rounded
+from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.model.torch_fp8 import UNIT, rounded
 from mesart.runtime import MesaModel
 
 NUMBERS = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)

@@ -11,8 +11,8 @@ import torch
 from mesart.export.paged_forms import with_grouped_attention, with_paged_attention
 from mesart.export.trace import trace_roles
 from mesart.graphs import MesaConfig
-from mesart.graphs.bundle_names import BLOCK, PAGED_INPUTS
-from mesart.graphs.role import RoleModule
+from mesart.graphs.bundle.names import BLOCK, PAGED_INPUTS
+from mesart.graphs.model.role import RoleModule
 
 # Grouped queries, one key a query, normed queries, partial and interleaved rotary, a layer without positions, experts.
 PLAIN = ("llama", "qwen3", "gpt_neox", "cohere", "glm", "smollm3", "gptj", "mixtral")

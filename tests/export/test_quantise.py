@@ -20,9 +20,9 @@ from mesart.evaluation.validate import validate
 from mesart.export import build_engines, export_model
 from mesart.export.quantise import GROUP_SIZES, choose_quantisation, pending, quantise
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import Manifest, Quantisation
-from mesart.graphs.torch_graph import load_bundle_model
-from mesart.graphs.torch_weights import dequantise
+from mesart.graphs.bundle.manifest import Manifest, Quantisation
+from mesart.graphs.model.torch_graph import load_bundle_model
+from mesart.graphs.model.torch_weights import dequantise
 from mesart.runtime import MesaModel
 from mesart.runtime.backends import OnnxRuntimeBackend
 from mesart.scripts.cli import summary

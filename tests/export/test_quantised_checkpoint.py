@@ -29,9 +29,9 @@ from mesart.export.safetensors_file import Stored
 from mesart.export.texts import Texts
 from mesart.export.weights import open_network
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import Manifest, Quantisation
-from mesart.graphs.torch_graph import load_bundle_model
-from mesart.graphs.torch_weights import Packed, dequantise
+from mesart.graphs.bundle.manifest import Manifest, Quantisation
+from mesart.graphs.model.torch_graph import load_bundle_model
+from mesart.graphs.model.torch_weights import Packed, dequantise
 from mesart.scripts.cli import main
 
 

@@ -11,7 +11,7 @@ from mesart.export.forms import with_attention
 from mesart.export.rotary_operator import with_rotary_operator
 from mesart.export.trace import trace_roles
 from mesart.graphs import MesaConfig
-from mesart.graphs.role import RoleModule
+from mesart.graphs.model.role import RoleModule
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

@@ -13,7 +13,7 @@ from mesart.export.forms import with_attention
 from mesart.export.places import place_of_layers
 from mesart.export.trace import trace_place, trace_roles
 from mesart.graphs import MesaConfig
-from mesart.graphs.role import RoleModule
+from mesart.graphs.model.role import RoleModule
 
 
 def described(graph: ir.Model) -> list[Any]:

@@ -19,7 +19,7 @@ import pytest
 from mesart.export.tensorrt_builder import NoKernelError, TensorRtBuilder
 from mesart.export.triton import MARKER_FILE, export_triton_repository
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import WEIGHTS_FILE, Manifest
+from mesart.graphs.bundle.manifest import WEIGHTS_FILE, Manifest
 from mesart.runtime import MesaModel
 
 pytest.importorskip("tritonclient")

@@ -17,10 +17,10 @@ from mesart.export import bundle as bundle_module
 from mesart.export import export_model
 from mesart.export.safetensors_file import Pending, read_header, write_file
 from mesart.export.weights import WeightFiles
+from mesart.graphs.bundle.manifest import WEIGHTS_FILE, Manifest
 from mesart.graphs.errors import MesaError
-from mesart.graphs.manifest import WEIGHTS_FILE, Manifest
-from mesart.graphs.role import RoleModule
-from mesart.graphs.torch_graph import load_bundle_model
+from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.torch_graph import load_bundle_model
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
 from tests.fuzz.golden import make_checkpoint
 from tests.fuzz.graph_changes import join_safetensors, mutate_weights, split_safetensors
 from tests.fuzz.mesart_command import import_ahead, leave_out_tracing, run_command

@@ -11,8 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mesart.graphs.config import MesaConfig
-from mesart.graphs.manifest import EngineInfo, EngineSet, Manifest, ProfileInfo, TensorInfo, WeightInfo
+from mesart.graphs.bundle.manifest import EngineInfo, EngineSet, Manifest, ProfileInfo, TensorInfo, WeightInfo
+from mesart.graphs.method.config import MesaConfig
 from tests.conftest import CHAT_TEMPLATE, FAMILIES, SMALL, TRAIN_LENGTH, _train_tokenizer
 
 MAX_TOKENS = 344

@@ -21,8 +21,8 @@ from random import Random
 from typing import Any
 
 from mesart.evaluation.journal import Journal
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import MesaError
-from mesart.graphs.manifest import Manifest
 from tests.fuzz.golden import make_bundle, make_checkpoint
 from tests.fuzz.mesart_command import import_ahead, leave_out_tracing, run_command
 from tests.fuzz.workers import SAME, Case, Fault, differences, make_in_fork, snapshot

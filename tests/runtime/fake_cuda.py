@@ -552,7 +552,7 @@ class FakeBuilder:
 
     def build(self, graph: bytes, folder: Path, profiles: list[dict[str, list[int]]], *_: Any) -> Any:
         from mesart.export.tensorrt_builder import NoKernelError, Plan
-        from mesart.graphs.manifest import TensorInfo
+        from mesart.graphs.bundle.manifest import TensorInfo
 
         self._activations += 1_000
         header = {"bundle": str(folder), "profiles": profiles, "activations": self._activations}

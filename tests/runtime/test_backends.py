@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mesart.graphs import MesaError, TorchReference
-from mesart.graphs.manifest import Manifest, Role
+from mesart.graphs.bundle.manifest import Manifest, Role
 from mesart.runtime import MesaModel, backend_names, present_backends
 from mesart.runtime.backends import OnnxRuntimeBackend, OpenVinoBackend
 from mesart.runtime.engines import PACKAGES

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import MANIFEST_FILE, Manifest
+from mesart.graphs.bundle.manifest import MANIFEST_FILE, Manifest
 from mesart.runtime import MesaModel, present_backends
 
 

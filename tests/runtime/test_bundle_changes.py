@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.runtime import MesaModel
 
 PROMPT = [(i * 37 + 11) % 320 for i in range(100)]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import Role
+from mesart.graphs.bundle.manifest import Role
 from mesart.runtime import MesaModel, present_backends
 from mesart.runtime.backends import OnnxRuntimeBackend, OpenVinoBackend, TorchBackend
 from mesart.runtime.graphs import SymbolicGraphs

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mesart.graphs import MesaError, TorchReference
-from mesart.graphs.manifest import WEIGHTS_FILE, EngineInfo, FileInfo, Manifest, TensorInfo, sha256
+from mesart.graphs.bundle.manifest import WEIGHTS_FILE, EngineInfo, FileInfo, Manifest, TensorInfo, sha256
 from mesart.runtime import MesaModel, SamplingConfig
 from mesart.runtime.engine import Turn
 from tests.runtime.fake_cuda import FakeBuilder, FakeGpu, Fault, Location, Status

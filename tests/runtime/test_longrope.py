@@ -11,7 +11,7 @@ import pytest
 
 from mesart.evaluation.validate import validate
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import Manifest
+from mesart.graphs.bundle.manifest import Manifest
 from mesart.runtime import MesaModel, present_backends
 from tests.runtime.faults import Faults, Interruption
 

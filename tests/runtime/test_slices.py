@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mesart.graphs import TorchReference
-from mesart.graphs.manifest import Role
+from mesart.graphs.bundle.manifest import Role
 from mesart.runtime import MesaModel, graphs, present_backends
 from mesart.runtime.backends import Array
 from mesart.runtime.graphs import SymbolicGraphs

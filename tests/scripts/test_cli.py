@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mesart.graphs import MesaConfig
-from mesart.graphs.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
+from mesart.graphs.bundle.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
 from mesart.scripts.cli import main
 
 Capture = pytest.CaptureFixture[str]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mesart.graphs import MesaError
-from mesart.graphs.manifest import LayerInfo
+from mesart.graphs.bundle.manifest import LayerInfo
 from mesart.runtime.kv.paged import PagedKv, PagedStore
 from mesart.runtime.kv.slab import SlabKv, SlabStore
 from mesart.runtime.kv.store import Array, Kv, Positions

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesart.graphs.reach import Reach
+from mesart.graphs.method.reach import Reach
 from mesart.runtime.kv.ring import RingStore
 from tests.runtime.kv.oracle import BYTES, LAYERS, Rotation, Text, Tokens
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesart.graphs.manifest import LayerInfo
+from mesart.graphs.bundle.manifest import LayerInfo
 from mesart.runtime.kv.slab import SlabKv, SlabStore
 from mesart.runtime.runners.rows import in_rows
 from mesart.runtime.runners.runner import Phase, Segment

@@ -1,0 +1,1 @@
+"""The contract between export and runtime: the manifest, the names and shapes of the graphs, the files. No torch."""

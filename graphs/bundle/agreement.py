@@ -1,0 +1,290 @@
+"""What the parts of a manifest say about each other: the graphs' shapes, the configuration, the layers, the files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from mesart.graphs.bundle.names import BLOCK, PAGED_INPUTS
+from mesart.graphs.bundle.records import Mismatch, shown
+from mesart.graphs.errors import MesaError
+from mesart.graphs.method.config import AUTO
+from mesart.graphs.method.plan import buckets_up_to
+
+if TYPE_CHECKING:
+    from mesart.graphs.bundle.manifest import EngineInfo, EngineSet, GraphInfo, LayerInfo, Manifest, TensorInfo
+
+Shape: TypeAlias = "list[int | str]"
+"""An axis is a number, or a letter: one that the graph leaves free, or that another graph or input decides."""
+
+_NAMES = {"float": "float32"}
+"""How ONNX calls a dtype, where TensorRT has another name."""
+
+
+def check_agreement(manifest: Manifest) -> None:
+    """Raises a :class:`~mesart.graphs.bundle.records.Mismatch` if two parts of a manifest contradict each other."""
+    _check_config(manifest)
+    _check_files(manifest)
+    if manifest.graphs:  # else there is nothing to run, and whoever asks for a graph is told so
+        _check_roles(manifest)
+        _check_places(manifest)
+        for index, graph in enumerate(manifest.graphs):
+            step = f".graphs[{index}]"
+            _check_tensors(graph.inputs, _inputs(manifest, graph), f"{step}.inputs", outputs=False)
+            _check_tensors(graph.outputs, _outputs(manifest, graph), f"{step}.outputs", outputs=True)
+    for index, engines in enumerate(manifest.engines):
+        _check_engines(manifest, engines, f".engines[{index}]")
+
+
+def _check_config(manifest: Manifest) -> None:
+    config = manifest.config
+    for name, value in config.to_dict().items():
+        if value == AUTO:
+            raise Mismatch("is not chosen", f".config.{name}")
+    try:
+        fitted = config.up_to(manifest.buckets[-1].max_tokens).to_dict()
+        expected = buckets_up_to(config, manifest.max_tokens)
+    except (MesaError, ArithmeticError) as error:
+        raise Mismatch(f"does not go with the configuration: {error}", ".max_tokens") from error
+    for name, value in config.to_dict().items():
+        _require(value, fitted[name], "the largest bucket", f".config.{name}")
+    for index, (bucket, right) in enumerate(zip(manifest.buckets, expected, strict=False)):
+        if bucket != right:
+            raise Mismatch(f"is {bucket}, the configuration gives {right}", f".buckets[{index}]")
+    if len(manifest.buckets) != len(expected):
+        raise Mismatch(f"are {len(manifest.buckets)}, the configuration gives {len(expected)}", ".buckets")
+    if manifest.graphs and len(manifest.filler) != config.head_length:
+        raise Mismatch(f"has {len(manifest.filler)} ids, the head {config.head_length}", ".filler")
+    vocabulary = manifest.model["vocab_size"]
+    if any(index >= vocabulary for index in manifest.filler):
+        raise Mismatch(f"has ids beyond the vocabulary of {vocabulary}", ".filler")
+
+
+def _check_files(manifest: Manifest) -> None:
+    graph_files = [graph.file for graph in manifest.graphs]
+    for step, names in ((".graphs", graph_files), (".weight_files", manifest.weight_files)):
+        _require_distinct(names, step)
+        for index, name in enumerate(names):
+            if name not in manifest.files or (names is graph_files and name in manifest.weight_files):
+                where = f"{step}[{index}]" + ".file" * (names is graph_files)
+                raise Mismatch(f"is {shown(name)}, which is none of the files for this", where)
+
+
+def _check_roles(manifest: Manifest) -> None:
+    """Each graph that is needed is there, once."""
+    found = [
+        (graph.role, graph.bucket) for graph in manifest.graphs if graph.role != "place" or graph.bucket is not None
+    ]
+    _require_distinct([_called(*role) for role in found], ".graphs")
+    needed: list[tuple[str, int | None]] = [("any", None)]
+    if manifest.config.chunk_length:
+        needed += [("head", None), ("chunk", None)]
+    needed += [(role, bucket.chunks) for bucket in manifest.buckets for role in ("tail", "step")]
+    if manifest.config.reach is None:
+        needed.append(("engine", None))
+    if any(layer.place for layer in manifest.layers):
+        needed.append(("engine_place", None))
+    for role in needed:
+        if role not in found:
+            raise Mismatch(f"have none for {_called(*role)}", ".graphs")
+    optional = {("onnxruntime", None), ("paged", None), ("grouped", None)}
+    for role in found:
+        if role not in needed and role not in optional:
+            raise Mismatch(f"have one for {_called(*role)}, which such a bundle does not need", ".graphs")
+
+
+def _called(role: str, bucket: int | None) -> str:
+    return f"the role {role}" + ("" if bucket is None else f" and {bucket} chunks")
+
+
+def _check_places(manifest: Manifest) -> None:
+    """The layers that move their keys are those that the graph of all places moves, each by a graph of its sizes."""
+    places = {graph.file: graph for graph in manifest.graphs if graph.role == "place"}
+    moving = {
+        tensor.name
+        for graph in manifest.graphs
+        if graph.role == "engine_place"
+        for tensor in graph.inputs
+        if tensor.name.startswith("key.")
+    }
+    for index, layer in enumerate(manifest.layers):
+        step = f".layers[{index}].place"
+        if (layer.place is not None) != (f"key.{index}" in moving):
+            raise Mismatch(f"is {shown(layer.place)}, and the graph of the role engine_place says otherwise", step)
+        if layer.place is None:
+            continue
+        if layer.place not in places:
+            raise Mismatch(f"is {shown(layer.place)}, which is no graph of the role place", step)
+        shape = next((tensor.shape for tensor in places[layer.place].inputs if tensor.name == "key"), None)
+        if shape is None or shape[1::2] != [layer.kv_heads, layer.key_size]:
+            raise Mismatch(f"is {shown(layer.place)}, which moves keys of other sizes", step)
+
+
+def _sizes(manifest: Manifest, graph: GraphInfo) -> dict[str, int]:
+    """The axes that a graph has fixed: B rows, S new tokens, P past slots, M logits."""
+    config = manifest.config
+    if graph.role == "head":
+        return {"B": 1, "S": config.head_length, "P": 0, "M": 1}
+    if graph.role == "chunk":
+        return {"B": 1, "S": config.chunk_length, "P": config.head_length, "M": 1}
+    if graph.role == "paged":
+        return {"B": 1}
+    if graph.role not in ("tail", "step"):
+        return {}
+    past = next(bucket.max_tokens for bucket in manifest.buckets if bucket.chunks == graph.bucket)
+    if config.reach is not None:
+        past = min(past, config.reach.slots)
+    return {"B": 1, "S": 1 if graph.role == "step" else _tail_slice(manifest), "P": past, "M": 1}
+
+
+def _tail_slice(manifest: Manifest) -> int:
+    """New tokens of every tail graph: those of the first, which the positions bound."""
+    first = manifest.graph("tail", manifest.buckets[0].chunks)
+    found = next((tensor.shape[-1] for tensor in first.inputs if tensor.name == "input_ids" and tensor.shape), None)
+    most = manifest.config.train_length if manifest.config.reach is None else manifest.config.reach.window
+    if not isinstance(found, int) or not 1 <= found <= most:
+        raise Mismatch(
+            f"has {shown(found)} new tokens, expected 1 to {most}", f".graphs[{manifest.graphs.index(first)}].inputs"
+        )
+    return found
+
+
+def _inputs(manifest: Manifest, graph: GraphInfo) -> dict[str, tuple[str, Shape]]:
+    """Dtype and shape of the inputs of a graph; it must have them, but a head may leave out the empty past."""
+    kind = _dtype(manifest)
+    if graph.role in ("place", "engine_place"):
+        ids: dict[str, tuple[str, Shape]] = {name: ("int64", ["B", "S"]) for name in ("from_ids", "to_ids")}
+        return ids | _placed(manifest, graph, "key")
+    sizes = _sizes(manifest, graph)
+    tensors: dict[str, tuple[str, Shape]] = {
+        "input_ids": ("int64", ["B", "S"]),
+        "position_ids": ("int64", ["B", "S"]),
+        "query_scale": ("float", ["B", 1, "S", 1]),
+    }
+    if graph.role == "paged":
+        tensors |= {name: ("int32", [axis] if axis else []) for name, axis in PAGED_INPUTS.items()}
+    elif graph.role == "grouped":
+        tensors |= {"seqlens_k": ("int32", ["B"]), "total_sequence_length": ("int32", [])}
+    elif graph.role != "engine":
+        tensors["new_mask"] = ("float", ["B", 1, "S", "S"])
+        tensors["past_mask"] = ("float", ["B", 1, 1, "P"])
+    for name, shape in _cache(manifest.layers, "past_key_values", "P"):
+        tensors[name] = (kind, shape if graph.role != "paged" else ["N", shape[1], BLOCK, shape[3]])
+    return _fixed(tensors, sizes)
+
+
+def _outputs(manifest: Manifest, graph: GraphInfo) -> dict[str, tuple[str, Shape]]:
+    """Dtype and shape of the outputs that a graph must have."""
+    if graph.role in ("place", "engine_place"):
+        return _placed(manifest, graph, "moved")
+    tensors: dict[str, tuple[str, Shape]] = {"logits": ("float", ["B", "M", manifest.model["vocab_size"]])}
+    if graph.role == "paged":
+        return _fixed(tensors, _sizes(manifest, graph))
+    for name, shape in _cache(manifest.layers, "present", "P" if graph.role in ("engine", "grouped") else "S"):
+        tensors[name] = (_dtype(manifest), shape)
+    return _fixed(tensors, _sizes(manifest, graph))
+
+
+def _placed(manifest: Manifest, graph: GraphInfo, name: str) -> dict[str, tuple[str, Shape]]:
+    """The keys that a place graph takes or gives."""
+    if graph.role == "place":
+        layers = [(name, layer) for layer in manifest.layers if layer.place == graph.file][:1]
+    else:
+        layers = [(f"{name}.{i}", layer) for i, layer in enumerate(manifest.layers) if layer.place is not None]
+    return {key: (_dtype(manifest), ["B", layer.kv_heads, "S", layer.key_size]) for key, layer in layers}
+
+
+def _cache(layers: Sequence[LayerInfo], name: str, axis: str) -> Iterator[tuple[str, Shape]]:
+    for index, layer in enumerate(layers):
+        yield f"{name}.{index}.key", ["B", layer.kv_heads, axis, layer.key_size]
+        yield f"{name}.{index}.value", ["B", layer.kv_heads, axis, layer.value_size]
+
+
+def _dtype(manifest: Manifest) -> str:
+    return "float" if manifest.dtype == "float32" else manifest.dtype
+
+
+def _fixed(tensors: Mapping[str, tuple[str, Shape]], sizes: Mapping[str, int]) -> dict[str, tuple[str, Shape]]:
+    return {
+        name: (kind, [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in shape])
+        for name, (kind, shape) in tensors.items()
+    }
+
+
+def _check_tensors(
+    found: Sequence[TensorInfo], expected: Mapping[str, tuple[str, Shape]], step: str, *, outputs: bool
+) -> None:
+    """The tensors that are expected are there, once, with that dtype and shape; an output may leave more axes free."""
+    names = [tensor.name for tensor in found]
+    _require_distinct(names, step)
+    for index, tensor in enumerate(found):
+        kind, shape = expected.get(tensor.name, (tensor.dtype, tensor.shape))
+        if tensor.shape != shape or tensor.dtype != kind:
+            try:
+                _check_tensor(tensor, kind, shape, outputs=outputs)
+            except Mismatch as error:
+                error.steps.insert(0, f"{step}[{index}]")
+                raise
+    for name in names:
+        if name.startswith(("past_key_values.", "present.")) and name not in expected:
+            raise Mismatch(f"have {shown(name)}, of a layer that is not among the layers", step)
+    missing = {name for name, (_, shape) in expected.items() if 0 not in shape} - set(names)
+    if missing:
+        raise Mismatch(f"lack {min(missing)}", step)
+
+
+def _check_tensor(tensor: TensorInfo, kind: str, shape: Shape, *, outputs: bool) -> None:
+    _require(_NAMES.get(tensor.dtype, tensor.dtype), _NAMES.get(kind, kind), tensor.name, ".dtype")
+    if len(tensor.shape) != len(shape):
+        raise Mismatch(f"has {len(tensor.shape)} axes, {tensor.name} has {len(shape)}", ".shape")
+    for axis, (extent, right) in enumerate(zip(tensor.shape, shape, strict=True)):
+        free = isinstance(extent, str), isinstance(right, str)
+        if all(free) or (outputs and any(free)) or extent == right:
+            continue
+        raise Mismatch(
+            f"is {shown(extent)}, {tensor.name} has {'a free axis' if free[1] else right} there", f".shape[{axis}]"
+        )
+
+
+def _check_engines(manifest: Manifest, engines: EngineSet, step: str) -> None:
+    _require_distinct([engine.file for engine in engines.engines], f"{step}.engines")
+    buckets = {bucket.chunks for bucket in manifest.buckets}
+    for index, engine in enumerate(engines.engines):
+        here = f"{step}.engines[{index}]"
+        for i, profile in enumerate(engine.profiles):
+            known = buckets if profile.role in ("tail", "step") else {None}
+            if profile.role not in ("head", "chunk", "tail", "step", "place") or profile.bucket not in known:
+                raise Mismatch(f"is for {_called(profile.role, profile.bucket)}", f"{here}.profiles[{i}]")
+            if profile.columns > profile.slots:
+                raise Mismatch(f"is {profile.columns}, of {profile.slots} slots", f"{here}.profiles[{i}].columns")
+        for i, weight in enumerate(engine.weights):
+            if weight.file not in manifest.weight_files:
+                raise Mismatch(f"is {shown(weight.file)}, which is no weight file", f"{here}.weights[{i}].file")
+            if weight.offset + weight.bytes > manifest.files[weight.file].bytes:
+                raise Mismatch(f"ends behind the end of {weight.file}", f"{here}.weights[{i}]")
+        _check_engine_tensors(manifest, engine, here)
+
+
+def _check_engine_tensors(manifest: Manifest, engine: EngineInfo, step: str) -> None:
+    """Keys and values of an engine have the sizes of the layers, for which memory is allocated."""
+    first, kind = engine.profiles[0], _dtype(manifest)
+    cache = dict(_cache(manifest.layers, "past_key_values", "P")) | dict(_cache(manifest.layers, "present", "P"))
+    for part in ("inputs", "outputs"):
+        tensors: list[TensorInfo] = getattr(engine, part)
+        here = _fixed({x.name: (kind, cache[x.name]) for x in tensors if x.name in cache}, {"B": 1, "P": first.slots})
+        _check_tensors(tensors, here, f"{step}.{part}", outputs=part == "outputs")
+
+
+def _require(found: object, expected: object, of: str, step: str) -> None:
+    if found != expected:
+        raise Mismatch(f"is {shown(found)}, {of} has {shown(expected)}", step)
+
+
+def _require_distinct(values: Sequence[Hashable], step: str) -> None:
+    if len(set(values)) < len(values):
+        twice = next(value for value, count in Counter(values).items() if count > 1)
+        raise Mismatch(f"have {shown(twice)} twice", step)
+
+
+__all__ = ["check_agreement"]
