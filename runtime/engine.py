@@ -103,6 +103,15 @@ class Engine:
             self.require_open()
             return Sequence(self.store.allocate(0))
 
+    def cut_text(self, text: Sequence, length: int) -> None:
+        """Forgets the tokens of a text from ``length`` on; a turn of it that has not ended is aborted."""
+        with self.lock:
+            if text.turn is not None:
+                self.abort(text.turn)
+            self.store.truncate(text.require_kv(), length)
+            text.truncate(length)
+            text.shown = []
+
     def close_text(self, text: Sequence) -> None:
         """Frees what a text holds; a turn of it that has not ended is aborted. Twice is once."""
         with self.lock:

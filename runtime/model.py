@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,17 @@ from mesart.runtime.usage import Usage, WarmReport
 Logits: TypeAlias = NDArray[np.float32]
 Progress: TypeAlias = Callable[[int, int], None]
 """Called while a prompt is read, with the tokens that are there and those that there are to be."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How prompts are read."""
+
+    stored: StoredChunks | None
+    """Where chunks are that were computed before."""
+    reuses: bool = True
+    """Whether a live text that differs in its tail only goes on with another."""
+    progress: Progress | None = None
 
 
 class MesaModel:
@@ -183,7 +194,7 @@ class MesaModel:
         """
         prompts = self._prompts(input_ids)
         with self._alone():
-            turns = self._new_turns(prompts, self._stored, all_logits=all_logits)
+            turns = self._new_turns(prompts, ReadOptions(self._stored), all_logits=all_logits)
             return self._computed(self._begin(turns), undo_to_nothing=True)
 
     def extend(self, input_ids: ArrayLike | Tokens[Tokens[int]], *, all_logits: bool = False) -> Logits:
@@ -193,7 +204,8 @@ class MesaModel:
         """
         prompts = self._prompts(input_ids)
         with self._alone():
-            return self._computed(self._begin(self._later_turns(prompts, self._stored, all_logits=all_logits)))
+            turns = self._later_turns(prompts, ReadOptions(self._stored), all_logits=all_logits)
+            return self._computed(self._begin(turns))
 
     def step(self, token: int | ArrayLike) -> Logits:
         """Appends one token to each live text; logits of the next, float32 ``[B, 1, V]``."""
@@ -203,30 +215,43 @@ class MesaModel:
         with self._alone():
             if not any(self.lengths):
                 raise InputError("step needs a prompt in the cache; call prefill first")
-            return self._computed(self._begin(self._later_turns(tokens, self._stored)))
+            return self._computed(self._begin(self._later_turns(tokens, ReadOptions(self._stored))))
 
-    def _new_turns(
-        self, prompts: list[PromptIds], stored: StoredChunks | None, *, all_logits: bool = False
-    ) -> list[Turn]:
+    def _new_turns(self, prompts: list[PromptIds], how: ReadOptions, *, all_logits: bool = False) -> list[Turn]:
         """Turns of new texts, which take the place of the live ones; those are forgotten."""
         plans = [plan_of_turn(self.manifest, None, len(prompt.ids), prompt.edges) for prompt in prompts]
         wanted = self._wanted(plans, prompts, all_logits)
+        kept = self._kept_texts(plans, prompts) if how.reuses else [None] * len(prompts)
         for text in self._live:
-            self.engine.close_text(text)
-        self._live = []
-        self._live = [self.engine.open_text() for _ in prompts]
-        return self._turns(prompts, wanted, stored)
+            if not any(text is other for other in kept):
+                self.engine.close_text(text)
+        self._live = [text for text in kept if text is not None]
+        self._live = [self.engine.open_text() if text is None else text for text in kept]
+        rest = [
+            PromptIds(prompt.ids[len(text) :], prompt.edges) for text, prompt in zip(self._live, prompts, strict=True)
+        ]
+        return self._turns(rest, wanted, how.stored)
 
-    def _later_turns(
-        self, prompts: list[PromptIds], stored: StoredChunks | None, *, all_logits: bool = False
-    ) -> list[Turn]:
+    def _kept_texts(self, plans: list[Plan], prompts: list[PromptIds]) -> list[Sequence | None]:
+        """For each prompt, a live text that differs from it in its tail at most, and has lost that."""
+        left, kept = list(self._live), []
+        for plan, prompt in zip(plans, prompts, strict=True):
+            same = next((text for text in left if text.begins(plan, prompt.ids)), None)
+            if same is not None:
+                self._stop_generating(same)
+                left = [text for text in left if text is not same]
+                self.engine.cut_text(same, plan.tail.start)
+            kept.append(same)
+        return kept
+
+    def _later_turns(self, prompts: list[PromptIds], how: ReadOptions, *, all_logits: bool = False) -> list[Turn]:
         """Turns of the live texts; whatever is wrong with one of them is said before anything is changed."""
         self._require_texts(len(prompts))
         for text in self._live:
             text.require_kv()
         pairs = zip(self._live, prompts, strict=True)
         plans = [plan_of_turn(self.manifest, text, len(prompt.ids)) for text, prompt in pairs]
-        return self._turns(prompts, self._wanted(plans, prompts, all_logits), stored)
+        return self._turns(prompts, self._wanted(plans, prompts, all_logits), how.stored)
 
     def _turns(self, prompts: list[PromptIds], wanted: int, stored: StoredChunks | None) -> list[Turn]:
         return [
@@ -350,8 +375,13 @@ class MesaModel:
         sampling: SamplingConfig | None = None,
         *,
         append: bool = False,
+        documents: Tokens[Prompt] = (),
+        lead: str = "",
+        reuse: Reuse = "auto",
+        cache_salt: str = "",
+        progress: Progress | None = None,
     ) -> Iterator[list[int | None]]:
-        """Generates tokens for a batch of prompts, all rows in step.
+        """Generates tokens for a batch of prompts, all rows in step; see :meth:`stream` for what is not said here.
 
         Args:
             prompts: token ids of each row.
@@ -362,8 +392,9 @@ class MesaModel:
         Yields:
             The next token of each row, ``None`` once a row has ended. The end-of-text token itself is yielded.
         """
-        rows = self._prompts(prompts)
-        yield from self._generate(rows, max_new_tokens, sampling, append, [False] * len(rows), self._stored)
+        how = self._options(reuse, cache_salt, progress)
+        rows = [self._prompt(row.ids, documents, lead, reuse, append=append) for row in self._prompts(prompts)]
+        yield from self._generate(rows, max_new_tokens, sampling, append, [False] * len(rows), how)
 
     def _generate(
         self,
@@ -372,8 +403,7 @@ class MesaModel:
         sampling: SamplingConfig | None,
         append: bool,
         ended: list[bool],
-        stored: StoredChunks | None,
-        progress: Progress | None = None,
+        how: ReadOptions,
     ) -> Iterator[list[int | None]]:
         """See :meth:`generate_ids`. ``ended``: of each row; the caller may end more of them between two tokens."""
         count = checked_count(max_new_tokens)
@@ -385,13 +415,15 @@ class MesaModel:
             for index in range(count):
                 with self._alone():
                     if index == 0:
-                        turns = self._begin_generating(prompts, count, choice, seeds, stored, append=append)
+                        turns = self._begin_generating(prompts, count, choice, seeds, how, append=append)
                     elif self._changes != changes:
                         raise InputError(
                             "another call has changed the cache since this generation's last token; finish one "
                             "generation before the next, give both prompts to one, or load the model twice"
                         )
-                    chosen = self._next_tokens(turns, ended, None if index else progress, new=index == 0 and not append)
+                    chosen = self._next_tokens(
+                        turns, ended, None if index else how.progress, new=index == 0 and not append
+                    )
                     if index == 0:
                         self._note_usage(turns)
                     changes = self._changes
@@ -408,11 +440,11 @@ class MesaModel:
         count: int,
         choice: SamplingConfig,
         seeds: list[int | None],
-        stored: StoredChunks | None,
+        how: ReadOptions,
         *,
         append: bool,
     ) -> list[Turn]:
-        turns = self._later_turns(prompts, stored) if append else self._new_turns(prompts, stored)
+        turns = self._later_turns(prompts, how) if append else self._new_turns(prompts, how)
         for turn, seed in zip(turns, seeds, strict=True):
             turn.sampler = Sampler(replace(choice, seed=seed))
             turn.max_new_tokens, turn.ends, turn.goes_on = count, frozenset(self.eos_token_ids), True
@@ -488,8 +520,8 @@ class MesaModel:
         """
         choice = self._sampling(sampling, options)
         row = self._prompt(prompt, documents, lead, reuse, append=append)
-        stored = self._stored_for(reuse, cache_salt)
-        yield from self._streamed(row, max_new_tokens, stop, choice, stored, progress, append=append)
+        how = self._options(reuse, cache_salt, progress)
+        yield from self._streamed(row, max_new_tokens, stop, choice, how, append=append)
 
     def _streamed(
         self,
@@ -497,13 +529,12 @@ class MesaModel:
         max_new_tokens: int,
         stop: str | Tokens[str],
         choice: SamplingConfig,
-        stored: StoredChunks | None,
-        progress: Progress | None,
+        how: ReadOptions,
         *,
         append: bool,
     ) -> Iterator[str]:
         text = TextStream(self.tokenizer, stop, context=prompt.ids)
-        for (token,) in self._generate([prompt], max_new_tokens, choice, append, [False], stored, progress):
+        for (token,) in self._generate([prompt], max_new_tokens, choice, append, [False], how):
             if token is None or token in self.eos_token_ids:
                 break
             piece = text.push(token)
@@ -531,16 +562,16 @@ class MesaModel:
         **options: Any,
     ) -> str | list[str]:
         """Generates text for one prompt, or for each of a list of texts in one batch; options as of :meth:`stream`."""
-        choice, stored = self._sampling(sampling, options), self._stored_for(reuse, cache_salt)
+        choice, how = self._sampling(sampling, options), self._options(reuse, cache_salt, progress)
         prompts = list(prompt) if is_batch(prompt) else [prompt]
         rows = [self._prompt(text, documents, lead, reuse, append=append) for text in prompts]  # type: ignore[arg-type]
         if not is_batch(prompt):
-            pieces = self._streamed(rows[0], max_new_tokens, stop, choice, stored, progress, append=append)
+            pieces = self._streamed(rows[0], max_new_tokens, stop, choice, how, append=append)
             return "".join(pieces)
         texts = [TextStream(self.tokenizer, stop, context=row.ids) for row in rows]
         written: list[list[str]] = [[] for _ in rows]
         ended = [False] * len(rows)
-        for tokens in self._generate(rows, max_new_tokens, choice, append, ended, stored, progress):
+        for tokens in self._generate(rows, max_new_tokens, choice, append, ended, how):
             for row, token in enumerate(tokens):
                 if token is not None and token not in self.eos_token_ids:
                     written[row].append(texts[row].push(token))
@@ -565,15 +596,14 @@ class MesaModel:
 
         Documents stand where the template has a place for them, else before the first message of the user.
         """
-        check_reuse(reuse)
-        choice, stored = self._sampling(sampling, options), self._stored_for(reuse, cache_salt)
+        choice, how = self._sampling(sampling, options), self._options(reuse, cache_salt, progress)
         if len(documents):
             self._require_first(append=append)
             row = self._document_texts.chat(messages, documents).joined(self.manifest, reuse)
         else:
             text = self.tokenizer.apply_chat_template([dict(message) for message in messages])
             (row,) = self._prompts([self.tokenizer.encode(text, add_special_tokens=False)])
-        return self._streamed(row, max_new_tokens, stop, choice, stored, progress, append=append)
+        return self._streamed(row, max_new_tokens, stop, choice, how, append=append)
 
     def warm(
         self,
@@ -597,7 +627,7 @@ class MesaModel:
         Raises:
             MesaError: the model has no store, or a document is longer than the largest bucket.
         """
-        stored = self._stored_for("always", cache_salt)
+        stored = self._options("always", cache_salt, progress).stored
         if stored is None:
             raise InputError("there is no store to warm: load the model with store=ChunkStore(...)")
         if messages is None:
@@ -613,12 +643,14 @@ class MesaModel:
     def _document_texts(self) -> DocumentTexts:
         return DocumentTexts(self.tokenizer if "tokenizer.json" in self._texts else None, self._vocabulary)
 
-    def _stored_for(self, reuse: Reuse, salt: str) -> StoredChunks | None:
+    def _options(self, reuse: Reuse, salt: str, progress: Progress | None) -> ReadOptions:
         check_reuse(reuse)
-        return None if self._stored is None or reuse == "off" else replace(self._stored, salt=salt)
+        if not isinstance(salt, str):
+            raise InputError(f"cache_salt is {type(salt).__name__}; it is a text")
+        stored = None if self._stored is None or reuse == "off" else replace(self._stored, salt=salt)
+        return ReadOptions(stored, reuse != "off", progress)
 
     def _prompt(self, prompt: Prompt, documents: Tokens[Prompt], lead: str, reuse: Reuse, *, append: bool) -> PromptIds:
-        check_reuse(reuse)
         if len(documents) or lead:
             self._require_first(append=append)
             return self._document_texts.plain(lead, documents, prompt).joined(self.manifest, reuse)

@@ -57,7 +57,7 @@ class Reading:
         self._found: Counter[Tier] = Counter()
         self._logits: list[Logits] = []
         self._old = text.require_kv()
-        self._before = len(text), text.stairs
+        self._before = len(text), text.stairs, text.chunks
         self._chunks: list[tuple[Chunk, Kv]] = []  # those that are being computed
         self._head: Kv | None = None  # what they begin with, where that is a copy
         self._head_is_stored = False
@@ -135,8 +135,15 @@ class Reading:
             self._release()
         if self.is_done:
             self._text.append(self._ids[len(self._text) : self._kv.length])
+            self._text.chunks = self._chunks_kept()
             self._text.stairs = self.plan.stairs
             self._text.kv = self._kv
+
+    def _chunks_kept(self) -> tuple[Span, ...]:
+        """The chunks of the text's first prompt, if their keys have not been rotated again since."""
+        if self.plan.start == 0:
+            return self.plan.chunks
+        return self._text.chunks if self.plan.stairs == self._text.stairs and not self.plan.chunks else ()
 
     def commit(self) -> None:
         """It cannot be undone any more, and what was kept for that is freed."""
@@ -151,10 +158,10 @@ class Reading:
         self._chunks.clear()
         self._release()
         self._steps.clear()
-        length, stairs = self._before
+        length, stairs, chunks = self._before
         self._text.truncate(length)
         self._text.shown = self._shown
-        self._text.stairs, self._text.kv = stairs, self._old
+        self._text.stairs, self._text.chunks, self._text.kv = stairs, chunks, self._old
         if self._old is not self._kv:
             self._store.free(self._kv)
             return
@@ -176,6 +183,10 @@ class Reading:
                 return
         self._end_step()
 
+    def _final(self, span: Span) -> NDArray[np.int64]:
+        """Where tokens stand when the tail runs."""
+        return self.plan.stairs.positions(span.start, span.stop)
+
     def _key(self, chunk: Span) -> str:
         assert self._stored is not None
         return self._stored.chunk_key(self._ids[chunk.start : chunk.stop])
@@ -188,9 +199,15 @@ class Reading:
         found = self._stored.find(self._stored.head_key() if is_head else self._key(step.span), len(step.span))
         if found is None:
             return False
+        following = self._steps[1] if len(self._steps) > 1 else None
+        if isinstance(following, Chunk):
+            self._stored.expect(self._key(following.span), len(following.span))
         block, tier = found
         first = 0 if is_head else self._config.head_length
-        self._store.append_block(self._kv, block, ORDINARY.positions(first, first + block.tokens))
+        local = ORDINARY.positions(first, first + block.tokens)
+        # A head stays there until no chunk behind it is to be computed any more.
+        final = local if is_head else self._final(step.span)
+        self._store.append_block(self._kv, block, local, final)
         self._found[tier] += block.tokens
         self._end_step()
         return True
@@ -235,13 +252,10 @@ class Reading:
             return
         while self._chunks:
             chunk, kv = self._chunks[0]
-            positions = kv.positions[size:].copy()
-            self._store.end_chunk(kv, size, self._kv, chunk.span)
-            self._chunks.pop(0)
-            self._kv.append(positions)
             if self._stored is not None and (self._head is None or self._head_is_stored):
-                block = self._store.read_block(self._kv, chunk.span.start, chunk.span.stop)
-                self._stored.put(self._key(chunk.span), block)
+                self._stored.put(self._key(chunk.span), self._store.read_block(kv, size, kv.length))
+            self._store.end_chunk(kv, size, self._kv, self._final(chunk.span))
+            self._chunks.pop(0)
             self._end_step()
 
     def _local_head(self) -> Kv:
@@ -257,7 +271,7 @@ class Reading:
                 if found is None:  # its keys are rounded twice: the chunks are this text's alone
                     self._store.rotate(head, 0, local)
                 else:
-                    self._store.append_block(head, found[0], local)
+                    self._store.append_block(head, found[0], local, local)
             except BaseException:
                 self._store.free(head)
                 raise

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.errors import EngineError, InputError
+from mesart.graphs.method.plan import Plan, Span
 from mesart.graphs.method.stairs import ORDINARY, Stairs
 from mesart.runtime.kv.store import Kv, with_room
 
@@ -24,6 +25,7 @@ class Sequence:
         stairs: where its tokens stand.
         turn: what is being appended to it, if anything is.
         shown: tokens that were given out and not computed yet: the next turn begins with them.
+        chunks: the chunks of its first prompt, while their keys still are where that put them; none otherwise.
     """
 
     def __init__(self, kv: Kv) -> None:
@@ -31,6 +33,7 @@ class Sequence:
         self.stairs: Stairs = ORDINARY
         self.turn: Turn | None = None
         self.shown: list[int] = []
+        self.chunks: tuple[Span, ...] = ()
         self._ids = np.zeros(0, np.int64)
         self._length = 0
 
@@ -50,6 +53,14 @@ class Sequence:
 
     def truncate(self, length: int) -> None:
         self._length = length
+
+    def begins(self, plan: Plan, ids: Tokens[int] | NDArray[np.int64]) -> bool:
+        """Whether a first prompt of these tokens differs from the text in its tail at most."""
+        count = plan.tail.start
+        if not plan.chunks or self.kv is None or self.kv.torn or len(self) < count:
+            return False
+        same_cut = self.chunks == plan.chunks and self.stairs == plan.stairs
+        return same_cut and np.array_equal(self.ids[:count], ids[:count])
 
     def require_kv(self) -> Kv:
         """Its keys and values, if it can go on.

@@ -47,7 +47,8 @@ class ChunkStore:
         self.folder = None if path is None else ChunkFolder(path, limit)
         self._lock = Lock()
         self._writing = RLock()
-        self._writer: ThreadPoolExecutor | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: dict[str, Future[KvBlock | None]] = {}
         self._written: Future[None] | None = None
         self._process = os.getpid()
 
@@ -72,12 +73,31 @@ class ChunkStore:
             return (block, "memory") if block.tokens == tokens and block.layout == layout else None
         if self.folder is None:
             return None
-        block = self.folder.read(key, layout, tokens)
-        if block is None:
+        with self._lock:
+            coming = self._coming.pop(key, None) if self._process == os.getpid() else None
+        block = self.folder.read(key, layout, tokens) if coming is None else coming.result()
+        if block is None or block.tokens != tokens or block.layout != layout:
             return None
         with self._lock:
             self._cache.put(key, block)
         return block, "disk"
+
+    def expect(self, key: str, layout: BlockLayout, tokens: int) -> None:
+        """Begins to read an entry that is on the disk only: :meth:`find` will be asked for it next."""
+        with self._lock:
+            if self.folder is None or key in self._cache or key in self._coming:
+                return
+        if key in self.folder:
+            with self._writing:
+                coming = self._threads().submit(self.folder.read, key, layout, tokens)
+            with self._lock:
+                self._coming = {key: coming}  # one at a time: each takes memory beyond the budget
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """A thread to read and one to write."""
+        if self._pool is None or self._process != os.getpid():
+            self._pool, self._process = ThreadPoolExecutor(2, "chunk-store"), os.getpid()
+        return self._pool
 
     def has(self, key: str) -> bool:
         """Whether there is an entry of that key; it may be gone, or turn out to be damaged, when it is asked for."""
@@ -96,9 +116,7 @@ class ChunkStore:
         if self.folder is not None:
             with self._writing:
                 self.flush()
-                if self._writer is None or self._process != os.getpid():
-                    self._writer, self._process = ThreadPoolExecutor(1, "chunk-store"), os.getpid()
-                self._written = self._writer.submit(self._write, self.folder, key, block)
+                self._written = self._threads().submit(self._write, self.folder, key, block)
 
     @staticmethod
     def _write(folder: ChunkFolder, key: str, block: KvBlock) -> None:
@@ -139,9 +157,9 @@ class ChunkStore:
     def close(self) -> None:
         """Waits for the disk and frees the memory. The store may be used again."""
         self.flush()
-        if self._writer is not None and self._process == os.getpid():
-            self._writer.shutdown()
-        self._writer = None
+        if self._pool is not None and self._process == os.getpid():
+            self._pool.shutdown()
+        self._pool, self._coming = None, {}
         self.clear_memory()
 
 

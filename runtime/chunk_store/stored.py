@@ -60,6 +60,9 @@ class ChunksBehind:
     def find(self, key: str, tokens: int) -> tuple[KvBlock, Tier] | None:
         return self._stored.store.find(key, self._stored.layout, tokens)
 
+    def expect(self, key: str, tokens: int) -> None:
+        self._stored.store.expect(key, self._stored.layout, tokens)
+
     def put(self, key: str, block: KvBlock) -> None:
         self._stored.store.put(key, block)
 

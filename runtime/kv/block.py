@@ -61,5 +61,13 @@ class KvBlock:
             at += size
         return views
 
+    @property
+    def keys(self) -> list[NDArray[Any]]:
+        return self.tensors[: len(self.tensors) // 2]
+
+    @property
+    def values(self) -> list[NDArray[Any]]:
+        return self.tensors[len(self.tensors) // 2 :]
+
 
 __all__ = ["BlockLayout", "KvBlock"]

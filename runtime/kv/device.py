@@ -182,11 +182,26 @@ class DeviceStore:
         chunk.append(head.positions[:size])
         return chunk
 
-    def end_chunk(self, chunk: Kv, size: int, text: Kv, span: Span) -> None:
+    def end_chunk(self, chunk: Kv, size: int, text: Kv, new: Positions) -> None:
         assert isinstance(chunk, DeviceKv)
         assert isinstance(text, DeviceKv)
-        text.held.copy(self._cuda, span.start, chunk.held, size, len(span))
+        self.bring(chunk, size, text, len(new))
+        self._append_rotated(text, chunk.positions[size:], new)
         self.free(chunk)
+
+    def bring(self, chunk: DeviceKv, size: int, text: DeviceKv, count: int) -> None:
+        """Copies what was computed behind the first ``size`` tokens of a chunk to the slots behind a text."""
+        text.held.copy(self._cuda, text.length, chunk.held, size, count)
+
+    def _append_rotated(self, kv: DeviceKv, old: Positions, new: Positions) -> None:
+        """A text goes on by tokens whose keys and values are there, and are to be rotated."""
+        start = kv.length
+        kv.append(old)
+        try:
+            self.rotate(kv, start, new)
+        except BaseException:
+            self.truncate(kv, start)
+            raise
 
     def copy(self, kv: Kv, length: int) -> DeviceKv:
         assert isinstance(kv, DeviceKv)
@@ -261,14 +276,14 @@ class DeviceStore:
             block.buffer[:] = host.bytes[: block.bytes]
         return block
 
-    def append_block(self, kv: Kv, block: KvBlock, positions: Positions) -> None:
+    def append_block(self, kv: Kv, block: KvBlock, old: Positions, new: Positions) -> None:
         assert isinstance(kv, DeviceKv)
         with self._staged(block) as (host, places):
             host.bytes[: block.bytes] = block.buffer
             for tensor, at in zip(kv.held.tensors, places, strict=True):
                 width = block.tokens * tensor.slot_bytes
                 self._cuda.upload_rows(tensor.at(kv.length), tensor.pitch, host, at, width, tensor.heads)
-        kv.append(positions)
+        self._append_rotated(kv, old, new)
 
     @contextmanager
     def _staged(self, block: KvBlock) -> Iterator[tuple[Pinned, list[int]]]:

@@ -14,7 +14,7 @@ from mesart.graphs.bundle.names import BLOCK
 from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.method.plan import Span
 from mesart.runtime.kv.block import BlockLayout, KvBlock
-from mesart.runtime.kv.store import Array, Kv, Positions, Rotate, moved_span, no_room
+from mesart.runtime.kv.store import Array, Kv, Positions, Rotate, moved_span, no_room, rotated_keys
 
 _ROTATED = 128
 """Blocks that are rotated at a time: bounds the memory that it takes."""
@@ -31,7 +31,8 @@ class PagedKv(Kv):
 class PagedStore:
     """A pool of blocks ``[N, K, 32, D]`` a layer, for keys and for values; a :class:`~mesart.runtime.kv.store.KvStore`.
 
-    Address space for the whole pool is reserved at once, memory comes as blocks are written and goes as they are freed.
+    Address space for the whole pool is reserved at once, memory comes as blocks are written. That of blocks that no
+    text has is kept for the next, since new memory takes longer than to write it, and goes with :meth:`trim`.
     A block may belong to several texts, to read: whoever is to change it copies it first.
     """
 
@@ -46,6 +47,7 @@ class PagedStore:
         self._unused: list[int] = []  # a heap of blocks that were in use once
         self._fresh = 0  # the first block that never was
         self._owners = np.zeros(64, np.int32)  # of each block that ever was in use
+        self._is_written = np.zeros(64, np.bool_)  # whether it may hold numbers of another text
 
     @property
     def free_bytes(self) -> int:
@@ -118,12 +120,8 @@ class PagedStore:
         chunk.append(head.positions[:size])
         return chunk
 
-    def end_chunk(self, chunk: Kv, size: int, text: Kv, span: Span) -> None:
-        assert isinstance(chunk, PagedKv)
-        assert isinstance(text, PagedKv)
-        if not (size % BLOCK == 0 and span.start % BLOCK == 0):
-            for pool in (*self.keys, *self.values):
-                _write(pool.array, text.blocks, span.start, _read(pool.array, chunk.blocks, size, size + len(span)))
+    def end_chunk(self, chunk: Kv, size: int, text: Kv, new: Positions) -> None:
+        self.append_block(text, self.read_block(chunk, size, chunk.length), chunk.positions[size:], new)
         self.free(chunk)
 
     def copy(self, kv: Kv, length: int) -> PagedKv:
@@ -200,14 +198,17 @@ class PagedStore:
             tensor[:] = _read(pool.array, kv.blocks, start, stop)
         return block
 
-    def append_block(self, kv: Kv, block: KvBlock, positions: Positions) -> None:
+    def append_block(self, kv: Kv, block: KvBlock, old: Positions, new: Positions) -> None:
         assert isinstance(kv, PagedKv)
-        for tensor, pool in zip(block.tensors, (*self.keys, *self.values), strict=True):
-            _write(pool.array, kv.blocks, kv.length, tensor)
-        kv.append(positions)
+        for layer, keys in enumerate(rotated_keys(block, self.rotation, old, new)):
+            _write(self.keys[layer].array, kv.blocks, kv.length, keys)
+            _write(self.values[layer].array, kv.blocks, kv.length, block.values[layer])
+        kv.append(new)
 
     def trim(self) -> None:
-        """Nothing: blocks without texts are given back at once."""
+        unused = np.array(self._unused, np.int32)
+        self._clear(unused[self._is_written[unused]])
+        self._is_written[unused] = False
 
     def close(self) -> None:
         self.keys, self.values = [], []
@@ -221,16 +222,19 @@ class PagedStore:
         self._fresh += more
         if self._fresh > len(self._owners):
             self._owners = np.concatenate([self._owners, np.zeros(self._fresh, np.int32)])
+            self._is_written = np.concatenate([self._is_written, np.zeros(self._fresh, np.bool_)])
         taken = np.array(blocks, np.int32)
         self._owners[taken] = 1
+        used = taken[self._is_written[taken]]
+        for pool in (*self.keys, *self.values):  # what a run that was interrupted has left may be no numbers
+            pool.array[used] = 0
+        self._is_written[taken] = True
         return taken
 
     def _give(self, blocks: NDArray[np.int32]) -> None:
         self._owners[blocks] -= 1
-        unused = np.sort(blocks[self._owners[blocks] == 0])
-        for block in unused.tolist():
+        for block in blocks[self._owners[blocks] == 0].tolist():
             heapq.heappush(self._unused, block)
-        self._clear(unused)
 
     def _clear(self, blocks: NDArray[np.int32]) -> None:
         """Gives the memory of blocks back; they read as zeros then."""

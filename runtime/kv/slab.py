@@ -10,7 +10,7 @@ from mesart.graphs.bundle.manifest import LayerInfo
 from mesart.graphs.errors import CapacityError
 from mesart.graphs.method.plan import Span
 from mesart.runtime.kv.block import BlockLayout, KvBlock
-from mesart.runtime.kv.store import Array, Budget, Kv, Positions, Rotate, moved_span
+from mesart.runtime.kv.store import Array, Budget, Kv, Positions, Rotate, moved_span, rotated_keys
 
 
 class Slab:
@@ -159,10 +159,8 @@ class SlabStore:
         chunk.append(head.positions[:size])
         return chunk
 
-    def end_chunk(self, chunk: Kv, size: int, text: Kv, span: Span) -> None:
-        assert isinstance(chunk, SlabKv)
-        assert isinstance(text, SlabKv)
-        self._copy(chunk, slice(size, size + len(span)), text, span.start)
+    def end_chunk(self, chunk: Kv, size: int, text: Kv, new: Positions) -> None:
+        self.append_block(text, self.read_block(chunk, size, chunk.length), chunk.positions[size:], new)
         self.free(chunk)
 
     def copy(self, kv: Kv, length: int) -> SlabKv:
@@ -237,10 +235,9 @@ class SlabStore:
             tensor[:] = array[kv.row, :, start:stop]
         return block
 
-    def append_block(self, kv: Kv, block: KvBlock, positions: Positions) -> None:
+    def append_block(self, kv: Kv, block: KvBlock, old: Positions, new: Positions) -> None:
         assert isinstance(kv, SlabKv)
-        layers = len(self._layers)
-        self.write(kv, block.tensors[:layers], block.tensors[layers:], positions)
+        self.write(kv, list(rotated_keys(block, self.rotation, old, new)), block.values, new)
 
     def trim(self) -> None:
         """Nothing: slabs without texts are given back at once."""

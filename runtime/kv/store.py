@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -126,8 +126,11 @@ class KvStore(Protocol):
         """
         ...
 
-    def end_chunk(self, chunk: Kv, size: int, text: Kv, span: Span) -> None:
-        """Brings a chunk's own keys and values to their slots in its text, and frees it; ``text.length`` stays."""
+    def end_chunk(self, chunk: Kv, size: int, text: Kv, new: Positions) -> None:
+        """Its text goes on by a chunk's own tokens, their keys rotated to these positions; the chunk is freed.
+
+        All of them, or none. The keys have the same bits as by :meth:`append_block` of the chunk's block.
+        """
         ...
 
     def copy(self, kv: Kv, length: int) -> Kv:
@@ -146,8 +149,11 @@ class KvStore(Protocol):
         """A copy of the keys and values of tokens ``start .. stop - 1``."""
         ...
 
-    def append_block(self, kv: Kv, block: KvBlock, positions: Positions) -> None:
-        """A text, which has room for them, goes on by the tokens of a block; their keys stand at these positions."""
+    def append_block(self, kv: Kv, block: KvBlock, old: Positions, new: Positions) -> None:
+        """A text, which has room for them, goes on by the tokens of a block: all of them, or none.
+
+        The block's keys stand at the positions ``old``, and are rotated to ``new`` on the way.
+        """
         ...
 
     def trim(self) -> None:
@@ -194,10 +200,28 @@ def _size(count: int) -> str:
     return f"{count / (1 << 20):,.1f} MiB"
 
 
+def rotated_keys(block: KvBlock, rotate: Rotate, old: Positions, new: Positions) -> Iterator[Array]:
+    """Keys of a block's layers, one after the other, ``[K, S, D]``, rotated to new positions."""
+    same = np.array_equal(old, new)
+    for layer, keys in enumerate(block.keys):
+        yield keys if same else rotate(layer, keys[None], old[None], new[None])[0]
+
+
 def moved_span(old: Positions, new: Positions) -> tuple[int, int]:
     """The first and one behind the last index where positions differ; ``(0, 0)`` if none does."""
     moved = np.flatnonzero(old != new)
     return (int(moved[0]), int(moved[-1]) + 1) if len(moved) else (0, 0)
 
 
-__all__ = ["Array", "Budget", "Kv", "KvStore", "Positions", "Rotate", "moved_span", "no_room", "with_room"]
+__all__ = [
+    "Array",
+    "Budget",
+    "Kv",
+    "KvStore",
+    "Positions",
+    "Rotate",
+    "moved_span",
+    "no_room",
+    "rotated_keys",
+    "with_room",
+]

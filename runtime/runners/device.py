@@ -107,7 +107,7 @@ class DeviceRunner:
             _require_slots(profile, 0, len(segment))
             scratch.announce(segment.positions)
             self._enqueue_run(segment, scratch, profile)
-            self._store.end_chunk(scratch, 0, text, span)
+            self._store.bring(scratch, 0, text, len(segment))
         finally:
             self._store.free(scratch)
 

@@ -199,10 +199,8 @@ class Store(RuleBasedStateMachine):
             begun.check(self.store)
         for index, (begun, span) in enumerate(chunks):
             if index < given_up:
-                self.store.end_chunk(begun.kv, size, text.kv, span)
-                assert text.kv.length == span.start
-                own = begun.positions[size:]
-                text.kv.append(own)
+                own = self.positions(len(span))
+                self.store.end_chunk(begun.kv, size, text.kv, own)
                 text.tokens = text.tokens + begun.tokens.part(size, len(begun))
                 text.positions = np.concatenate([text.positions, own])
             else:
