@@ -153,6 +153,11 @@ class MesaModel:
     ) -> None:
         self.close()
 
+    @property
+    def store(self) -> ChunkStore | None:
+        """The store that it was loaded with."""
+        return None if self._stored is None else self._stored.store
+
     def close(self) -> None:
         """Frees the engine and all texts, after a call that is still computing; the model cannot be used any more."""
         if os.getpid() == self._process:  # else the engine is the parent's

@@ -1,4 +1,4 @@
-"""One measurement of scripts/bench_peers.py, in a process of its own: `python peer_worker.py JOB.json`.
+"""One measurement of scripts/bench_peers.py or bench_documents.py, in a process: `python peer_worker.py JOB.json`.
 
 It runs in the environment of the system that it measures, so nothing of MesaRT, nor any other package, is imported
 before it is needed. Prints a line of JSON.
@@ -31,6 +31,9 @@ class Job:
     warm_up: list[int]
     """Another text, run first and not counted: systems that remember a prompt must not know the counted one."""
     settings: dict[str, Any]
+    questions: list[dict[str, Any]] = field(default_factory=list)
+    """Instead of the prompt: ids of ``documents`` and of a ``question`` behind them, one after the other. ``forgets``:
+    what is forgotten before, of a system that has it: its ``memory``, or all but the disk (``process``)."""
 
 
 @dataclass
@@ -70,6 +73,8 @@ class System:
     """What it computes in and keeps its cache in."""
     packages: tuple[str, ...]
     notes: dict[str, Any] = field(default_factory=dict)
+    ask: Callable[[list[list[int]], list[int], str], float] | None = None
+    """Documents, a question and what is forgotten before: seconds to the first token. Others get them as a prompt."""
 
 
 class Clock:
@@ -101,6 +106,47 @@ def mesart(job: Job) -> System:
 
     numbers = f"on {model.backend}, computes and caches in {model.manifest.dtype}"
     return System(answer, numbers, ("mesart", model.backend))
+
+
+def mesart_documents(job: Job) -> System:
+    """MesaRT with a store of chunks, in memory and in a folder that is gone behind the measurement."""
+    from tempfile import TemporaryDirectory  # noqa: PLC0415
+
+    from mesart.runtime import ChunkStore, MesaModel  # noqa: PLC0415
+
+    settings = dict(job.settings)
+    memory, folder = settings.pop("memory"), TemporaryDirectory(dir=settings.pop("folder", None))
+
+    def load() -> MesaModel:
+        store = ChunkStore(memory, folder.name, "100GiB")
+        return MesaModel.load(job.model, threads=job.threads, verify=False, store=store, **settings)
+
+    stores = [model := load()]
+
+    def ask(documents: list[list[int]], question: list[int], forgets: str) -> float:
+        model = stores[0]
+        assert model.store is not None
+        model.store.flush()
+        if forgets:
+            model.clear()
+            model.store.clear_memory()
+        if forgets == "process":
+            model.close()
+            stores[0] = model = load()
+        clock = Clock(question)
+        tokens = model.generate_ids([question], 2, documents=documents, reuse="always")
+        clock.arrive(*(token for token in next(tokens) if token is not None))
+        tokens.close()
+        return clock.answer.arrivals[0][1]
+
+    def answer(prompt: list[int], count: int) -> Answer:
+        clock = Clock(prompt)
+        for (token,) in stores[0].generate_ids([prompt], count):
+            clock.arrive(token or 0)
+        return clock.answer
+
+    numbers = f"on {model.backend}, computes and caches in {model.manifest.dtype}"
+    return System(answer, numbers, ("mesart", model.backend), ask=ask)
 
 
 def transformers(job: Job) -> System:
@@ -178,7 +224,8 @@ def llama_cpp(job: Job) -> System:
     parameters.model.path = job.model
     parameters.n_parallel = 1
     # Not the model's whole window: less memory.
-    parameters.n_ctx = max(len(job.prompt), len(job.warm_up)) + job.new_tokens + 8
+    asked = [sum(map(len, asked["documents"])) + len(asked["question"]) for asked in job.questions]
+    parameters.n_ctx = max(len(job.prompt), len(job.warm_up), *asked, 0) + job.new_tokens + 8
     parameters.cache_ram_mib = 0  # remembers no prompts
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = job.threads
     parameters.verbosity = 0
@@ -197,7 +244,7 @@ def llama_cpp(job: Job) -> System:
             "prompt": prompt,
             "n_predict": count,
             "ignore_eos": True,
-            "cache_prompt": False,
+            "cache_prompt": bool(job.questions),
             "temperature": 0.0,
             "top_k": 1,
             "stream": True,
@@ -221,6 +268,7 @@ def llama_cpp(job: Job) -> System:
 
 SYSTEMS: dict[str, Callable[[Job], System]] = {
     "mesart": mesart,
+    "mesart-documents": mesart_documents,
     "openvino-genai": openvino_genai,
     "llama.cpp": llama_cpp,
     "transformers": transformers,
@@ -234,6 +282,8 @@ def measure(job: Job) -> dict[str, Any]:
     load = time.perf_counter() - start
     if job.warm_up:
         system.answer(job.warm_up, 3)
+    if job.questions:
+        return _about(system, load) | {"first_tokens": [_ask(system, **asked) for asked in job.questions]}
     count = 1 + job.new_tokens
     answer = system.answer(job.prompt, count)
     if answer.arrivals[-1][0] != count or answer.prompt_tokens != len(job.prompt):
@@ -244,12 +294,20 @@ def measure(job: Job) -> dict[str, Any]:
     return {
         "first_token": answer.first_token,
         "per_token": answer.per_token,
-        "load": load,
-        "numbers": system.numbers,
-        "notes": system.notes,
-        "versions": {name: version(name) for name in system.packages},
         "answer": asdict(answer),
-    }
+    } | _about(system, load)
+
+
+def _about(system: System, load: float) -> dict[str, Any]:
+    versions = {name: version(name) for name in system.packages}
+    return {"load": load, "numbers": system.numbers, "notes": system.notes, "versions": versions}
+
+
+def _ask(system: System, documents: list[list[int]], question: list[int], forgets: str = "") -> float:
+    """Seconds to the first token."""
+    if system.ask is not None:
+        return system.ask(documents, question, forgets)
+    return system.answer([token for document in documents for token in document] + question, 2).first_token
 
 
 def main() -> None:
