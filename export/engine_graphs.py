@@ -21,6 +21,7 @@ from mesart.graphs.bundle.manifest import (
     WeightInfo,
     Weights,
 )
+from mesart.graphs.bundle.names import LOGITS
 from mesart.graphs.method.plan import Bucket
 
 TAIL_SLICE = 256
@@ -97,7 +98,7 @@ def engine_graph(bundle: Path, shapes: EngineShapes, weights: Weights) -> tuple[
     model = ir.load(bundle / shapes.graph)
     first = shapes.profiles[0]
     if first.role in ("head", "chunk"):  # nobody reads their logits
-        model.graph.outputs.remove(next(value for value in model.graph.outputs if value.name == "logits"))
+        model.graph.outputs.remove(next(value for value in model.graph.outputs if value.name == LOGITS))
     sizes = {"B": 1, "S": first.new, "P": first.slots, "M": 1}
     if shapes.all_fixed:
         sizes["A"] = first.columns

@@ -40,6 +40,7 @@ from mesart.graphs.bundle.manifest import (
     engine_info,
     sha256,
 )
+from mesart.graphs.bundle.names import ATTENDED
 from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.method.plan import Bucket
 
@@ -242,7 +243,7 @@ def _profiles(shapes: EngineShapes) -> list[dict[str, list[int]]]:
     """The one free axis, A, in each profile; nothing if it is fixed too."""
     if shapes.all_fixed:
         return []
-    return [{"columns": [profile.columns]} for profile in shapes.profiles]
+    return [{ATTENDED: [profile.columns]} for profile in shapes.profiles]
 
 
 def ticker(bar: Any, name: str) -> Progress:

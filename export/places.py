@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from mesart.export.trace import IR_VERSION, OPSET, merge_equal, tidy_names
+from mesart.graphs.bundle.names import key_name, rotated_name
 
 
 def place_of_layers(places: Mapping[int, ir.Model]) -> ir.Model:
@@ -31,7 +32,7 @@ def place_of_layers(places: Mapping[int, ir.Model]) -> ir.Model:
         for ends in (graph.inputs, graph.outputs, graph.initializers):
             ends.clear()
         graph.remove(parts)
-        key.name, output.name = f"key.{layer}", f"moved.{layer}"
+        key.name, output.name = key_name(layer), rotated_name(layer)
         keys.append(key)
         for node, index in list(key.uses()):
             start, end = (node.attributes.get_int(name, -1) for name in ("start", "end"))

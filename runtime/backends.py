@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.bundle.manifest import GraphInfo
+from mesart.graphs.bundle.names import past_of
 from mesart.graphs.errors import BundleError, CapacityError, EngineError, InputError, first_line, telling_line
 from mesart.runtime.engine_imports import import_onnxruntime, import_openvino, leave_alone_in_forks
 from mesart.runtime.engines import PACKAGES
@@ -131,22 +132,20 @@ class OnnxRuntimeInPlace:
         try:
             binding = self._session.io_binding()
             for name in self._inputs:
-                cache = values.get(name.removeprefix("past_key_values."))
+                cache = values.get(name)
                 if cache is not None:
                     binding.bind_ortvalue_input(name, cache)
                 else:
                     binding.bind_ortvalue_input(name, self._value(np.asarray(feeds[name], order="C")))
             for name in self._outputs:
-                cache = values.get(name.removeprefix("present."))
+                cache = values.get(past_of(name))
                 if cache is not None:
                     binding.bind_ortvalue_output(name, cache)
                 else:
                     binding.bind_output(name)
             self._session.run_with_iobinding(binding)
             outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-            return {
-                name: value.numpy() for name, value in outputs.items() if name.removeprefix("present.") not in values
-            }
+            return {name: value.numpy() for name, value in outputs.items() if past_of(name) not in values}
         except Exception as error:
             raise EngineError(f"onnxruntime failed in {self._name}: {first_line(error)}") from error
 

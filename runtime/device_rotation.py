@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.bundle.names import key_name, rotated_name
 from mesart.runtime.backends import STORAGE
 from mesart.runtime.engines import Engines
 from mesart.runtime.kv.store import Positions
@@ -48,7 +49,7 @@ class DeviceRotation:
         for layer, source, target in zip(self._sizes, before.tensors, after.tensors, strict=True):
             source.copy(self._cuda, 0, keys[layer], slot, len(old))
             source.clear(self._cuda, len(old))  # or the engine reads what was rotated before, which may be no numbers
-            addresses[f"key.{layer}"], addresses[f"moved.{layer}"] = source.address, target.address
+            addresses[key_name(layer)], addresses[rotated_name(layer)] = source.address, target.address
         memory = inputs.next()
         packing.fill_rotation(memory, old, new)
         inputs.upload(memory, packing.bytes)

@@ -24,6 +24,7 @@ from mesart.graphs.bundle.manifest import (
     TensorInfo,
     WeightInfo,
 )
+from mesart.graphs.bundle.names import ATTENDED, PRESENT, past_of
 from mesart.graphs.errors import BundleError, EngineError, InputError, MesaError, first_line
 from mesart.graphs.method.plan import Bucket
 from mesart.runtime.cuda import Cuda, aligned
@@ -224,8 +225,8 @@ class Engines:
             if engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
                 raise BundleError(f"{info.file} wants {name} in host memory; run `{self._command()}`")
         for tensor in info.outputs:
-            if tensor.name.startswith("present."):
-                cache = tensor.name.replace("present.", "past_key_values.")
+            if tensor.name.startswith(PRESENT):
+                cache = past_of(tensor.name)
                 if engine.get_aliased_input_tensor(tensor.name) != cache:
                     raise BundleError(f"{info.file} does not update {cache} in place; run `{self._command()}`")
 
@@ -290,7 +291,7 @@ class Engines:
 
     def _shape(self, tensor: TensorInfo, profile: ProfileInfo) -> tuple[int, ...]:
         """The shape of an input in a profile; only the number of columns differs between those of an engine."""
-        if tensor.name == "columns":
+        if tensor.name == ATTENDED:
             return (profile.columns,)
         return tuple(int(extent) for extent in tensor.shape)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from mesart.graphs.bundle.files import BundleFiles
 from mesart.graphs.bundle.manifest import GraphInfo, Manifest, Role
+from mesart.graphs.bundle.names import FROM_IDS, INPUT_IDS, KEY, ROTATED, TO_IDS
 from mesart.graphs.errors import InputError
 from mesart.runtime.backends import Array, Backend, Graph
 from mesart.runtime.external_data import check_locations
@@ -156,7 +157,7 @@ class SpecialisedGraphs:
     def padded(self, role: Role, new: int) -> int:
         del new
         info = self._manifest.graph(role, self._manifest.buckets[0].chunks if role in ("tail", "step") else None)
-        return int(info.size("input_ids", 1))
+        return int(info.size(INPUT_IDS, 1))
 
     def close(self) -> None:
         self._open.clear()
@@ -204,11 +205,11 @@ class Rotation:
         if place is None:
             return keys
         feeds = {
-            "key": np.ascontiguousarray(keys),
-            "from_ids": np.ascontiguousarray(old),
-            "to_ids": np.ascontiguousarray(new),
+            KEY: np.ascontiguousarray(keys),
+            FROM_IDS: np.ascontiguousarray(old),
+            TO_IDS: np.ascontiguousarray(new),
         }
-        return of_shape(self._graphs[place](feeds).get("moved"), keys.shape, "moved", "place")
+        return of_shape(self._graphs[place](feeds).get(ROTATED), keys.shape, ROTATED, "place")
 
 
 __all__ = ["GraphFiles", "RoleGraphs", "Rotation", "SpecialisedGraphs", "SymbolicGraphs"]

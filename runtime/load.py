@@ -9,6 +9,7 @@ from typing import get_args
 
 from mesart.graphs.bundle.files import BundleFiles
 from mesart.graphs.bundle.manifest import Flavour, Manifest
+from mesart.graphs.bundle.names import past_name
 from mesart.graphs.errors import BundleError, EngineError, InputError
 from mesart.graphs.memory_size import parse_memory
 from mesart.runtime.backends import (
@@ -147,8 +148,8 @@ def _open_runner(files: GraphFiles, memory: int, *, specialised: bool) -> tuple[
         else:
             paged = PagedStore(layers, storage, rotate, memory)
             for index in range(len(layers)):
-                opened.bind(f"past_key_values.{index}.key", paged.keys[index].array)
-                opened.bind(f"past_key_values.{index}.value", paged.values[index].array)
+                opened.bind(past_name(index, "key"), paged.keys[index].array)
+                opened.bind(past_name(index, "value"), paged.values[index].array)
             return paged, PagedRunner(manifest, paged, opened, files.require_weights), ""
     if (
         isinstance(engine, OnnxRuntimeBackend)

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from mesart.graphs.bundle.names import BLOCK, PAGED_INPUTS
+from mesart.graphs.bundle.names import (
+    BLOCK,
+    FROM_IDS,
+    INPUT_IDS,
+    KEY,
+    LOGITS,
+    NEW_MASK,
+    PAGED_INPUTS,
+    PAST,
+    PAST_MASK,
+    POSITION_IDS,
+    PRESENT,
+    QUERY_SCALE,
+    ROTATED,
+    SEQLENS_K,
+    TO_IDS,
+    TOTAL_SEQUENCE_LENGTH,
+    Kind,
+    key_name,
+    past_name,
+    present_name,
+    rotated_name,
+)
 from mesart.graphs.bundle.records import Mismatch, shown
 from mesart.graphs.errors import MesaError
 from mesart.graphs.method.config import AUTO
@@ -101,17 +123,17 @@ def _check_places(manifest: Manifest) -> None:
         for graph in manifest.graphs
         if graph.role == "engine_place"
         for tensor in graph.inputs
-        if tensor.name.startswith("key.")
+        if tensor.name.startswith(f"{KEY}.")
     }
     for index, layer in enumerate(manifest.layers):
         step = f".layers[{index}].place"
-        if (layer.place is not None) != (f"key.{index}" in moving):
+        if (layer.place is not None) != (key_name(index) in moving):
             raise Mismatch(f"is {shown(layer.place)}, and the graph of the role engine_place says otherwise", step)
         if layer.place is None:
             continue
         if layer.place not in places:
             raise Mismatch(f"is {shown(layer.place)}, which is no graph of the role place", step)
-        shape = next((tensor.shape for tensor in places[layer.place].inputs if tensor.name == "key"), None)
+        shape = next((tensor.shape for tensor in places[layer.place].inputs if tensor.name == KEY), None)
         if shape is None or shape[1::2] != [layer.kv_heads, layer.key_size]:
             raise Mismatch(f"is {shown(layer.place)}, which moves keys of other sizes", step)
 
@@ -136,7 +158,7 @@ def _sizes(manifest: Manifest, graph: GraphInfo) -> dict[str, int]:
 def _tail_slice(manifest: Manifest) -> int:
     """New tokens of every tail graph: those of the first, which the positions bound."""
     first = manifest.graph("tail", manifest.buckets[0].chunks)
-    found = next((tensor.shape[-1] for tensor in first.inputs if tensor.name == "input_ids" and tensor.shape), None)
+    found = next((tensor.shape[-1] for tensor in first.inputs if tensor.name == INPUT_IDS and tensor.shape), None)
     most = manifest.config.train_length if manifest.config.reach is None else manifest.config.reach.window
     if not isinstance(found, int) or not 1 <= found <= most:
         raise Mismatch(
@@ -149,22 +171,22 @@ def _inputs(manifest: Manifest, graph: GraphInfo) -> dict[str, tuple[str, Shape]
     """Dtype and shape of the inputs of a graph; it must have them, but a head may leave out the empty past."""
     kind = _dtype(manifest)
     if graph.role in ("place", "engine_place"):
-        ids: dict[str, tuple[str, Shape]] = {name: ("int64", ["B", "S"]) for name in ("from_ids", "to_ids")}
-        return ids | _placed(manifest, graph, "key")
+        ids: dict[str, tuple[str, Shape]] = {name: ("int64", ["B", "S"]) for name in (FROM_IDS, TO_IDS)}
+        return ids | _rotated(manifest, graph, KEY, key_name)
     sizes = _sizes(manifest, graph)
     tensors: dict[str, tuple[str, Shape]] = {
-        "input_ids": ("int64", ["B", "S"]),
-        "position_ids": ("int64", ["B", "S"]),
-        "query_scale": ("float", ["B", 1, "S", 1]),
+        INPUT_IDS: ("int64", ["B", "S"]),
+        POSITION_IDS: ("int64", ["B", "S"]),
+        QUERY_SCALE: ("float", ["B", 1, "S", 1]),
     }
     if graph.role == "paged":
         tensors |= {name: ("int32", [axis] if axis else []) for name, axis in PAGED_INPUTS.items()}
     elif graph.role == "grouped":
-        tensors |= {"seqlens_k": ("int32", ["B"]), "total_sequence_length": ("int32", [])}
+        tensors |= {SEQLENS_K: ("int32", ["B"]), TOTAL_SEQUENCE_LENGTH: ("int32", [])}
     elif graph.role != "engine":
-        tensors["new_mask"] = ("float", ["B", 1, "S", "S"])
-        tensors["past_mask"] = ("float", ["B", 1, 1, "P"])
-    for name, shape in _cache(manifest.layers, "past_key_values", "P"):
+        tensors[NEW_MASK] = ("float", ["B", 1, "S", "S"])
+        tensors[PAST_MASK] = ("float", ["B", 1, 1, "P"])
+    for name, shape in _cache(manifest.layers, past_name, "P"):
         tensors[name] = (kind, shape if graph.role != "paged" else ["N", shape[1], BLOCK, shape[3]])
     return _fixed(tensors, sizes)
 
@@ -172,28 +194,30 @@ def _inputs(manifest: Manifest, graph: GraphInfo) -> dict[str, tuple[str, Shape]
 def _outputs(manifest: Manifest, graph: GraphInfo) -> dict[str, tuple[str, Shape]]:
     """Dtype and shape of the outputs that a graph must have."""
     if graph.role in ("place", "engine_place"):
-        return _placed(manifest, graph, "moved")
-    tensors: dict[str, tuple[str, Shape]] = {"logits": ("float", ["B", "M", manifest.model["vocab_size"]])}
+        return _rotated(manifest, graph, ROTATED, rotated_name)
+    tensors: dict[str, tuple[str, Shape]] = {LOGITS: ("float", ["B", "M", manifest.model["vocab_size"]])}
     if graph.role == "paged":
         return _fixed(tensors, _sizes(manifest, graph))
-    for name, shape in _cache(manifest.layers, "present", "P" if graph.role in ("engine", "grouped") else "S"):
+    for name, shape in _cache(manifest.layers, present_name, "P" if graph.role in ("engine", "grouped") else "S"):
         tensors[name] = (_dtype(manifest), shape)
     return _fixed(tensors, _sizes(manifest, graph))
 
 
-def _placed(manifest: Manifest, graph: GraphInfo, name: str) -> dict[str, tuple[str, Shape]]:
+def _rotated(
+    manifest: Manifest, graph: GraphInfo, name: str, name_of: Callable[[int], str]
+) -> dict[str, tuple[str, Shape]]:
     """The keys that a place graph takes or gives."""
     if graph.role == "place":
         layers = [(name, layer) for layer in manifest.layers if layer.place == graph.file][:1]
     else:
-        layers = [(f"{name}.{i}", layer) for i, layer in enumerate(manifest.layers) if layer.place is not None]
+        layers = [(name_of(i), layer) for i, layer in enumerate(manifest.layers) if layer.place is not None]
     return {key: (_dtype(manifest), ["B", layer.kv_heads, "S", layer.key_size]) for key, layer in layers}
 
 
-def _cache(layers: Sequence[LayerInfo], name: str, axis: str) -> Iterator[tuple[str, Shape]]:
+def _cache(layers: Sequence[LayerInfo], name_of: Callable[[int, Kind], str], axis: str) -> Iterator[tuple[str, Shape]]:
     for index, layer in enumerate(layers):
-        yield f"{name}.{index}.key", ["B", layer.kv_heads, axis, layer.key_size]
-        yield f"{name}.{index}.value", ["B", layer.kv_heads, axis, layer.value_size]
+        yield name_of(index, "key"), ["B", layer.kv_heads, axis, layer.key_size]
+        yield name_of(index, "value"), ["B", layer.kv_heads, axis, layer.value_size]
 
 
 def _dtype(manifest: Manifest) -> str:
@@ -222,7 +246,7 @@ def _check_tensors(
                 error.steps.insert(0, f"{step}[{index}]")
                 raise
     for name in names:
-        if name.startswith(("past_key_values.", "present.")) and name not in expected:
+        if name.startswith((PAST, PRESENT)) and name not in expected:
             raise Mismatch(f"have {shown(name)}, of a layer that is not among the layers", step)
     missing = {name for name, (_, shape) in expected.items() if 0 not in shape} - set(names)
     if missing:
@@ -264,7 +288,7 @@ def _check_engines(manifest: Manifest, engines: EngineSet, step: str) -> None:
 def _check_engine_tensors(manifest: Manifest, engine: EngineInfo, step: str) -> None:
     """Keys and values of an engine have the sizes of the layers, for which memory is allocated."""
     first, kind = engine.profiles[0], _dtype(manifest)
-    cache = dict(_cache(manifest.layers, "past_key_values", "P")) | dict(_cache(manifest.layers, "present", "P"))
+    cache = dict(_cache(manifest.layers, past_name, "P")) | dict(_cache(manifest.layers, present_name, "P"))
     for part in ("inputs", "outputs"):
         tensors: list[TensorInfo] = getattr(engine, part)
         here = _fixed({x.name: (kind, cache[x.name]) for x in tensors if x.name in cache}, {"B": 1, "P": first.slots})

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar
 
 from mesart.graphs.bundle.agreement import check_agreement
 from mesart.graphs.bundle.files import BundleFiles, FileInfo, Hash, reason, sha256
+from mesart.graphs.bundle.names import PAST_POSITION_IDS
 from mesart.graphs.bundle.records import Mismatch, Must, Tagged, parse_json, read_record, shown
 from mesart.graphs.errors import BundleError, CapacityError
 from mesart.graphs.method.plan import Bucket
@@ -287,7 +288,7 @@ class Manifest:
     @property
     def looks_at_positions(self) -> bool:
         """Whether graphs take ``past_position_ids``: where the past keys stand, for windows and ALiBi."""
-        return any(tensor.name == "past_position_ids" for graph in self.graphs for tensor in graph.inputs)
+        return any(tensor.name == PAST_POSITION_IDS for graph in self.graphs for tensor in graph.inputs)
 
     @property
     def digest(self) -> Digest:

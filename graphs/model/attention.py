@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from mesart.graphs.errors import InputError
 from mesart.graphs.method.reach import Reach
+from mesart.graphs.model.attention_operator import OPERATOR, AttentionAttributes, AttentionOperands
 
 if TYPE_CHECKING:
     from mesart.graphs.model.rotary import Place
@@ -151,26 +152,29 @@ def mesa_attention(
     far = None if inputs.reach is None else _far(inputs, inputs.reach, layer, query, past_key)
     if inputs.form == "traced":
         positions = (inputs.position_ids, inputs.past_position_ids) if by_position else (None, None)
-        attributes: dict[str, Any] = {"layer": layer, "softcap": float(softcap or 0), "window": window or 0}
-        if alibi_slopes is not None:
-            attributes["slopes"] = [float(slope) for slope in alibi_slopes]
-        if inputs.reach is not None:
-            attributes |= {f"reach_{name}": int(value) for name, value in vars(inputs.reach).items()}
+        operands = AttentionOperands(
+            query,
+            key,
+            value,
+            past_key,
+            past_value,
+            inputs.past_mask,
+            inputs.new_mask,
+            *positions,
+            s_aux,
+            *(far or ()),
+        )
+        attributes = AttentionAttributes(
+            layer,
+            float(softcap or 0),
+            window or 0,
+            tuple(float(slope) for slope in alibi_slopes or ()),
+            inputs.reach,
+        )
         named: Tensor = torch.onnx.ops.symbolic(
-            "mesart::Attention",
-            (
-                query,
-                key,
-                value,
-                past_key,
-                past_value,
-                inputs.past_mask,
-                inputs.new_mask,
-                *positions,
-                s_aux,
-                *(far or ()),
-            ),
-            attributes,
+            OPERATOR,
+            operands.to_inputs(),
+            attributes.to_attributes(),
             dtype=query.dtype,
             shape=(*query.shape[:3], value_size),
             version=1,

@@ -14,6 +14,23 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.bundle.names import (
+    FROM_IDS,
+    INPUT_IDS,
+    KEY,
+    KINDS,
+    LOGITS,
+    LOGITS_AT,
+    NEW_MASK,
+    PAST_MASK,
+    PAST_POSITION_IDS,
+    POSITION_IDS,
+    QUERY_SCALE,
+    ROTATED,
+    TO_IDS,
+    past_name,
+    present_name,
+)
 from mesart.graphs.bundle.records import shown
 from mesart.graphs.errors import BundleError, InputError
 from mesart.graphs.model.role import RoleModule
@@ -120,28 +137,25 @@ def open_torch(path: Path, opened: dict[str, tuple[RoleModule, Manifest]], *, tr
         place = module.place(module.layers[index])
 
         def run_place(feeds: Feeds) -> dict[str, NDArray[Any]]:
-            ids = (torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in ("from_ids", "to_ids"))
+            ids = (torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in (FROM_IDS, TO_IDS))
             with torch.no_grad():
-                return {"moved": _to_numpy(place(_to_torch(feeds["key"], manifest.dtype), *ids))}
+                return {ROTATED: _to_numpy(place(_to_torch(feeds[KEY], manifest.dtype), *ids))}
 
         return run_place
 
     count = range(len(module.layers))
 
     def run(feeds: Feeds) -> dict[str, NDArray[Any]]:
-        plain = ["input_ids", "position_ids", "past_mask", "new_mask", "query_scale", "logits_at"]
-        plain += ["past_position_ids"] * manifest.looks_at_positions
+        plain = [INPUT_IDS, POSITION_IDS, PAST_MASK, NEW_MASK, QUERY_SCALE, LOGITS_AT]
+        plain += [PAST_POSITION_IDS] * manifest.looks_at_positions
         arguments = {name: torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in plain}
-        past = {
-            kind: [_to_torch(feeds[f"past_key_values.{i}.{kind}"], manifest.dtype) for i in count]
-            for kind in ("key", "value")
-        }
+        past = {kind: [_to_torch(feeds[past_name(i, kind)], manifest.dtype) for i in count] for kind in KINDS}
         with torch.no_grad():
             output = module(**arguments, past_keys=past["key"], past_values=past["value"])
-        results = {"logits": _to_numpy(output.logits)}
+        results = {LOGITS: _to_numpy(output.logits)}
         for i in count:
-            results[f"present.{i}.key"] = _to_numpy(output.keys[i])
-            results[f"present.{i}.value"] = _to_numpy(output.values[i])
+            results[present_name(i, "key")] = _to_numpy(output.keys[i])
+            results[present_name(i, "value")] = _to_numpy(output.values[i])
         return results
 
     return run

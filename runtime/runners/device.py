@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mesart.graphs.bundle.manifest import Manifest, ProfileInfo, Role
+from mesart.graphs.bundle.names import ATTENDED, KINDS, LOGITS, PAST_POSITION_IDS, past_name, present_name
 from mesart.graphs.errors import BundleError, InputError
 from mesart.graphs.method.plan import Span
 from mesart.runtime.cuda import Pinned, aligned
@@ -138,13 +139,14 @@ class DeviceRunner:
     def _addresses(self, kv: DeviceKv, packing: Packing) -> dict[str, int]:
         """Where each input and output of an engine lies."""
         addresses = packing.addresses(self._inputs.address)
-        addresses["columns"], addresses["logits"] = self._columns, self._logits
+        addresses[ATTENDED], addresses[LOGITS] = self._columns, self._logits
         if kv.held.positions is not None:
-            addresses["past_position_ids"] = kv.held.positions.address
+            addresses[PAST_POSITION_IDS] = kv.held.positions.address
         for index, tensor in enumerate(kv.held.tensors):
-            kind, layer = ("key", index) if index < self._layers else ("value", index - self._layers)
-            addresses[f"past_key_values.{layer}.{kind}"] = tensor.address
-            addresses[f"present.{layer}.{kind}"] = tensor.address  # written in place
+            which, layer = divmod(index, self._layers)
+            kind = KINDS[which]
+            addresses[past_name(layer, kind)] = tensor.address
+            addresses[present_name(layer, kind)] = tensor.address  # written in place
         return addresses
 
     def close(self) -> None:

@@ -7,6 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from mesart.graphs.bundle.manifest import Manifest, Role
+from mesart.graphs.bundle.names import (
+    INPUT_IDS,
+    KINDS,
+    LOGITS,
+    LOGITS_AT,
+    NEW_MASK,
+    PAST_MASK,
+    PAST_POSITION_IDS,
+    POSITION_IDS,
+    QUERY_SCALE,
+    past_name,
+    present_name,
+)
 from mesart.runtime.graphs import RoleGraphs
 from mesart.runtime.kv.slab import SlabKv, SlabStore
 from mesart.runtime.kv.store import Array
@@ -30,10 +43,11 @@ class UnfusedRunner:
         self.last_logits_only = self.whole_slices = graphs.is_static
         self._vocabulary = int(manifest.model["vocab_size"])
         self._past = {
-            kind: [(f"present.{i}.{kind}", x.kv_heads, size) for i, (x, size) in enumerate(sizes)]
-            for kind, sizes in (
-                ("key", [(x, x.key_size) for x in manifest.layers]),
-                ("value", [(x, x.value_size) for x in manifest.layers]),
+            kind: [(present_name(i, kind), x.kv_heads, size) for i, (x, size) in enumerate(sizes)]
+            for kind, sizes in zip(
+                KINDS,
+                ([(x, x.key_size) for x in manifest.layers], [(x, x.value_size) for x in manifest.layers]),
+                strict=True,
             )
         }
         """Name, heads and size of the outputs that hold new keys and values."""
@@ -84,16 +98,16 @@ class UnfusedRunner:
         wanted = max(1, *(segment.wanted for segment in rows.given))
         past = self._past_slots(rows, phase)
         feeds: dict[str, Array] = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "past_mask": self._mask(rows, past),
-            "past_position_ids": self._past_positions(rows, past),
-            "new_mask": _causal(batch, size),
-            "query_scale": scales[:, None, :, None],
-            "logits_at": np.arange(new - wanted, new, dtype=np.int64),
+            INPUT_IDS: ids,
+            POSITION_IDS: positions,
+            PAST_MASK: self._mask(rows, past),
+            PAST_POSITION_IDS: self._past_positions(rows, past),
+            NEW_MASK: _causal(batch, size),
+            QUERY_SCALE: scales[:, None, :, None],
+            LOGITS_AT: np.arange(new - wanted, new, dtype=np.int64),
         }
-        for kind, arrays in (("key", rows.slab.keys), ("value", rows.slab.values)):
-            feeds.update({f"past_key_values.{i}.{kind}": array[rows.part, :, :past] for i, array in enumerate(arrays)})
+        for kind, arrays in zip(KINDS, (rows.slab.keys, rows.slab.values), strict=True):
+            feeds.update({past_name(i, kind): array[rows.part, :, :past] for i, array in enumerate(arrays)})
         outputs = self._graphs.run(role, self._bucket(rows.slab.capacity), feeds)
         logits, keys, values = self._outputs(outputs, role, batch, size, wanted)
         live = [row for row, segment in enumerate(rows.segments) if segment is not None]
@@ -133,13 +147,13 @@ class UnfusedRunner:
         self, outputs: dict[str, Array], role: Role, batch: int, new: int, wanted: int
     ) -> tuple[Array, list[Array], list[Array]]:
         """Logits, keys and values, if they are what was asked for."""
-        logits = of_shape(outputs.get("logits"), (batch, wanted, self._vocabulary), "logits", role)
+        logits = of_shape(outputs.get(LOGITS), (batch, wanted, self._vocabulary), LOGITS, role)
         keys, values = (
             [
                 of_shape(outputs.get(name), (batch, heads, new, size), name, role)
                 for name, heads, size in self._past[kind]
             ]
-            for kind in ("key", "value")
+            for kind in KINDS
         )
         return logits, keys, values
 

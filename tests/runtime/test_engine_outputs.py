@@ -112,7 +112,7 @@ class Liar:
                 last = int(feeds["max_context_len"]) - 1
                 keys = self.caches["past_key_values.0.key"][feeds["block_indices"][last // 32], :, last % 32]
             else:
-                keys = caches["0.key"][0, :, int(feeds["seqlens_k"][0])]
+                keys = caches["past_key_values.0.key"][0, :, int(feeds["seqlens_k"][0])]
             self.lie(outputs, keys)
         return outputs
 
