@@ -431,7 +431,7 @@ def _mesa(model: nn.Module, config: MesaConfig) -> tuple[Runner, MesaConfig]:
             )
         return logits[:, -last:]
 
-    return Runner(reference.role.model, run), replace(config, short_length=reference.config.short_length)
+    return Runner(reference.module.model, run), replace(config, short_length=reference.config.short_length)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

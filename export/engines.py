@@ -1,4 +1,4 @@
-"""Bundle -> engines: a TensorRT engine for every role and bucket, built only if what it follows from has changed.
+"""Bundle -> engines: a TensorRT engine for every phase and bucket, built only if what it follows from has changed.
 
 What a build has finished is in ``engines/build.jsonl``, a line for each engine; the manifest learns of them last, all
 at once. So a build that is killed leaves the bundle as it was, and the next one goes on where it ended.
@@ -70,7 +70,7 @@ def build_engines(
         bundle: a folder made by :func:`~mesart.export.export_model`, in float16 or bfloat16.
         flavour: ``tensorrt-rtx`` builds for any of its GPUs, also without one; ``tensorrt`` for this machine's.
         gpus: such as ``sm89,rtx5090``; this machine's if left out.
-        layout: an engine for each role and bucket, or for each role with a profile for each bucket.
+        layout: an engine for each phase and bucket, or for each phase with a profile for each bucket.
         weights: inputs of the engines, one copy for all of them, or embedded in each.
         max_tokens: build only the buckets that prompts up to this length need; all if left out.
         progress: show a bar.
@@ -87,7 +87,7 @@ def build_engines(
     folder = Path(bundle)
     manifest = Manifest.read(folder)
     manifest.verify(folder)
-    if manifest.config.reach is not None:
+    if manifest.config.sink_window is not None:
         raise InputError(
             f"{folder} holds a method that drops keys, in a ring, and engines write a cache that "
             "grows; run it with onnxruntime or openvino"
@@ -219,7 +219,7 @@ def _build(
         except NoKernelError:
             # The kernel for a single query ends at some length of the cache (24 thousand slots, in TensorRT for RTX
             # 1.7); the one for several does not. So a step is computed with a second token, which fills up.
-            if shapes.profiles[0].role != "step":
+            if shapes.profiles[0].phase != "decode":
                 raise
             shapes = replace(shapes, profiles=tuple(replace(profile, new=2) for profile in shapes.profiles))
             onnx, shared = _graph(bundle, shapes, weights)
@@ -243,7 +243,7 @@ def _profiles(shapes: EngineShapes) -> list[dict[str, list[int]]]:
     """The one free axis, A, in each profile; nothing if it is fixed too."""
     if shapes.all_fixed:
         return []
-    return [{ATTENDED: [profile.columns]} for profile in shapes.profiles]
+    return [{ATTENDED: [profile.kv_length]} for profile in shapes.profiles]
 
 
 def ticker(bar: Any, name: str) -> Progress:

@@ -3,13 +3,13 @@
 The results are equal. Axes: B batch, S new tokens, P past tokens or slots of the cache, A slots attended to, H heads, K
 key-value heads, G = H / K, D head size.
 
-``split``: scores of past and new keys apart, one softmax over both. Nothing of the past is copied: for engines that run
-plain matrix products well. Queries that share a key are the rows of one product. ``heads``: the same, but a product for
-each query head, which makes vectors of the rows of a step: onnxruntime multiplies a vector with the cache as it lies,
-and copies it into another order for more rows than one. ``fused``: keys joined, then the standard ``Attention``
-operator: for engines with a kernel for it. ``in_place``: new keys are written into the cache by ``TensorScatter``, then
-``Attention`` over the cache, with a mask that the graph makes of ``write_at``: for engines that keep the cache on a
-device (opset 24).
+``unfused``: scores of past and new keys apart, one softmax over both. Nothing of the past is copied: for engines that
+run plain matrix products well. Queries that share a key are the rows of one product. ``unfused_per_head``: the same,
+but a product for each query head, which makes vectors of the rows of one token: onnxruntime multiplies a vector with
+the cache as it lies, and copies it into another order for more rows than one. ``attention_op``: keys joined, then the
+standard ``Attention`` operator: for engines with a kernel for it. ``kv_in_place``: new keys are written into the cache
+by ``TensorScatter``, then ``Attention`` over the cache, with a mask that the graph makes of ``write_at``: for engines
+that keep the cache on a device (opset 24).
 
 Written out in every form are capped scores, which TensorRT's ``Attention`` refuses, and what the operator cannot say:
 sinks and ALiBi's bias of each head.
@@ -27,9 +27,9 @@ from mesart.graphs.bundle.names import ATTENDED, INPUT_IDS, KINDS, NEW_MASK, PAS
 from mesart.graphs.model.attention import MASKED
 from mesart.graphs.model.attention_operator import DOMAIN, AttentionAttributes, AttentionOperands
 
-Form = Literal["split", "heads", "fused", "in_place"]
+Form = Literal["unfused", "unfused_per_head", "attention_op", "kv_in_place"]
 
-_IN_PLACE_OPSET = 24
+_KV_IN_PLACE_OPSET = 24
 """``TensorScatter``."""
 
 _END = 2**63 - 1
@@ -38,20 +38,20 @@ _END = 2**63 - 1
 def with_attention(traced: ir.Model, form: Form) -> ir.Model:
     """A copy of a traced graph with its attention written out.
 
-    Inputs and outputs are those of :func:`~mesart.export.trace.trace_roles`, but for ``in_place``: it has ``write_at``
-    (int64 ``[B]``, the slot of the first new token) and ``columns`` (int64 ``[A]``, 0 .. A - 1) instead of the masks,
-    caches ``[B, K, P, D]`` with P >= A, and gives the written caches as ``present``. Its ``past_position_ids``, if it
-    has them, are those of all slots, also of the new tokens.
+    Inputs and outputs are those of :func:`~mesart.export.trace.trace_phases`, but for ``kv_in_place``: instead of the
+    masks it has ``write_at`` (int64 ``[B]``, the slot of the first new token) and ``attended`` (int64 ``[A]``,
+    0 .. A - 1); its caches are ``[B, K, P, D]`` with P >= A, and it gives the written ones as ``present``. Its
+    ``past_position_ids``, if it has them, are those of all slots, also of the new tokens.
     """
     model = traced.clone()
-    if form == "in_place":
+    if form == "kv_in_place":
         _add_write_inputs(model)
     for node in list(model.graph):
         if node.domain == DOMAIN:
             _replace(model, node, form)
     model.opset_imports.pop(DOMAIN, None)
-    if form == "in_place":
-        model.opset_imports[""] = _IN_PLACE_OPSET
+    if form == "kv_in_place":
+        model.opset_imports[""] = _KV_IN_PLACE_OPSET
         for name in (PAST_MASK, NEW_MASK):
             model.graph.inputs.remove(_input(model, name))
     merge_equal(model)
@@ -60,12 +60,12 @@ def with_attention(traced: ir.Model, form: Form) -> ir.Model:
 
 
 def _replace(model: ir.Model, node: ir.Node, form: Form) -> None:
-    attention = LayerAttention(model, node, rows=form != "heads")
+    attention = LayerAttention(model, node, rows=form != "unfused_per_head")
     write: dict[Form, Callable[[], ir.Value]] = {
-        "split": attention.split,
-        "heads": attention.split,
-        "fused": attention.fused,
-        "in_place": attention.in_place,
+        "unfused": attention.unfused,
+        "unfused_per_head": attention.unfused,
+        "attention_op": attention.attention_op,
+        "kv_in_place": attention.kv_in_place,
     }
     output = write[form]()
     output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
@@ -78,7 +78,7 @@ class LayerAttention:
     """The operators of one layer's attention.
 
     Queries that share a key, a group, are ``rows`` of one product, ``[B, K, G * S, D]``, so that no key is repeated; or
-    stand on an axis of their own, ``[B, K, G, S, D]``, along which keys and masks have the extent 1.
+    have an axis of their own, ``[B, K, G, S, D]``, along which keys and masks have the extent 1.
     """
 
     def __init__(self, model: ir.Model, node: ir.Node, *, rows: bool) -> None:
@@ -99,7 +99,7 @@ class LayerAttention:
         """Whether the standard operator says it, on every engine."""
         return (
             self.operands.sinks is None
-            and self.attributes.reach is None
+            and self.attributes.sink_window is None
             and not self.attributes.slopes
             and not self.attributes.softcap
         )
@@ -125,7 +125,7 @@ class LayerAttention:
 
     @property
     def group_axis(self) -> bool:
-        """Whether the queries of a group stand on an axis of their own."""
+        """Whether the queries of a group have an axis of their own."""
         return self.group > 1 and not self.rows
 
     def grouped(self, query: ir.Value) -> ir.Value:
@@ -161,21 +161,21 @@ class LayerAttention:
         return self.op("Reshape", apart, self.ints(1, self.kv_heads, -1, 1))
 
     def masked_beyond_window(self, mask: ir.Value, key_positions: ir.Value) -> ir.Value:
-        """The mask of keys that stand at ``key_positions``, ``[B, X]``, where the window ends: ``[B, 1, S, X]``."""
+        """The mask of keys at ``key_positions``, ``[B, X]``, where the window ends: ``[B, 1, S, X]``."""
         seen = self.within(key_positions, self.attributes.window)
         if mask.dtype == ir.DataType.BOOL:
             return self.op("And", mask, seen)
         return self.op("Where", seen, mask, _float(self, MASKED))
 
-    def within(self, key_positions: ir.Value, window: int, floor: int = 0) -> ir.Value:
-        """Whether a query is less than ``window`` behind a key, none of which count as before ``floor``."""
+    def within(self, key_positions: ir.Value, window: int, min_position: int = 0) -> ir.Value:
+        """Whether a query is less than ``window`` behind a key, none of which count as before ``min_position``."""
         keys = self.op("Unsqueeze", key_positions, self.ints(1, 2))
-        if floor:
-            keys = self.op("Max", keys, _scalar(self, floor))
+        if min_position:
+            keys = self.op("Max", keys, _scalar(self, min_position))
         return self.op("Less", self.op("Sub", self.queries(), keys), _scalar(self, window))
 
     def queries(self) -> ir.Value:
-        """Where the queries stand, ``[B, 1, S, 1]``."""
+        """Positions of the queries, ``[B, 1, S, 1]``."""
         assert self.operands.positions is not None
         return self.op("Unsqueeze", self.operands.positions, self.ints(1, 3))
 
@@ -185,14 +185,16 @@ class LayerAttention:
         slopes = self.each_row(self.op("Constant", value_floats=list(self.attributes.slopes)))
         return self.op("Add", scores, self.op("Mul", slopes, keys))
 
-    def split(self) -> ir.Value:
+    def unfused(self) -> ir.Value:
         query = self.grouped(self.operands.query)
         scores = self.op(
             "Concat", *(self.scores(query, keys) for keys in (self.operands.past_key, self.operands.key)), axis=-1
         )
         mask = self.joint_mask()
-        if self.attributes.reach is not None:
-            near = self.within(self.joint_positions(), self.attributes.reach.window, self.attributes.reach.floor)
+        if self.attributes.sink_window is not None:
+            near = self.within(
+                self.joint_positions(), self.attributes.sink_window.window, self.attributes.sink_window.min_position
+            )
             mask = self.op("Where", near, mask, _float(self, MASKED))
         scores = self.op("Add", scores, self.for_rows(mask))
         if self.attributes.slopes:
@@ -217,7 +219,7 @@ class LayerAttention:
         return self.ungrouped(output)
 
     def joint_mask(self) -> ir.Value:
-        """Of past and new keys, ``[B, 1, S, P + S]``; what stands beyond the layer's window is masked too."""
+        """Of past and new keys, ``[B, 1, S, P + S]``; what is beyond the layer's window is masked too."""
         extents = [self.size(self.operands.new_mask, axis) for axis in (0, 1, 2)]
         shape = self.op("Concat", *extents, self.size(self.operands.past_mask, 3), axis=0)
         past_mask = self.op("Expand", self.operands.past_mask, shape)
@@ -231,20 +233,22 @@ class LayerAttention:
         return self.masked_beyond_window(mask, self.joint_positions()) if self.attributes.window else mask
 
     def joint_positions(self) -> ir.Value:
-        """Where past and new keys stand, ``[B, P + S]``."""
+        """Positions of past and new keys, ``[B, P + S]``."""
         assert self.operands.positions is not None
         assert self.operands.past_positions is not None
         return self.op("Concat", self.operands.past_positions, self.operands.positions, axis=1)
 
     def far_scores(self) -> ir.Value:
         """Scores of the first tokens as they are seen from beyond the window."""
-        assert self.attributes.reach is not None
+        assert self.attributes.sink_window is not None
         assert self.operands.far_query is not None
         assert self.operands.far_key is not None
         assert self.operands.past_positions is not None
         first, start = self.size(self.operands.far_key, 2), self.ints(0)
         positions = self.op("Slice", self.operands.past_positions, start, first, self.ints(1))
-        seen = self.op("Not", self.within(positions, self.attributes.reach.window, self.attributes.reach.floor))
+        seen = self.op(
+            "Not", self.within(positions, self.attributes.sink_window.window, self.attributes.sink_window.min_position)
+        )
         if self.attributes.window:
             seen = self.op("And", seen, self.within(positions, self.attributes.window))
         mask = self.op("Slice", self.operands.past_mask, start, first, self.ints(3))
@@ -255,8 +259,8 @@ class LayerAttention:
         if not self.attributes.slopes:
             return scores
         # As far away as they seem: in the scores of the others the query's own position is left out.
-        apparent = self.op("Sub", self.queries(), _scalar(self, self.attributes.reach.far))
-        if not self.attributes.reach.at_zero:
+        apparent = self.op("Sub", self.queries(), _scalar(self, self.attributes.sink_window.query_position))
+        if not self.attributes.sink_window.sinks_at_zero:
             apparent = self.op("Add", apparent, self.op("Unsqueeze", positions, self.ints(1, 2)))
         return self.biased(scores, self.for_rows(apparent))
 
@@ -283,24 +287,24 @@ class LayerAttention:
             weights = self.op("Slice", weights, self.ints(0), self.ints(-1), self.ints(-1))
         return self.cast(weights, ir.DataType.FLOAT, self.dtype)
 
-    def fused(self) -> ir.Value:
+    def attention_op(self) -> ir.Value:
         if not self.standard:
-            return self.split()
+            return self.unfused()
         mask = self.for_rows(self.cast(self.joint_mask(), ir.DataType.FLOAT, self.dtype))
         keys = self.op("Concat", self.operands.past_key, self.operands.key, axis=2)
         values = self.op("Concat", self.operands.past_value, self.operands.value, axis=2)
         return self.ungrouped(self.op("Attention", self.grouped(self.operands.query), keys, values, mask, scale=1.0))
 
-    def in_place(self) -> ir.Value:
-        columns, write_at = _input(self.model, ATTENDED), _input(self.model, WRITE_AT)
+    def kv_in_place(self) -> ir.Value:
+        attended_slots, write_at = _input(self.model, ATTENDED), _input(self.model, WRITE_AT)
         keys, values = (self.written(kind) for kind in KINDS)
         new = self.op("Squeeze", self.size(_input(self.model, INPUT_IDS), 1), self.ints(0))
         rows = self.op("Range", _scalar(self, 0), new, _scalar(self, 1))
         last = self.op("Add", self.op("Unsqueeze", write_at, self.ints(1)), rows)  # that each query sees, [B, S]
         seen = self.op("Unsqueeze", last, self.ints(1, 3))
-        mask = self.op("LessOrEqual", self.op("Unsqueeze", columns, self.ints(0, 1, 2)), seen)
+        mask = self.op("LessOrEqual", self.op("Unsqueeze", attended_slots, self.ints(0, 1, 2)), seen)
         mask.dtype = ir.DataType.BOOL
-        until = self.op("Shape", columns)
+        until = self.op("Shape", attended_slots)
         attended = [self.op("Slice", cache, self.ints(0), until, self.ints(2)) for cache in (keys, values)]
         positions = None
         if self.operands.past_positions is not None:
@@ -335,20 +339,20 @@ class LayerAttention:
 
 
 def attend_to_all_slots(model: ir.Model) -> None:
-    """Turns ``columns`` of an in-place graph whose shapes are fixed, A = P, into a constant; nothing is sliced then."""
-    columns = _input(model, ATTENDED)
-    assert columns.shape is not None
+    """Makes ``attended`` of a ``kv_in_place`` graph of fixed shapes, A = P, a constant; nothing is sliced then."""
+    attended = _input(model, ATTENDED)
+    assert attended.shape is not None
     for node in list(model.graph):
         producer = node.inputs[0].producer() if node.op_type == "Slice" and node.inputs[0] is not None else None
         if producer is not None and producer.op_type == "TensorScatter":
             assert node.inputs[0] is not None
             ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
             model.graph.remove(node, safe=True)
-    tensor = ir.tensor(list(range(int(columns.shape[0]))), dtype=ir.DataType.INT64, name="all_columns")  # type: ignore[arg-type]
-    constant = ir.Value(name="all_columns", shape=columns.shape, type=columns.type, const_value=tensor)
+    tensor = ir.tensor(list(range(int(attended.shape[0]))), dtype=ir.DataType.INT64, name="all_slots")  # type: ignore[arg-type]
+    constant = ir.Value(name="all_slots", shape=attended.shape, type=attended.type, const_value=tensor)
     model.graph.register_initializer(constant)
-    ir.convenience.replace_all_uses_with(columns, constant)
-    model.graph.inputs.remove(columns)
+    ir.convenience.replace_all_uses_with(attended, constant)
+    model.graph.inputs.remove(attended)
 
 
 def _scalar(attention: LayerAttention, value: int) -> ir.Value:

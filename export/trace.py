@@ -1,4 +1,4 @@
-"""torch -> ONNX: one symbolic graph that computes every role.
+"""torch -> ONNX: one symbolic graph that computes every phase.
 
 The model's own code is traced by ``torch.export`` and translated by torch's ONNX exporter into standard operators, but
 for attention, which stays one operator of our own (:mod:`~mesart.graphs.model.attention_operator`) until
@@ -42,7 +42,7 @@ from mesart.graphs.bundle.names import (
     present_name,
 )
 from mesart.graphs.errors import InputError, MesaError, first_line
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 
 OPSET = 23
 IR_VERSION = 11
@@ -54,7 +54,7 @@ _REWRITE_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is no
 _FOLD_BYTES = 1024
 """Constants larger than this are not folded."""
 
-_ROLE_AXES = {
+_PHASE_AXES = {
     INPUT_IDS: "B S",
     POSITION_IDS: "B S",
     PAST_MASK: "B . . P",
@@ -72,11 +72,11 @@ _SMALL = 16
 """Elements of the largest constants that are merged when equal: shapes and scalars, not weights."""
 
 
-def trace_roles(module: RoleModule) -> ir.Model:
+def trace_phases(module: PhaseModule) -> ir.Model:
     """The symbolic graph of a model in form ``traced``, weights attached as initializers under the checkpoint's names.
 
     Inputs: ``input_ids``, ``position_ids``, ``past_mask``, ``new_mask``, ``query_scale``, ``logits_at`` and
-    ``past_key_values.N.key`` / ``.value``; outputs: ``logits`` and ``present.N.key`` / ``.value`` (see ``RoleModule``).
+    ``past_key_values.N.key`` / ``.value``; outputs: ``logits`` and ``present.N.key`` / ``.value``: see ``PhaseModule``.
     A model with layers that look at the positions of keys has ``past_position_ids`` too.
 
     Raises:
@@ -85,8 +85,8 @@ def trace_roles(module: RoleModule) -> ir.Model:
     layers = module.layers
     dtype = next(module.parameters()).dtype
     batch, new, past, wanted = 2, 5, 7, 3  # any sizes above 1 that differ
-    if module.reach is not None:
-        past += module.reach.sinks  # first tokens are a part of the past
+    if module.sink_window is not None:
+        past += module.sink_window.sinks  # first tokens are a part of the past
     past_keys = [torch.zeros(batch, s.kv_heads, past, s.key_size, dtype=dtype) for s in layers]
     past_values = [torch.zeros(batch, s.kv_heads, past, s.value_size, dtype=dtype) for s in layers]
     example = (
@@ -120,15 +120,15 @@ def trace_roles(module: RoleModule) -> ir.Model:
     outputs = [LOGITS] + [present_name(i, "key") for i in count] + [present_name(i, "value") for i in count]
     model = _to_onnx(module, example, shapes)
     _rename(model, inputs, outputs)
-    _name_axes(model, _ROLE_AXES)
+    _name_axes(model, _PHASE_AXES)
     model = _tidy(model)
     if not model.graph.inputs[-1].uses():
         model.graph.inputs.pop()
     return model
 
 
-def trace_place(module: nn.Module, kv_heads: int, key_size: int, dtype: torch.dtype) -> ir.Model:
-    """The graph of a :class:`~mesart.graphs.model.rotary.Place`: ``key``, ``from_ids``, ``to_ids`` give ``moved``."""
+def trace_rerotation(module: nn.Module, kv_heads: int, key_size: int, dtype: torch.dtype) -> ir.Model:
+    """The graph of a ``Rerotation``: ``key``, ``from_ids`` and ``to_ids`` give ``rotated``."""
     any_size = torch.export.Dim.DYNAMIC
     from_ids, to_ids = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64)
     example = (torch.zeros(2, kv_heads, 5, key_size, dtype=dtype), from_ids, to_ids)

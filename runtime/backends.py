@@ -29,7 +29,7 @@ Array = NDArray[Any]
 STORAGE: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """The numpy type that holds a bundle's dtype."""
 
-SymbolicRole = Literal["any", "onnxruntime"]
+SymbolicKind = Literal["symbolic", "onnxruntime"]
 
 Activations = Literal["int8"]
 """To what activations are rounded in front of quantised weights, where that is asked for (docs/decoding.md)."""
@@ -55,7 +55,7 @@ class Backend(Protocol):
 
     name: str
     device: str
-    graph_role: SymbolicRole
+    graph_kind: SymbolicKind
     """Of the symbolic graph that it runs."""
 
     def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
@@ -72,7 +72,7 @@ class OnnxRuntimeBackend:
         self._onnxruntime = onnxruntime = import_onnxruntime()
         cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         self.device = "cuda" if cuda else "cpu"
-        self.graph_role: SymbolicRole = "any" if cuda else "onnxruntime"
+        self.graph_kind: SymbolicKind = "symbolic" if cuda else "onnxruntime"
         if dtype == "bfloat16" and not cuda:
             raise InputError(
                 "onnxruntime computes no bfloat16 on the CPU; use backend 'openvino', or export with --dtype float32"
@@ -155,7 +155,7 @@ class OpenVinoBackend:
 
     name = "openvino"
     device = "cpu"
-    graph_role: SymbolicRole = "any"
+    graph_kind: SymbolicKind = "symbolic"
 
     def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
         self._openvino = openvino = import_openvino()
@@ -283,7 +283,7 @@ class TorchBackend:
 
     name = "torch"
     device = "cpu"
-    graph_role: SymbolicRole = "any"
+    graph_kind: SymbolicKind = "symbolic"
 
     def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
         del dtype, threads  # the bundle's; torch's own setting

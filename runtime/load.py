@@ -161,9 +161,9 @@ def _open_runner(files: GraphFiles, memory: int, *, specialised: bool) -> tuple[
         slab = SlabStore(layers, storage, rotate, memory, capacity_in_place)
         return slab, GroupedRunner(manifest, graph, files.require_weights), ""
     graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(files)
-    reach = manifest.config.reach
-    if reach is not None:
-        slab = RingStore(layers, storage, rotate, memory, graphs.capacity, reach)
+    sink_window = manifest.config.sink_window
+    if sink_window is not None:
+        slab = RingStore(layers, storage, rotate, memory, graphs.capacity, sink_window)
     else:
         slab = SlabStore(layers, storage, rotate, memory, graphs.capacity)
     return slab, UnfusedRunner(manifest, slab, graphs), note

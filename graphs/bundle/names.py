@@ -8,6 +8,21 @@ from __future__ import annotations
 
 from typing import Final, Literal, get_args
 
+Phase = Literal["prefix", "chunk", "tail", "decode"]
+"""What part of a text is computed: its head, a chunk behind the head, the tail, one more token."""
+
+EnginePhase = Literal[Phase, "rerotate"]
+"""What an engine computes: a phase, or keys at other positions."""
+
+GraphKind = Literal[Phase, "symbolic", "onnxruntime", "paged", "grouped", "engine", "rerotate", "engine_rerotate"]
+"""What an ONNX file is.
+
+A phase: a graph of fixed shapes for it. ``symbolic``: the one that serves all phases; ``onnxruntime``: the same for
+onnxruntime on CPUs; ``paged``, ``grouped``: the same with keys and values written in place by operators made for it.
+``engine``: the same with the cache updated in place, from which TensorRT engines are built. ``rerotate``: keys of a
+layer at other positions; ``engine_rerotate``: those of all layers at once, for engines.
+"""
+
 Kind = Literal["key", "value"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 """What a cache holds of a layer."""
@@ -34,7 +49,7 @@ PRESENT: Final = "present."
 
 WRITE_AT: Final = "write_at"
 """The slot of the first new token, int64 ``[B]``; of graphs that write the cache in place."""
-ATTENDED: Final = "columns"
+ATTENDED: Final = "attended"
 """The numbers of the slots that attention looks at, int64 ``[A]``: 0 .. A - 1."""
 
 SEQLENS_K: Final = "seqlens_k"
@@ -67,7 +82,7 @@ FROM_IDS: Final = "from_ids"
 """The positions they have, int64 ``[B, S]``."""
 TO_IDS: Final = "to_ids"
 """The positions they get, int64 ``[B, S]``."""
-ROTATED: Final = "moved"
+ROTATED: Final = "rotated"
 """The keys there."""
 
 

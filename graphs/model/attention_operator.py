@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
-from mesart.graphs.method.reach import Reach
+from mesart.graphs.method.sink_window import SinkWindow
 
 DOMAIN: Final = "mesart"
 OPERATOR: Final = f"{DOMAIN}::Attention"
 
-_REACH = "reach_"
+_SINK_WINDOW = "sink_window_"
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class AttentionAttributes:
     """A key is seen where its position is less than this before the query's; 0: wherever it is."""
     slopes: tuple[float, ...] = ()
     """ALiBi's, one a head."""
-    reach: Reach | None = None
+    sink_window: SinkWindow | None = None
     """What queries see, where that is not all; with it ``far_query`` and ``far_key`` are given."""
 
     def to_attributes(self) -> dict[str, Any]:
@@ -78,15 +78,19 @@ class AttentionAttributes:
         attributes: dict[str, Any] = {"layer": self.layer, "softcap": self.softcap, "window": self.window}
         if self.slopes:
             attributes["slopes"] = list(self.slopes)
-        if self.reach is not None:
-            attributes |= {_REACH + name: int(value) for name, value in vars(self.reach).items()}
+        if self.sink_window is not None:
+            attributes |= {_SINK_WINDOW + name: int(value) for name, value in vars(self.sink_window).items()}
         return attributes
 
     @classmethod
     def from_node(cls, attributes: Mapping[str, Any]) -> AttentionAttributes:
         """Of the attributes of a node."""
-        plain = {name: value for name, value in attributes.items() if not name.startswith(_REACH)}
+        plain = {name: value for name, value in attributes.items() if not name.startswith(_SINK_WINDOW)}
         plain["slopes"] = tuple(plain.get("slopes", ()))
-        fields = {name.removeprefix(_REACH): value for name, value in attributes.items() if name.startswith(_REACH)}
-        reach = Reach(**fields | {"at_zero": bool(fields["at_zero"])}) if fields else None
-        return cls(**plain, reach=reach)
+        fields = {
+            name.removeprefix(_SINK_WINDOW): value
+            for name, value in attributes.items()
+            if name.startswith(_SINK_WINDOW)
+        }
+        sink_window = SinkWindow(**fields | {"sinks_at_zero": bool(fields["sinks_at_zero"])}) if fields else None
+        return cls(**plain, sink_window=sink_window)

@@ -17,12 +17,13 @@ from mesart.graphs.bundle.names import (
     QUERY_SCALE,
     SEQLENS_K,
     TOTAL_SEQUENCE_LENGTH,
+    Phase,
     past_name,
 )
 from mesart.runtime.graphs import GRANULE
 from mesart.runtime.kv.store import Array
 from mesart.runtime.runners.rows import Rows, in_rows
-from mesart.runtime.runners.runner import Logits, Phase, Segment, of_shape, require_keys, require_numbers
+from mesart.runtime.runners.runner import Logits, Segment, of_shape, require_keys, require_numbers
 
 _TOKENS = 512
 """New tokens that fill a CPU."""

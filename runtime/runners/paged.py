@@ -19,10 +19,11 @@ from mesart.graphs.bundle.names import (
     POSITION_IDS,
     QUERY_SCALE,
     SUBSEQUENCE_BEGINS,
+    Phase,
 )
 from mesart.runtime.kv.paged import PagedKv, PagedStore
 from mesart.runtime.kv.store import Array
-from mesart.runtime.runners.runner import Logits, Phase, Segment, of_shape, require_keys, require_numbers
+from mesart.runtime.runners.runner import Logits, Segment, of_shape, require_keys, require_numbers
 
 _TOKENS = 1024
 """New tokens that fill a CPU; the operator holds no scores of them all, so more would cost activations only."""
