@@ -81,7 +81,7 @@ def shape(kind: str, name: str, axis: int, extent: Any) -> Any:
         (lambda m: m["graphs"].remove(graph(m, "chunk")), "graphs have no chunk"),
         (lambda m: m["graphs"].append({**graph(m, "prefix"), "file": "model.safetensors"}), "is none of the files for"),
         (lambda m: m["graphs"].append(graph(m, "prefix")), "graphs have 'prefix.onnx' twice"),
-        (lambda m: graph(m, "chunk").update(kind="prefix"), "graphs have 'the kind head' twice"),
+        (lambda m: graph(m, "chunk").update(kind="prefix"), "graphs have 'prefix' twice"),
         (lambda m: graph(m, "tail").update(bucket=7), "graphs have no tail for 0 chunks"),
         (lambda m: m["files"].pop("prefix.onnx"), "is 'prefix.onnx', which is none of the files for this"),
         (lambda m: m["config"].update(linear_window=9), "buckets["),

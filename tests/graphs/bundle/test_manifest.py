@@ -106,7 +106,7 @@ def test_a_graph_that_is_not_there(folder):
 
 
 def test_sha256_is_that_of_the_content(folder):
-    assert sha256(folder / "rerotate.onnx") == hashlib.sha256(b"place.o").hexdigest()
+    assert sha256(folder / "rerotate.onnx") == hashlib.sha256(b"rerotat").hexdigest()
 
 
 @pytest.mark.parametrize("larger_than_memory", [False, True])
@@ -326,25 +326,25 @@ class TestLaterOpening:
     def test_unchanged(self, files):
         with files.unchanged("rerotate.onnx", "weights.safetensors"):
             pass
-        assert files.read("rerotate.onnx") == b"place.o"
+        assert files.read("rerotate.onnx") == b"rerotat"
         files.require_not_overwritten(["weights.safetensors"])
 
     @pytest.mark.parametrize("how", ["overwritten", "replaced", "gone"])
     def test_changed(self, folder, files, how):
         path = folder / "rerotate.onnx"
         if how == "overwritten":
-            path.write_bytes(b"PLACE.o")
+            path.write_bytes(b"REROTAT")
         else:
             path.unlink()
         if how == "replaced":
-            path.write_bytes(b"place.o")
+            path.write_bytes(b"rerotat")
         with pytest.raises(MesaError, match=r"rerotate\.onnx has changed since the bundle was loaded; load it again"):
             files.unchanged("weights.safetensors", "rerotate.onnx").__enter__()
-        assert files.read("rerotate.onnx") == b"place.o"  # what was verified
+        assert files.read("rerotate.onnx") == b"rerotat"  # what was verified
 
     def test_changed_while_it_is_opened(self, folder, files):
         with pytest.raises(MesaError, match="has changed"), files.unchanged("rerotate.onnx"):
-            (folder / "rerotate.onnx").write_bytes(b"PLACE.o")
+            (folder / "rerotate.onnx").write_bytes(b"REROTAT")
 
     def test_no_file_of_the_bundle(self, folder, files):
         (folder / "other.onnx").write_bytes(b"")
