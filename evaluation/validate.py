@@ -170,7 +170,7 @@ def validate(
     name = backend
     graphs = graphs or (("engines",) if backend.startswith("tensorrt") else ("symbolic", "specialised"))
     runs = [(bucket, which) for bucket in chosen for which in graphs]
-    expected: dict[int, list[tuple[list[Piece], list[Piece]]]] = {}
+    expected: dict[int, list[tuple[list[PhaseResult], list[PhaseResult]]]] = {}
     with progress_bar(total=len(runs), desc="validate", unit="run", disable=not progress) as bar:
         for which in graphs:
             with MesaModel.load(
@@ -189,11 +189,11 @@ def validate(
                     texts = _texts(manifest, bucket, steps, seed)
                     if bucket.chunks not in expected:
                         expected[bucket.chunks] = [
-                            (list(_reference_pieces(truth, *text)), list(_reference_pieces(noisy, *text)))
+                            (list(_reference_results(truth, *text)), list(_reference_results(noisy, *text)))
                             for text in texts
                         ]
                     for text, known in zip(texts, expected[bucket.chunks], strict=True):
-                        for right, rounded, got in zip(*known, _engine_pieces(model, *text), strict=True):
+                        for right, rounded, got in zip(*known, _engine_results(model, *text), strict=True):
                             checks.extend(_compare(which, bucket.chunks, right, rounded, got))
                     bar.update()
     source = str(against) if against is not None else "the bundle's own weights"
@@ -201,7 +201,7 @@ def validate(
 
 
 @dataclass(frozen=True)
-class Piece:
+class PhaseResult:
     """What one phase left behind: logits ``[S, V]`` and, a layer each, keys and values ``[K, S, D]``, re-rotated."""
 
     phase: str
@@ -263,17 +263,17 @@ def _texts(manifest: Manifest, bucket: Bucket, steps: int, seed: int) -> list[tu
     return [(ids[:length], ids[length : length + steps]) for length in lengths]
 
 
-def _reference_pieces(reference: TorchReference, prompt: list[int], forced: list[int]) -> Iterator[Piece]:
+def _reference_results(reference: TorchReference, prompt: list[int], forced: list[int]) -> Iterator[PhaseResult]:
     logits = reference.prefill(prompt)
     config = reference.config
     yield from _pieces(config, len(prompt), logits[0], lambda: (reference.keys, reference.values))
     if forced:
         rows = [reference.step(token)[0] for token in forced]
         span = _kept(config, len(prompt), len(prompt) + len(forced))
-        yield _piece("decode", torch.cat(rows), reference.keys, reference.values, span)
+        yield _phase_result("decode", torch.cat(rows), reference.keys, reference.values, span)
 
 
-def _engine_pieces(model: MesaModel, prompt: list[int], forced: list[int]) -> Iterator[Piece]:
+def _engine_results(model: MesaModel, prompt: list[int], forced: list[int]) -> Iterator[PhaseResult]:
     logits = model.prefill(prompt)
 
     def cache() -> tuple[list[Any], list[Any]]:
@@ -284,18 +284,20 @@ def _engine_pieces(model: MesaModel, prompt: list[int], forced: list[int]) -> It
     yield from _pieces(config, len(prompt), logits[0], cache)
     if forced:
         rows = [model.step(token)[0] for token in forced]
-        yield _piece("decode", np.concatenate(rows), *cache(), _kept(config, len(prompt), len(prompt) + len(forced)))
+        yield _phase_result(
+            "decode", np.concatenate(rows), *cache(), _kept(config, len(prompt), len(prompt) + len(forced))
+        )
 
 
 def _pieces(
     config: StaticMethod, tokens: int, logits: Any, cache: Callable[[], tuple[Sequence[Any], Sequence[Any]]]
-) -> Iterator[Piece]:
+) -> Iterator[PhaseResult]:
     plan = Plan.of(config, tokens)
     keys, values = cache()
     if plan.head is not None:
-        yield _piece("prefix", None, keys, values, plan.head)
-        yield _piece("chunk", None, keys, values, Span(plan.chunks[0].start, plan.chunks[-1].stop))
-    yield _piece("tail", logits, keys, values, _kept(config, plan.tail.start, plan.tail.stop))
+        yield _phase_result("prefix", None, keys, values, plan.head)
+        yield _phase_result("chunk", None, keys, values, Span(plan.chunks[0].start, plan.chunks[-1].stop))
+    yield _phase_result("tail", logits, keys, values, _kept(config, plan.tail.start, plan.tail.stop))
 
 
 def _kept(config: StaticMethod, start: int, stop: int) -> Span:
@@ -303,9 +305,9 @@ def _kept(config: StaticMethod, start: int, stop: int) -> Span:
     return Span(start if config.sink_window is None else max(start, stop - config.sink_window.window), stop)
 
 
-def _piece(phase: str, logits: Any, keys: Sequence[Any], values: Sequence[Any], span: Span) -> Piece:
+def _phase_result(phase: str, logits: Any, keys: Sequence[Any], values: Sequence[Any], span: Span) -> PhaseResult:
     part = slice(span.start, span.stop)
-    return Piece(
+    return PhaseResult(
         phase,
         None if logits is None else _floats(logits),
         [_floats(key[0, :, part]) for key in keys],
@@ -321,7 +323,7 @@ def _floats(array: Any) -> Floats:
     return np.asarray(plain, dtype=np.float64)
 
 
-def _compare(graphs: str, bucket: int, right: Piece, rounded: Piece, got: Piece) -> Iterator[Check]:
+def _compare(graphs: str, bucket: int, right: PhaseResult, rounded: PhaseResult, got: PhaseResult) -> Iterator[Check]:
     for quantity in ("keys", "values"):
         truth, noise, engine = (getattr(piece, quantity) for piece in (right, rounded, got))
         first = next(

@@ -27,7 +27,7 @@ from mesart.export.engine_graphs import EngineShapes, engine_graph, engine_shape
 from mesart.export.engine_memory import estimate, require_fit
 from mesart.export.fp8 import computed_products, count_products
 from mesart.export.gpus import Gpu, local_gpu, parse_gpus
-from mesart.export.tensorrt_builder import NoKernelError, Plan, Progress, TensorRtBuilder
+from mesart.export.tensorrt_builder import BuiltPlan, NoKernelError, Progress, TensorRtBuilder
 from mesart.graphs.bundle.manifest import (
     ENGINES_FOLDER,
     EngineInfo,
@@ -274,7 +274,7 @@ def _is_whole(bundle: Path, info: EngineInfo) -> bool:
 
 
 def _write(
-    bundle: Path, file: str, key: str, plan: Plan, shapes: EngineShapes, shared: list[WeightInfo], seconds: float
+    bundle: Path, file: str, key: str, plan: BuiltPlan, shapes: EngineShapes, shared: list[WeightInfo], seconds: float
 ) -> EngineInfo:
     path = bundle / file
     packed = gzip.compress(plan.data, compresslevel=3, mtime=0)

@@ -40,7 +40,7 @@ Layout = Literal["bucket", "profile"]
 Weights = Literal["shared", "embedded"]
 """``shared``: weights are inputs of every engine, one copy on the device. ``embedded``: each engine holds its own."""
 
-Plan: TypeAlias = bytes
+EngineBytes: TypeAlias = bytes
 """A serialised TensorRT engine."""
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -159,7 +159,7 @@ class EngineInfo:
     seconds: Annotated[float, Must("a number of at least 0", lambda value: value >= 0)]
     """That building took."""
 
-    def read(self, bundle: Path) -> Plan:
+    def read(self, bundle: Path) -> EngineBytes:
         """The plan, if its file is the one that was built: a plan is code, so no other may be loaded.
 
         Raises:
@@ -404,6 +404,7 @@ __all__ = [
     "SYMBOLIC_FILE",
     "WEIGHTS_FILE",
     "BundleFiles",
+    "EngineBytes",
     "EngineInfo",
     "EngineSet",
     "FileInfo",
@@ -413,7 +414,6 @@ __all__ = [
     "Layout",
     "Manifest",
     "ModelInfo",
-    "Plan",
     "ProfileInfo",
     "Quantisation",
     "TensorInfo",

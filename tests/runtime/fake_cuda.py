@@ -538,7 +538,7 @@ class FakeBuilder:
         self._activations = 10_000  # another size for each engine, so that the memory has to grow
 
     def build(self, graph: bytes, folder: Path, profiles: list[dict[str, list[int]]], *_: Any) -> Any:
-        from mesart.export.tensorrt_builder import NoKernelError, Plan
+        from mesart.export.tensorrt_builder import BuiltPlan, NoKernelError
         from mesart.graphs.bundle.manifest import TensorInfo
 
         self._activations += 1_000
@@ -552,7 +552,7 @@ class FakeBuilder:
             return [TensorInfo(value.name, _dtype(value), _shape(value, profiles)) for value in values]
 
         data = MAGIC + json.dumps(header).encode() + b"\0" + graph
-        return Plan(data, tensors(model.graph.input), tensors(model.graph.output))
+        return BuiltPlan(data, tensors(model.graph.input), tensors(model.graph.output))
 
 
 def _dtype(value: Any) -> str:
