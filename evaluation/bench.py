@@ -323,8 +323,8 @@ def prompt_flops(manifest: Manifest, tokens: int, parameters: int, heads: int, *
 
 def needed_pairs(config: StaticMethod, tokens: int) -> int:
     """Pairs of a query and a key that it sees, over the whole prompt."""
-    if config.reach is not None:
-        kept = min(tokens, config.reach.slots)
+    if config.sink_window is not None:
+        kept = min(tokens, config.sink_window.slots)
         return kept * (kept + 1) // 2 + (tokens - kept) * kept
     plan = Plan.of(config, tokens)
     spans = ([] if plan.head is None else [(len(plan.head), 0)]) + [(len(c), config.head_length) for c in plan.chunks]

@@ -46,7 +46,7 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
         answer = _transformers(job) if transformers else _mesart(job)
         load = time.perf_counter() - start
         # Engines for a bucket open, and kernels compile, with the first prompt that needs them: beyond the trained
-        # length all roles do.
+        # length all phases do.
         whole = job.get("warm_whole", False)
         answer(prompt if whole else prompt[: manifest.config.train_length + 1])
         warm_up = time.perf_counter() - start - load

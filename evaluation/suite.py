@@ -105,7 +105,7 @@ _APART: Final = ("text", "trust_remote_code")
 
 
 @dataclass(frozen=True)
-class ModelInfo:
+class GridModel:
     """A model of the grid."""
 
     name: str
@@ -118,7 +118,7 @@ class ModelInfo:
 class SuiteResult:
     """All cells that are known."""
 
-    models: tuple[ModelInfo, ...]
+    models: tuple[GridModel, ...]
     methods: tuple[str, ...]
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -271,10 +271,10 @@ def _outcome(result: Mapping[str, Any]) -> Outcome:
     return Outcome(scores, depths, float(result["seconds"]), result["refused"])
 
 
-def _describe(name: str, source: str) -> ModelInfo:
+def _describe(name: str, source: str) -> GridModel:
     from mesart.graphs.method.config import MesaConfig  # noqa: PLC0415
 
-    return ModelInfo(name, source, MesaConfig.from_model(source).train_length, fingerprint(source))
+    return GridModel(name, source, MesaConfig.from_model(source).train_length, fingerprint(source))
 
 
 def fingerprint(source: str) -> str:
@@ -449,4 +449,4 @@ def _revision() -> str | None:
     return answer.stdout.strip()
 
 
-__all__ = ["JOURNAL_FILE", "PERPLEXITY", "Cell", "ModelInfo", "Outcome", "Settings", "SuiteResult", "run_suite"]
+__all__ = ["JOURNAL_FILE", "PERPLEXITY", "Cell", "GridModel", "Outcome", "Settings", "SuiteResult", "run_suite"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from mesart.evaluation.output import WriteError, write_file
 from mesart.evaluation.report import Z95, table, times, versions, wilson_interval
-from mesart.evaluation.suite import PERPLEXITY, Cell, ModelInfo, Outcome, SuiteResult
+from mesart.evaluation.suite import PERPLEXITY, Cell, GridModel, Outcome, SuiteResult
 from mesart.evaluation.tasks import find_task
 from mesart.graphs.errors import InputError
 
@@ -59,7 +59,7 @@ def tables(result: SuiteResult) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(result: SuiteResult, model: ModelInfo, task: str) -> str:
+def _table(result: SuiteResult, model: GridModel, task: str) -> str:
     known = {
         cell: outcome
         for cell, outcome in result.outcomes.items()

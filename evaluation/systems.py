@@ -167,7 +167,7 @@ def stretched(model: nn.Module, tokens: int) -> Iterator[None]:
             config.max_seq_len = known
 
 
-class Origin(System):
+class PlainModel(System):
     """The transformers model as it is: its own positions, attention and cache, however long the prompt."""
 
     def __init__(self, model: nn.Module, train_length: int) -> None:
@@ -357,7 +357,7 @@ def _open_bundle(
     tokenizer = Tokenizer.of(read_texts(files).contents, bundle)
     openers: dict[str, Callable[[], System]] = {
         "mesa": lambda: MesaBundle(MesaModel.load(bundle, backend, trust_remote_code=trust_remote_code)),
-        "origin": lambda: Origin(_bundle_model(bundle, manifest, trust_remote_code), manifest.config.train_length),
+        "origin": lambda: PlainModel(_bundle_model(bundle, manifest, trust_remote_code), manifest.config.train_length),
     }
     systems = {name: openers[name]() for name in names}
     engines = {name: system.engine for name, system in systems.items()}
@@ -385,7 +385,7 @@ def _open_checkpoint(
     config = config or MesaConfig.from_model(source)
     openers: dict[str, Callable[[], System]] = {
         "mesa": lambda: MesaReference(checkpoint.model, config),
-        "origin": lambda: Origin(checkpoint.model, checkpoint.train_length),
+        "origin": lambda: PlainModel(checkpoint.model, checkpoint.train_length),
     }
     systems = {name: openers[name]() for name in names}
     engines = {name: system.engine for name, system in systems.items()}

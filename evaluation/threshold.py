@@ -47,7 +47,7 @@ from mesart.evaluation.passkey_eval import PromptMaker, ask
 from mesart.evaluation.perplexity import places_in
 from mesart.evaluation.progress import progress_bar
 from mesart.evaluation.report import Z95, table, versions, wilson_interval
-from mesart.evaluation.systems import CheckpointModel, OpenSystems, Origin, Source, Subject, stretched
+from mesart.evaluation.systems import CheckpointModel, OpenSystems, PlainModel, Source, Subject, stretched
 from mesart.graphs.errors import InputError
 from mesart.graphs.method.config import MesaConfig
 
@@ -70,7 +70,7 @@ _BEYOND: Final = (*(1 + k / 16 for k in range(1, 9)), 1.75, 2, 2.5, 3, 4, 6, 8, 
 
 
 @dataclass(frozen=True)
-class Runner:
+class ProbedModel:
     """A model under some method."""
 
     module: nn.Module
@@ -269,7 +269,7 @@ def probe_threshold(
     *,
     prefix_ids: Sequence[int] = (),
     config: MesaConfig | None = None,
-    others: Mapping[str, Runner] | None = None,
+    others: Mapping[str, ProbedModel] | None = None,
     passkey: Callable[[int], tuple[int, int]] | None = None,
     layers: Sequence[int] | None = None,
     places: int = 32,
@@ -314,7 +314,7 @@ def probe_threshold(
     half, longest = len(stream) // 2, max_tokens - len(prefix_ids)
     choosing = _Texts(stream[:half], places_in(half, train_length, places, seed), prefix_ids)
     judging = _Texts(stream[half:], places_in(len(stream) - half, longest, places, seed), prefix_ids)
-    origin = Runner(model, lambda ids, last: model(input_ids=ids, use_cache=False, logits_to_keep=last).logits)
+    origin = ProbedModel(model, lambda ids, last: model(input_ids=ids, use_cache=False, logits_to_keep=last).logits)
     mesa, used = _mesa(model, config or MesaConfig(train_length))
     runners = {ORIGIN: origin, "mesa": mesa, **(others or {})}
 
@@ -416,7 +416,7 @@ def _lengths(train_length: int, max_tokens: int, least: int) -> list[int]:
     return sorted(length for length in asked if least <= length <= max_tokens)
 
 
-def _mesa(model: nn.Module, config: MesaConfig) -> tuple[Runner, MesaConfig]:
+def _mesa(model: nn.Module, config: MesaConfig) -> tuple[ProbedModel, MesaConfig]:
     from mesart.graphs.model.reference import TorchReference  # noqa: PLC0415  (torch only where it is needed)
 
     config = config.for_model(model)
@@ -431,7 +431,7 @@ def _mesa(model: nn.Module, config: MesaConfig) -> tuple[Runner, MesaConfig]:
             )
         return logits[:, -last:]
 
-    return Runner(reference.role.model, run), replace(config, short_length=reference.config.short_length)
+    return ProbedModel(reference.module.model, run), replace(config, short_length=reference.config.short_length)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
@@ -467,7 +467,7 @@ def _tapped(module: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tens
 
 
 def _watch(
-    runner: Runner, texts: _Texts, lengths: Sequence[int], layers: Sequence[int], tokens: int, bar: Any
+    runner: ProbedModel, texts: _Texts, lengths: Sequence[int], layers: Sequence[int], tokens: int, bar: Any
 ) -> tuple[Array, Array]:
     """Means over the last tokens of each text: hidden states ``[N, P, L, H]``, losses ``[N, P]``."""
     import torch  # noqa: PLC0415
@@ -560,7 +560,7 @@ def _passkey(
     checkpoint: CheckpointModel, prompts: int, seed: int, text: str | os.PathLike[str] | None
 ) -> Callable[[int], tuple[int, int]]:
     """The plain model's passkeys, asked as :func:`~mesart.evaluation.run_passkey` does, with random filler."""
-    origin = Origin(checkpoint.model, checkpoint.train_length)
+    origin = PlainModel(checkpoint.model, checkpoint.train_length)
     subject = Subject(checkpoint.source, "checkpoint", MesaConfig(checkpoint.train_length), {ORIGIN: origin.engine})
     opened = OpenSystems(subject, checkpoint.tokenizer, checkpoint.train_length)
     maker = PromptMaker(opened, held_out_text(text), 5, seed)
@@ -577,7 +577,7 @@ __all__ = [
     "Curve",
     "MethodProbe",
     "PasskeyRate",
-    "Runner",
+    "ProbedModel",
     "ThresholdResult",
     "probe_threshold",
     "run_threshold",

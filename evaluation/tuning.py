@@ -48,7 +48,7 @@ _SEARCH_SHARE: Final = 0.6
 
 
 @dataclass(frozen=True)
-class Task:
+class TuneTask:
     """What every configuration is asked; part of what a journal's results are kept under."""
 
     lengths: tuple[int, ...]
@@ -144,7 +144,7 @@ class TuneResult:
     subject: Subject
     """Its ``config`` is where the search started."""
     seed: int
-    task: Task
+    task: TuneTask
     text: Text
     recommended: MesaConfig
     tried: tuple[Tried, ...]
@@ -216,7 +216,7 @@ class SensitivityResult:
 
     subject: Subject
     seed: int
-    task: Task
+    task: TuneTask
     text: Text
     rows: tuple[SensitivityRow, ...]
     complete: bool
@@ -375,7 +375,7 @@ def tune(
     if not tried:
         raise InputError("tuning was interrupted before anything was judged")
     judged = list(finals.values()) if len(finals) > 1 or complete else list(tried.values())
-    task = Task(bench.lengths, final_prompts, final_places, bench.scored)
+    task = TuneTask(bench.lengths, final_prompts, final_places, bench.scored)
     return TuneResult(
         bench.subject,
         seed,
@@ -443,7 +443,7 @@ def sensitivity(
                 bar.update()
         except KeyboardInterrupt:
             complete = False
-    task = Task(bench.lengths, prompts, places, bench.scored)
+    task = TuneTask(bench.lengths, prompts, places, bench.scored)
     return SensitivityResult(bench.subject, seed, task, bench.text, tuple(rows), complete, time.monotonic() - clock)
 
 
@@ -526,7 +526,7 @@ class _Bench:
         self.scored = min(32, self.start.tail_min)
         self.subject = Subject(os.fspath(source), kind, self.start, {"mesa": engine})
         self._opened = OpenSystems(self.subject, tokenizer, self.lengths[-1])
-        self._maker = PromptMaker(self._opened, self.text, Task.digits, seed)
+        self._maker = PromptMaker(self._opened, self.text, TuneTask.digits, seed)
         if self.lengths[0] < self._maker.shortest:
             raise InputError(
                 f"a length of {self.lengths[0]} tokens is too short: a passkey prompt takes at least "
@@ -695,9 +695,9 @@ __all__ = [
     "Measured",
     "SensitivityResult",
     "SensitivityRow",
-    "Task",
     "Tried",
     "TuneResult",
+    "TuneTask",
     "attention_scores",
     "grid",
     "perplexity_ratio",

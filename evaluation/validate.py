@@ -1,4 +1,4 @@
-"""Is a bundle right? Every role and bucket against PyTorch, judged by what its own precision costs PyTorch.
+"""Is a bundle right? Every phase and bucket against PyTorch, judged by what its own precision costs PyTorch.
 
 The tokens are forced: both sides see the same prompt and the same continuation. The truth is computed by
 :class:`~mesart.graphs.TorchReference` in a higher precision (float64 for a float32 bundle, else float32). The noise
@@ -44,11 +44,11 @@ Which = Literal["symbolic", "specialised", "engines"]
 
 @dataclass(frozen=True)
 class Check:
-    """One role of one bucket."""
+    """One phase of one bucket."""
 
     graphs: str
     bucket: int
-    role: str
+    phase: str
     quantity: str
     """``logits``, or ``keys`` and ``values`` of all layers together."""
     max_error: float
@@ -98,19 +98,19 @@ class Validation:
         layers = [check.first_layer for check in failed if check.first_layer is not None]
         where = f"first at layer {min(layers)}" if layers else "after the last layer's keys (last layer, norm or head)"
         return (
-            f"FAILED: {len(failed)} of {len(self.checks)} checks; diverges {where}, seen in the {worst.role} of bucket "
-            f"{worst.bucket}: {worst.quantity} are off by {worst.relative_error:.1e}, allowed {worst.limit:.1e}"
+            f"FAILED: {len(failed)} of {len(self.checks)} checks; diverges {where}, seen in the {worst.phase} of "
+            f"bucket {worst.bucket}: {worst.quantity} are off by {worst.relative_error:.1e}, allowed {worst.limit:.1e}"
         )
 
     def table(self) -> str:
         """A table for people."""
-        head = f"{'graphs':<12} {'bucket':>6} {'role':<6} {'of':<7} {'max':>8} {'mean':>8} {'rel':>8} {'limit':>8} "
+        head = f"{'graphs':<12} {'bucket':>6} {'phase':<6} {'of':<7} {'max':>8} {'mean':>8} {'rel':>8} {'limit':>8} "
         lines = [head + f"{'1-cos':>8} {'KL':>8} {'top-1':>6}  verdict"]
         for c in self.checks:
             kl, top1 = ("" if c.kl is None else f"{c.kl:.1e}"), ("" if c.top1 is None else f"{c.top1:.3f}")
             verdict = "ok" if c.passed else "FAILED" + ("" if c.first_layer is None else f" from layer {c.first_layer}")
             lines.append(
-                f"{c.graphs:<12} {c.bucket:>6} {c.role:<6} {c.quantity:<7} {c.max_error:>8.1e} {c.mean_error:>8.1e} "
+                f"{c.graphs:<12} {c.bucket:>6} {c.phase:<6} {c.quantity:<7} {c.max_error:>8.1e} {c.mean_error:>8.1e} "
                 f"{c.relative_error:>8.1e} {c.limit:>8.1e} {1 - c.cosine:>8.1e} {kl:>8} {top1:>6}  {verdict}"
             )
         return "\n".join([*lines, self.verdict()])
@@ -170,7 +170,7 @@ def validate(
     name = backend
     graphs = graphs or (("engines",) if backend.startswith("tensorrt") else ("symbolic", "specialised"))
     runs = [(bucket, which) for bucket in chosen for which in graphs]
-    expected: dict[int, list[tuple[list[Piece], list[Piece]]]] = {}
+    expected: dict[int, list[tuple[list[PhaseResult], list[PhaseResult]]]] = {}
     with progress_bar(total=len(runs), desc="validate", unit="run", disable=not progress) as bar:
         for which in graphs:
             with MesaModel.load(
@@ -189,11 +189,11 @@ def validate(
                     texts = _texts(manifest, bucket, steps, seed)
                     if bucket.chunks not in expected:
                         expected[bucket.chunks] = [
-                            (list(_reference_pieces(truth, *text)), list(_reference_pieces(noisy, *text)))
+                            (list(_reference_results(truth, *text)), list(_reference_results(noisy, *text)))
                             for text in texts
                         ]
                     for text, known in zip(texts, expected[bucket.chunks], strict=True):
-                        for right, rounded, got in zip(*known, _engine_pieces(model, *text), strict=True):
+                        for right, rounded, got in zip(*known, _engine_results(model, *text), strict=True):
                             checks.extend(_compare(which, bucket.chunks, right, rounded, got))
                     bar.update()
     source = str(against) if against is not None else "the bundle's own weights"
@@ -201,10 +201,10 @@ def validate(
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What one role left behind: logits ``[S, V]`` and, a layer each, keys and values ``[K, S, D]`` at their places."""
+class PhaseResult:
+    """What one phase left behind: logits ``[S, V]`` and, a layer each, keys and values ``[K, S, D]``, re-rotated."""
 
-    role: str
+    phase: str
     logits: Floats | None
     keys: list[Floats]
     values: list[Floats]
@@ -263,17 +263,17 @@ def _texts(manifest: Manifest, bucket: Bucket, steps: int, seed: int) -> list[tu
     return [(ids[:length], ids[length : length + steps]) for length in lengths]
 
 
-def _reference_pieces(reference: TorchReference, prompt: list[int], forced: list[int]) -> Iterator[Piece]:
+def _reference_results(reference: TorchReference, prompt: list[int], forced: list[int]) -> Iterator[PhaseResult]:
     logits = reference.prefill(prompt)
     config = reference.config
     yield from _pieces(config, len(prompt), logits[0], lambda: (reference.keys, reference.values))
     if forced:
         rows = [reference.step(token)[0] for token in forced]
         span = _kept(config, len(prompt), len(prompt) + len(forced))
-        yield _piece("step", torch.cat(rows), reference.keys, reference.values, span)
+        yield _phase_result("decode", torch.cat(rows), reference.keys, reference.values, span)
 
 
-def _engine_pieces(model: MesaModel, prompt: list[int], forced: list[int]) -> Iterator[Piece]:
+def _engine_results(model: MesaModel, prompt: list[int], forced: list[int]) -> Iterator[PhaseResult]:
     logits = model.prefill(prompt)
 
     def cache() -> tuple[list[Any], list[Any]]:
@@ -284,29 +284,31 @@ def _engine_pieces(model: MesaModel, prompt: list[int], forced: list[int]) -> It
     yield from _pieces(config, len(prompt), logits[0], cache)
     if forced:
         rows = [model.step(token)[0] for token in forced]
-        yield _piece("step", np.concatenate(rows), *cache(), _kept(config, len(prompt), len(prompt) + len(forced)))
+        yield _phase_result(
+            "decode", np.concatenate(rows), *cache(), _kept(config, len(prompt), len(prompt) + len(forced))
+        )
 
 
 def _pieces(
     config: StaticMethod, tokens: int, logits: Any, cache: Callable[[], tuple[Sequence[Any], Sequence[Any]]]
-) -> Iterator[Piece]:
+) -> Iterator[PhaseResult]:
     plan = Plan.of(config, tokens)
     keys, values = cache()
     if plan.head is not None:
-        yield _piece("head", None, keys, values, plan.head)
-        yield _piece("chunk", None, keys, values, Span(plan.chunks[0].start, plan.chunks[-1].stop))
-    yield _piece("tail", logits, keys, values, _kept(config, plan.tail.start, plan.tail.stop))
+        yield _phase_result("prefix", None, keys, values, plan.head)
+        yield _phase_result("chunk", None, keys, values, Span(plan.chunks[0].start, plan.chunks[-1].stop))
+    yield _phase_result("tail", logits, keys, values, _kept(config, plan.tail.start, plan.tail.stop))
 
 
 def _kept(config: StaticMethod, start: int, stop: int) -> Span:
     """The tokens ``start .. stop - 1``, less those whose keys a method has dropped by then."""
-    return Span(start if config.reach is None else max(start, stop - config.reach.window), stop)
+    return Span(start if config.sink_window is None else max(start, stop - config.sink_window.window), stop)
 
 
-def _piece(role: str, logits: Any, keys: Sequence[Any], values: Sequence[Any], span: Span) -> Piece:
+def _phase_result(phase: str, logits: Any, keys: Sequence[Any], values: Sequence[Any], span: Span) -> PhaseResult:
     part = slice(span.start, span.stop)
-    return Piece(
-        role,
+    return PhaseResult(
+        phase,
         None if logits is None else _floats(logits),
         [_floats(key[0, :, part]) for key in keys],
         [_floats(value[0, :, part]) for value in values],
@@ -321,7 +323,7 @@ def _floats(array: Any) -> Floats:
     return np.asarray(plain, dtype=np.float64)
 
 
-def _compare(graphs: str, bucket: int, right: Piece, rounded: Piece, got: Piece) -> Iterator[Check]:
+def _compare(graphs: str, bucket: int, right: PhaseResult, rounded: PhaseResult, got: PhaseResult) -> Iterator[Check]:
     for quantity in ("keys", "values"):
         truth, noise, engine = (getattr(piece, quantity) for piece in (right, rounded, got))
         first = next(
@@ -334,19 +336,19 @@ def _compare(graphs: str, bucket: int, right: Piece, rounded: Piece, got: Piece)
             None,
         )
         flat = [np.concatenate([part.ravel() for part in parts]) for parts in (truth, noise, engine)]
-        yield _check(graphs, bucket, right.role, quantity, *flat, first_layer=first)
+        yield _check(graphs, bucket, right.phase, quantity, *flat, first_layer=first)
     if right.logits is not None and rounded.logits is not None and got.logits is not None:
         expected, found = _log_softmax(right.logits), _log_softmax(got.logits)
         kl = float((np.exp(expected) * (expected - found)).sum(-1).mean())
         top1 = float(np.mean(right.logits.argmax(-1) == got.logits.argmax(-1)))
         flat = [piece.logits.ravel() for piece in (right, rounded, got)]  # type: ignore[union-attr]
-        yield _check(graphs, bucket, right.role, "logits", *flat, kl=kl, top1=top1)
+        yield _check(graphs, bucket, right.phase, "logits", *flat, kl=kl, top1=top1)
 
 
 def _check(
     graphs: str,
     bucket: int,
-    role: str,
+    phase: str,
     quantity: str,
     truth: Floats,
     noise: Floats,
@@ -361,7 +363,7 @@ def _check(
     return Check(
         graphs,
         bucket,
-        role,
+        phase,
         quantity,
         max_error=float(error.max()),
         mean_error=float(error.mean()),

@@ -20,19 +20,19 @@ from mesart.export.disk import explained, require_space, write_new
 from mesart.export.folders import atomic, check_target, require_apart, require_own
 from mesart.export.forms import with_attention
 from mesart.export.paged_forms import with_grouped_attention, with_paged_attention
-from mesart.export.places import place_of_layers
 from mesart.export.quantise import EXPERT, check_groups, choose_quantisation, quantise_products
 from mesart.export.quantised_checkpoint import read_scheme
+from mesart.export.rerotation import rerotation_of_layers
 from mesart.export.rotary_operator import with_rotary_operator
 from mesart.export.specialise import specialise
 from mesart.export.stage import real_place, staged
 from mesart.export.texts import read_texts
-from mesart.export.trace import no_collection, trace_place, trace_roles
+from mesart.export.trace import no_collection, trace_phases, trace_rerotation
 from mesart.export.weights import WeightFiles, WeightMode, open_network
 from mesart.graphs.bundle.manifest import (
     DTYPES,
     ENGINE_FILE,
-    ENGINE_PLACE_FILE,
+    ENGINE_REROTATE_FILE,
     GROUPED_FILE,
     MANIFEST_FILE,
     ONNXRUNTIME_FILE,
@@ -43,15 +43,15 @@ from mesart.graphs.bundle.manifest import (
     LayerInfo,
     Manifest,
     Quantisation,
-    Role,
     TensorInfo,
     sha256,
 )
+from mesart.graphs.bundle.names import GraphKind
 from mesart.graphs.errors import InputError
 from mesart.graphs.method.config import MesaConfig
 from mesart.graphs.method.plan import Bucket, buckets_up_to
 from mesart.graphs.method.protocol import StaticMethod
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 from mesart.graphs.model.rotary import LayerSpec
 from mesart.graphs.model.torch_weights import expert_weights
 from mesart.graphs.user_data import user_data
@@ -84,7 +84,7 @@ def export_model(
     progress: bool = False,
     report: Report | None = None,
 ) -> Path:
-    """Exports a checkpoint as a bundle: ONNX graphs for every role and bucket, weights, manifest, tokenizer.
+    """Exports a checkpoint as a bundle: ONNX graphs for every phase and bucket, weights, manifest, tokenizer.
 
     Args:
         model: a checkpoint folder or hub id of a causal language model with rotary embeddings. Weights that a library
@@ -217,7 +217,7 @@ def export_model(
             max_tokens=limit,
             buckets=list(buckets),
             layers=layers,
-            graphs=[_describe(file, *graphs.roles[file], graph) for file, graph in graphs.files.items()],
+            graphs=[_describe(file, *graphs.kinds[file], graph) for file, graph in graphs.files.items()],
             tools={name: version(name) for name in _TOOLS},
             files=weight_infos | {path.name: FileInfo(path.stat().st_size, sha256(path)) for path in others},
             weight_files=list(weight_infos),
@@ -238,71 +238,71 @@ def export_model(
 class _Graphs:
     """All graphs of a bundle before they are written."""
 
-    def __init__(self, module: RoleModule, *, moves: bool = True) -> None:
-        self.module, self._moves = module, moves
+    def __init__(self, module: PhaseModule, *, rerotates: bool = True) -> None:
+        self.module, self._rerotates = module, rerotates
         self.files: dict[str, ir.Model] = {}
-        self.roles: dict[str, tuple[Role, int | None]] = {}
+        self.kinds: dict[str, tuple[GraphKind, int | None]] = {}
 
-    def place_files(self) -> dict[str, LayerSpec]:
+    def rerotation_files(self) -> dict[str, LayerSpec]:
         """A file name for each kind of rotation in the model, if keys move at all."""
-        kinds = dict.fromkeys(spec for spec in self.module.layers if spec.layout is not None and self._moves)
-        return {f"place{f'-{i}' if i else ''}.onnx": spec for i, spec in enumerate(kinds)}
+        kinds = dict.fromkeys(spec for spec in self.module.layers if spec.layout is not None and self._rerotates)
+        return {f"rerotate{f'-{i}' if i else ''}.onnx": spec for i, spec in enumerate(kinds)}
 
-    def add(self, file: str, role: Role, bucket: int | None, graph: ir.Model) -> None:
-        self.files[file], self.roles[file] = graph, (role, bucket)
+    def add(self, file: str, kind: GraphKind, bucket: int | None, graph: ir.Model) -> None:
+        self.files[file], self.kinds[file] = graph, (kind, bucket)
 
 
 def _trace(network: Any, config: StaticMethod, buckets: tuple[Bucket, ...]) -> _Graphs:
-    module = RoleModule(network, config, "traced")
-    graphs = _Graphs(module, moves=config.moves)
+    module = PhaseModule(network, config, "traced")
+    graphs = _Graphs(module, rerotates=config.rerotates)
     with torch.no_grad():
-        traced = trace_roles(module)
-        places: dict[LayerSpec, ir.Model] = {}
-        for name, spec in graphs.place_files().items():
+        traced = trace_phases(module)
+        rerotations: dict[LayerSpec, ir.Model] = {}
+        for name, spec in graphs.rerotation_files().items():
             dtype = next(network.parameters()).dtype
-            places[spec] = trace_place(module.place(spec), spec.kv_heads, spec.key_size, dtype)
-            graphs.add(name, "place", None, places[spec])
-    if places:
-        each = {index: places[spec] for index, spec in enumerate(module.layers) if spec in places}
-        graphs.add(ENGINE_PLACE_FILE, "engine_place", None, place_of_layers(each))
-    graphs.add(SYMBOLIC_FILE, "any", None, with_attention(traced, "split"))
-    paged = with_paged_attention(traced) if config.reach is None else None
+            rerotations[spec] = trace_rerotation(module.rerotation(spec), spec.kv_heads, spec.key_size, dtype)
+            graphs.add(name, "rerotate", None, rerotations[spec])
+    if rerotations:
+        each = {index: rerotations[spec] for index, spec in enumerate(module.layers) if spec in rerotations}
+        graphs.add(ENGINE_REROTATE_FILE, "engine_rerotate", None, rerotation_of_layers(each))
+    graphs.add(SYMBOLIC_FILE, "symbolic", None, with_attention(traced, "unfused"))
+    paged = with_paged_attention(traced) if config.sink_window is None else None
     if paged is not None:
         graphs.add(PAGED_FILE, "paged", None, paged)
     if next(network.parameters()).dtype != torch.bfloat16:  # which onnxruntime does not compute on CPUs
-        grouped = with_grouped_attention(traced) if config.reach is None else None
-        graph = grouped if grouped is not None else with_attention(traced, "heads")
+        grouped = with_grouped_attention(traced) if config.sink_window is None else None
+        graph = grouped if grouped is not None else with_attention(traced, "unfused_per_head")
         with_rotary_operator(graph)
         if grouped is not None:
             graphs.add(GROUPED_FILE, "grouped", None, graph)
         else:
             graphs.add(ONNXRUNTIME_FILE, "onnxruntime", None, graph)
-    if config.reach is None:  # engines write a cache that grows
-        graphs.add(ENGINE_FILE, "engine", None, with_attention(traced, "in_place"))
-    fused = with_attention(traced, "fused")
+    if config.sink_window is None:  # engines write a cache that grows
+        graphs.add(ENGINE_FILE, "engine", None, with_attention(traced, "kv_in_place"))
+    fixed = with_attention(traced, "attention_op")
     head, chunk = config.head_length, config.chunk_length
     if chunk:
-        graphs.add("head.onnx", "head", None, specialise(fused, {"B": 1, "S": head, "P": 0, "M": 1}))
-        graphs.add("chunk.onnx", "chunk", None, specialise(fused, {"B": 1, "S": chunk, "P": head, "M": 1}))
-    tail = min(TAIL_SLICE, config.train_length if config.reach is None else config.reach.window)
+        graphs.add("prefix.onnx", "prefix", None, specialise(fixed, {"B": 1, "S": head, "P": 0, "M": 1}))
+        graphs.add("chunk.onnx", "chunk", None, specialise(fixed, {"B": 1, "S": chunk, "P": head, "M": 1}))
+    tail = min(TAIL_SLICE, config.train_length if config.sink_window is None else config.sink_window.window)
     for bucket in buckets:
         n, past = bucket.chunks, bucket.max_tokens
-        if config.reach is not None:
-            past = min(past, config.reach.slots)
-        graphs.add(f"tail-{n}.onnx", "tail", n, specialise(fused, {"B": 1, "S": tail, "P": past, "M": 1}))
-        graphs.add(f"step-{n}.onnx", "step", n, specialise(fused, {"B": 1, "S": 1, "P": past, "M": 1}))
+        if config.sink_window is not None:
+            past = min(past, config.sink_window.slots)
+        graphs.add(f"tail-{n}.onnx", "tail", n, specialise(fixed, {"B": 1, "S": tail, "P": past, "M": 1}))
+        graphs.add(f"decode-{n}.onnx", "decode", n, specialise(fixed, {"B": 1, "S": 1, "P": past, "M": 1}))
     return graphs
 
 
 def _layer_infos(graphs: _Graphs) -> list[LayerInfo]:
-    files = {spec: file for file, spec in graphs.place_files().items()}
+    files = {spec: file for file, spec in graphs.rerotation_files().items()}
     return [LayerInfo(s.kv_heads, s.key_size, s.value_size, files.get(s)) for s in graphs.module.layers]
 
 
 def _name_weights(files: WeightFiles, graphs: _Graphs) -> None:
     """Notes at each weight of the graphs under which name it will be stored."""
     for file, graph in graphs.files.items():
-        table = graphs.roles[file][0] in ("place", "engine_place")
+        table = graphs.kinds[file][0] in ("rerotate", "engine_rerotate")
         prefix = f"{Path(file).stem}." if table else ""
         for name, value in graph.graph.initializers.items():
             raw = getattr(value.const_value, "raw", None)
@@ -341,8 +341,8 @@ def _attach(graph: ir.Model, folder: Path, places: dict[str, tuple[str, int, int
             )
 
 
-def _describe(file: str, role: Role, bucket: int | None, graph: ir.Model) -> GraphInfo:
-    return GraphInfo(file, role, bucket, [*map(_tensor, graph.graph.inputs)], [*map(_tensor, graph.graph.outputs)])
+def _describe(file: str, kind: GraphKind, bucket: int | None, graph: ir.Model) -> GraphInfo:
+    return GraphInfo(file, kind, bucket, [*map(_tensor, graph.graph.inputs)], [*map(_tensor, graph.graph.outputs)])
 
 
 def _tensor(value: ir.Value) -> TensorInfo:

@@ -1,4 +1,4 @@
-"""The graphs that TensorRT engines are built from: which shapes each role and bucket needs, and the ONNX for them."""
+"""The graphs that TensorRT engines are built from: which shapes each phase and bucket needs, and the ONNX for them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mesart.export.forms import attend_to_all_slots
 from mesart.export.fp8 import pair_single_rows
 from mesart.graphs.bundle.manifest import (
     ENGINE_FILE,
-    ENGINE_PLACE_FILE,
+    ENGINE_REROTATE_FILE,
     Layout,
     Manifest,
     ProfileInfo,
-    Role,
     WeightInfo,
     Weights,
 )
+from mesart.graphs.bundle.names import LOGITS, EnginePhase
 from mesart.graphs.method.plan import Bucket
 
 TAIL_SLICE = 256
@@ -29,8 +29,8 @@ TAIL_SLICE = 256
 SHARED_BYTES = 16 << 10
 """Weights from this size on become inputs; smaller ones (norms, biases) are worth a constant that can be fused."""
 
-PLACE_SLICE = 1024
-"""Keys that are placed anew together where there are no chunks, which give their number."""
+REROTATE_SLICE = 1024
+"""Keys that are rotated together where there are no chunks, which give their number."""
 
 _SLOTS = 64
 """Caches have a multiple of this many slots, which is what attention kernels work on."""
@@ -48,11 +48,11 @@ class EngineShapes:
     @property
     def all_fixed(self) -> bool:
         """Whether no axis is free: attention looks at all slots of the cache."""
-        return all(profile.columns == profile.slots for profile in self.profiles)
+        return all(profile.kv_length == profile.slots for profile in self.profiles)
 
 
 def engine_shapes(manifest: Manifest, layout: Layout, buckets: Sequence[Bucket]) -> list[EngineShapes]:
-    """The engines of a layout: head, chunk, place, and tail and step of every bucket.
+    """The engines of a layout: prefix, chunk, rerotate, and tail and decode of every bucket.
 
     A cache has room for a whole slice behind the last slot that a slice may begin at, because TensorRT writes all of
     a slice, also the tokens that fill it up.
@@ -63,25 +63,25 @@ def engine_shapes(manifest: Manifest, layout: Layout, buckets: Sequence[Bucket])
     slots = {bucket.chunks: _round_up(bucket.max_tokens + tail - 1) for bucket in buckets}
     largest = max(slots.values())
 
-    def profile(role: Role, bucket: Bucket, new: int) -> ProfileInfo:
-        columns = slots[bucket.chunks]
-        return ProfileInfo(role, bucket.chunks, new, columns if layout == "bucket" else largest, columns)
+    def profile(phase: EnginePhase, bucket: Bucket, new: int) -> ProfileInfo:
+        kv_length = slots[bucket.chunks]
+        return ProfileInfo(phase, bucket.chunks, new, kv_length if layout == "bucket" else largest, kv_length)
 
     engines = []
-    if buckets[-1].chunks and any(graph.role == "head" for graph in manifest.graphs):
-        for role, new in (("head", config.head_length), ("chunk", config.chunk_length)):
-            engines.append(EngineShapes(role, ENGINE_FILE, (ProfileInfo(role, None, new, scratch, scratch),)))  # type: ignore[arg-type]
-    if any(graph.role == "engine_place" for graph in manifest.graphs):
-        # Also without chunks: a long generation moves keys.
-        keys = config.chunk_length or min(PLACE_SLICE, config.train_length // 2)
-        place = ProfileInfo("place", None, keys, 0, 0)
-        engines.append(EngineShapes("place", ENGINE_PLACE_FILE, (place,)))
-    for role, new in (("tail", tail), ("step", 1)):
-        profiles = tuple(profile(role, bucket, new) for bucket in buckets)  # type: ignore[arg-type]
+    if buckets[-1].chunks and any(graph.kind == "prefix" for graph in manifest.graphs):
+        for phase, new in (("prefix", config.head_length), ("chunk", config.chunk_length)):
+            engines.append(EngineShapes(phase, ENGINE_FILE, (ProfileInfo(phase, None, new, scratch, scratch),)))  # type: ignore[arg-type]
+    if any(graph.kind == "engine_rerotate" for graph in manifest.graphs):
+        # Also without chunks: a long generation rotates keys.
+        keys = config.chunk_length or min(REROTATE_SLICE, config.train_length // 2)
+        rerotate = ProfileInfo("rerotate", None, keys, 0, 0)
+        engines.append(EngineShapes("rerotate", ENGINE_REROTATE_FILE, (rerotate,)))
+    for phase, new in (("tail", tail), ("decode", 1)):
+        profiles = tuple(profile(phase, bucket, new) for bucket in buckets)  # type: ignore[arg-type]
         if layout == "profile":
-            engines.append(EngineShapes(role, ENGINE_FILE, profiles))
+            engines.append(EngineShapes(phase, ENGINE_FILE, profiles))
         else:
-            engines += [EngineShapes(f"{role}-{x.bucket}", ENGINE_FILE, (x,)) for x in profiles]
+            engines += [EngineShapes(f"{phase}-{x.bucket}", ENGINE_FILE, (x,)) for x in profiles]
     return engines
 
 
@@ -96,11 +96,11 @@ def engine_graph(bundle: Path, shapes: EngineShapes, weights: Weights) -> tuple[
     """
     model = ir.load(bundle / shapes.graph)
     first = shapes.profiles[0]
-    if first.role in ("head", "chunk"):  # nobody reads their logits
-        model.graph.outputs.remove(next(value for value in model.graph.outputs if value.name == "logits"))
+    if first.phase in ("prefix", "chunk"):  # nobody reads their logits
+        model.graph.outputs.remove(next(value for value in model.graph.outputs if value.name == LOGITS))
     sizes = {"B": 1, "S": first.new, "P": first.slots, "M": 1}
     if shapes.all_fixed:
-        sizes["A"] = first.columns
+        sizes["A"] = first.kv_length
     if weights == "shared":
         pair_single_rows(model.graph, sizes)
     ends = [*model.graph.inputs, *model.graph.outputs]
@@ -112,7 +112,7 @@ def engine_graph(bundle: Path, shapes: EngineShapes, weights: Weights) -> tuple[
         for value in node.outputs:
             if id(value) not in known:
                 value.shape = None  # TensorRT infers it
-    if "A" in sizes and first.role != "place":
+    if "A" in sizes and first.phase != "rerotate":
         attend_to_all_slots(model)
     passes.RemoveUnusedNodesPass()(model)
     for value in list(model.graph.inputs):

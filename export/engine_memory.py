@@ -24,7 +24,7 @@ class Memory:
     chunks: int
     """The bucket."""
     weights: int
-    """Of one engine for each role if the weights are embedded, else one copy."""
+    """Of one engine for each phase if the weights are embedded, else one copy."""
     cache: int
     scratch: int
     """The head and a chunk, and where keys are moved."""
@@ -44,7 +44,7 @@ class Memory:
 
 def estimate(bundle: Path, manifest: Manifest, engines: Sequence[EngineShapes], weights: Weights) -> list[Memory]:
     """The memory of each bucket, smallest first."""
-    steps = {p.bucket: p for engine in engines for p in engine.profiles if p.role == "step"}
+    steps = {p.bucket: p for engine in engines for p in engine.profiles if p.phase == "decode"}
     return [_estimate(bundle, manifest, engines, weights, step) for step in steps.values()]
 
 
@@ -53,19 +53,19 @@ def _estimate(
 ) -> Memory:
     config = manifest.config
     slot = 2 * sum(x.kv_heads * (x.key_size + x.value_size) for x in manifest.layers)
-    moved = 2 * sum(x.kv_heads * x.key_size for x in manifest.layers if x.place)
-    runs = [p for e in engines for p in e.profiles if p.role in ("head", "chunk") or p.bucket == step.bucket]
-    cut = step.bucket and any(p.role == "chunk" for p in runs)
+    rotated = 2 * sum(x.kv_heads * x.key_size for x in manifest.layers if x.rerotate)
+    runs = [p for e in engines for p in e.profiles if p.phase in ("prefix", "chunk") or p.bucket == step.bucket]
+    cut = step.bucket and any(p.phase == "chunk" for p in runs)
     scratch = config.head_length + config.chunk_length if cut else 0
-    placed = next((p.new for e in engines for p in e.profiles if p.role == "place"), 0)
+    at_a_time = next((p.new for e in engines for p in e.profiles if p.phase == "rerotate"), 0)
     stored, how = manifest.weight_bytes, manifest.quantisation
-    roles = len({p.role for p in runs if p.role != "place"})
+    phases = len({p.phase for p in runs if p.phase != "rerotate"})
     return Memory(
         chunks=step.bucket or 0,
         # Whole numbers are never shared.
-        weights=stored * (roles if weights == "embedded" or (how is not None and how.scheme != "fp8") else 1),
+        weights=stored * (phases if weights == "embedded" or (how is not None and how.scheme != "fp8") else 1),
         cache=step.slots * slot,
-        scratch=scratch * slot + 2 * placed * moved,
+        scratch=scratch * slot + 2 * at_a_time * rotated,
         activations=max(_activations(bundle, manifest, run) for run in runs),
     )
 
@@ -80,7 +80,7 @@ def _activations(bundle: Path, manifest: Manifest, run: ProfileInfo) -> int:
         + hidden * 4
         + 2 * sum(x.kv_heads * (x.key_size + x.value_size) for x in manifest.layers[:1])
     )
-    return 2 * run.new * wide + 2 * run.new * run.columns + 4 * int(manifest.model["vocab_size"])
+    return 2 * run.new * wide + 2 * run.new * run.kv_length + 4 * int(manifest.model["vocab_size"])
 
 
 def require_fit(memory: Memory, available: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Bundle -> engines: a TensorRT engine for every role and bucket, built only if what it follows from has changed.
+"""Bundle -> engines: a TensorRT engine for every phase and bucket, built only if what it follows from has changed.
 
 What a build has finished is in ``engines/build.jsonl``, a line for each engine; the manifest learns of them last, all
 at once. So a build that is killed leaves the bundle as it was, and the next one goes on where it ended.
@@ -27,7 +27,7 @@ from mesart.export.engine_graphs import EngineShapes, engine_graph, engine_shape
 from mesart.export.engine_memory import estimate, require_fit
 from mesart.export.fp8 import computed_products, count_products
 from mesart.export.gpus import Gpu, local_gpu, parse_gpus
-from mesart.export.tensorrt_builder import NoKernelError, Plan, Progress, TensorRtBuilder
+from mesart.export.tensorrt_builder import BuiltPlan, NoKernelError, Progress, TensorRtBuilder
 from mesart.graphs.bundle.manifest import (
     ENGINES_FOLDER,
     EngineInfo,
@@ -40,6 +40,7 @@ from mesart.graphs.bundle.manifest import (
     engine_info,
     sha256,
 )
+from mesart.graphs.bundle.names import ATTENDED
 from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.method.plan import Bucket
 
@@ -69,7 +70,7 @@ def build_engines(
         bundle: a folder made by :func:`~mesart.export.export_model`, in float16 or bfloat16.
         flavour: ``tensorrt-rtx`` builds for any of its GPUs, also without one; ``tensorrt`` for this machine's.
         gpus: such as ``sm89,rtx5090``; this machine's if left out.
-        layout: an engine for each role and bucket, or for each role with a profile for each bucket.
+        layout: an engine for each phase and bucket, or for each phase with a profile for each bucket.
         weights: inputs of the engines, one copy for all of them, or embedded in each.
         max_tokens: build only the buckets that prompts up to this length need; all if left out.
         progress: show a bar.
@@ -86,7 +87,7 @@ def build_engines(
     folder = Path(bundle)
     manifest = Manifest.read(folder)
     manifest.verify(folder)
-    if manifest.config.reach is not None:
+    if manifest.config.sink_window is not None:
         raise InputError(
             f"{folder} holds a method that drops keys, in a ring, and engines write a cache that "
             "grows; run it with onnxruntime or openvino"
@@ -218,7 +219,7 @@ def _build(
         except NoKernelError:
             # The kernel for a single query ends at some length of the cache (24 thousand slots, in TensorRT for RTX
             # 1.7); the one for several does not. So a step is computed with a second token, which fills up.
-            if shapes.profiles[0].role != "step":
+            if shapes.profiles[0].phase != "decode":
                 raise
             shapes = replace(shapes, profiles=tuple(replace(profile, new=2) for profile in shapes.profiles))
             onnx, shared = _graph(bundle, shapes, weights)
@@ -242,7 +243,7 @@ def _profiles(shapes: EngineShapes) -> list[dict[str, list[int]]]:
     """The one free axis, A, in each profile; nothing if it is fixed too."""
     if shapes.all_fixed:
         return []
-    return [{"columns": [profile.columns]} for profile in shapes.profiles]
+    return [{ATTENDED: [profile.kv_length]} for profile in shapes.profiles]
 
 
 def ticker(bar: Any, name: str) -> Progress:
@@ -273,7 +274,7 @@ def _is_whole(bundle: Path, info: EngineInfo) -> bool:
 
 
 def _write(
-    bundle: Path, file: str, key: str, plan: Plan, shapes: EngineShapes, shared: list[WeightInfo], seconds: float
+    bundle: Path, file: str, key: str, plan: BuiltPlan, shapes: EngineShapes, shared: list[WeightInfo], seconds: float
 ) -> EngineInfo:
     path = bundle / file
     packed = gzip.compress(plan.data, compresslevel=3, mtime=0)

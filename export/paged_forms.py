@@ -15,8 +15,22 @@ import onnx_ir as ir
 
 from mesart.export.forms import LayerAttention
 from mesart.export.specialise import specialise
-from mesart.export.trace import ATTENTION_DOMAIN, merge_equal, tidy_names
-from mesart.graphs.bundle.names import BLOCK, PAGED_DOMAIN, PAGED_INPUTS
+from mesart.export.trace import merge_equal, tidy_names
+from mesart.graphs.bundle.names import (
+    BLOCK,
+    KINDS,
+    MAX_CONTEXT_LEN,
+    NEW_MASK,
+    PAGED_DOMAIN,
+    PAGED_INPUTS,
+    PAST_MASK,
+    PAST_POSITION_IDS,
+    PRESENT,
+    SEQLENS_K,
+    TOTAL_SEQUENCE_LENGTH,
+    present_name,
+)
+from mesart.graphs.model.attention_operator import DOMAIN
 
 _MICROSOFT = "com.microsoft"
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -34,20 +48,22 @@ def with_paged_attention(traced: ir.Model) -> ir.Model | None:
         return None
     model = traced.clone()
     extra = [
-        _add_input(model, name, ir.DataType.INT32, [] if name == "max_context_len" else [axis])
+        _add_input(model, name, ir.DataType.INT32, [] if name == MAX_CONTEXT_LEN else [axis])
         for name, axis in PAGED_INPUTS.items()
     ]
     for attention in _layers(model):
-        query, key, value = (_flat(attention, x, 0) for x in (attention.query, attention.key, attention.value))
+        query, key, value = (
+            _flat(attention, x, 0) for x in (attention.operands.query, attention.operands.key, attention.operands.value)
+        )
         output = attention.tape.op(
             "PagedAttention",
-            [query, key, value, attention.past_key, attention.past_value, *extra],
+            [query, key, value, attention.operands.past_key, attention.operands.past_value, *extra],
             {"kv_num_heads": attention.kv_heads, "head_size": attention.head_size},
             domain=PAGED_DOMAIN,
         )
-        _name(output, attention.query.dtype, ["T", attention.heads * attention.value_size])
+        _name(output, attention.operands.query.dtype, ["T", attention.heads * attention.value_size])
         _finish(attention, output)
-        for cache in (attention.past_key, attention.past_value):
+        for cache in (attention.operands.past_key, attention.operands.past_value):
             assert cache.shape is not None
             cache.shape = ir.Shape(["N", attention.kv_heads, BLOCK, cache.shape[3]])
     _without_masks(model)
@@ -67,23 +83,25 @@ def with_grouped_attention(traced: ir.Model) -> ir.Model | None:
         return None
     model = traced.clone()
     lengths = [
-        _add_input(model, "seqlens_k", ir.DataType.INT32, ["B"]),
-        _add_input(model, "total_sequence_length", ir.DataType.INT32, []),
+        _add_input(model, SEQLENS_K, ir.DataType.INT32, ["B"]),
+        _add_input(model, TOTAL_SEQUENCE_LENGTH, ir.DataType.INT32, []),
     ]
     for attention in _layers(model):
-        query, key, value = (_flat(attention, x, 1) for x in (attention.query, attention.key, attention.value))
+        query, key, value = (
+            _flat(attention, x, 1) for x in (attention.operands.query, attention.operands.key, attention.operands.value)
+        )
         outputs = attention.tape.op_multi_out(
             "GroupQueryAttention",
-            [query, key, value, attention.past_key, attention.past_value, *lengths],
+            [query, key, value, attention.operands.past_key, attention.operands.past_value, *lengths],
             {"num_heads": attention.heads, "kv_num_heads": attention.kv_heads, "scale": 1.0},
             num_outputs=3,
             domain=_MICROSOFT,
         )
-        _name(outputs[0], attention.query.dtype, ["B", "S", attention.heads * attention.value_size])
+        _name(outputs[0], attention.operands.query.dtype, ["B", "S", attention.heads * attention.value_size])
         for kind, past, present in zip(
-            ("key", "value"), (attention.past_key, attention.past_value), outputs[1:], strict=True
+            KINDS, (attention.operands.past_key, attention.operands.past_value), outputs[1:], strict=True
         ):
-            _give(model, f"present.{attention.layer}.{kind}", present, past)
+            _give(model, present_name(attention.attributes.layer, kind), present, past)
         _finish(attention, outputs[0])
     model.opset_imports[_MICROSOFT] = 1
     _without_masks(model)
@@ -93,12 +111,12 @@ def with_grouped_attention(traced: ir.Model) -> ir.Model | None:
 
 
 def _layers(model: ir.Model) -> list[LayerAttention]:
-    return [LayerAttention(model, node, rows=True) for node in model.graph if node.domain == ATTENTION_DOMAIN]
+    return [LayerAttention(model, node, rows=True) for node in model.graph if node.domain == DOMAIN]
 
 
 def _is_plain(attention: LayerAttention) -> bool:
     """Whether all that a query is told is which keys come before it: no positions, no capped scores, no sinks."""
-    return attention.standard and not attention.window and attention.head_size == attention.value_size
+    return attention.standard and not attention.attributes.window and attention.head_size == attention.value_size
 
 
 def _flat(attention: LayerAttention, value: ir.Value, axes: int) -> ir.Value:
@@ -133,12 +151,12 @@ def _give(model: ir.Model, name: str, value: ir.Value, like: ir.Value) -> None:
 def _without_masks(model: ir.Model) -> None:
     """Takes out what the operators need no more: masks, and outputs of new keys and values that no one reads."""
     for value in list(model.graph.outputs):
-        if (value.name or "").startswith("present.") and not _written_in_place(value):
+        if (value.name or "").startswith(PRESENT) and not _written_in_place(value):
             model.graph.outputs.remove(value)
     for value in list(model.graph.inputs):
-        if value.name in ("past_mask", "new_mask", "past_position_ids"):
+        if value.name in (PAST_MASK, NEW_MASK, PAST_POSITION_IDS):
             model.graph.inputs.remove(value)
-    model.opset_imports.pop(ATTENTION_DOMAIN, None)
+    model.opset_imports.pop(DOMAIN, None)
 
 
 def _written_in_place(value: ir.Value) -> bool:

@@ -220,7 +220,7 @@ def quantise_products(
     that is used otherwise too is kept beside its quantised form.
 
     Args:
-        model: a graph of any role.
+        model: a graph of any kind.
         how: the quantisation.
         experts: the weights of experts that are quantised too, and whether they lie ``[E, in, out]``; each gets a
             product of its own, with initializers that say whose they are (:data:`EXPERT`).

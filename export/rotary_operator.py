@@ -18,7 +18,7 @@ from mesart.export.trace import merge_equal, tidy_names
 def with_rotary_operator(model: ir.Model) -> None:
     """Puts ``RotaryEmbedding`` wherever the graph computes the same, in place.
 
-    What is turned is ``[B, H, S, D]``; its cosines and sines are rows of a table ``[positions, D]`` whose two halves
+    What is rotated is ``[B, H, S, D]``; its cosines and sines are rows of a table ``[positions, D]`` whose two halves
     are equal, which the operator takes once, ``[B, S, D/2]``. Only float32, which all kernels take.
     """
     graph = model.graph
@@ -31,27 +31,27 @@ def with_rotary_operator(model: ir.Model) -> None:
         found = next(_written_out(total, tables), None)
         if found is None:
             continue
-        turned, cosines, sines = found
+        rotated, cosines, sines = found
         tape = ir.tape.Tape()
-        size = int(turned.shape[-1])  # type: ignore[index, arg-type]
+        size = int(rotated.shape[-1])  # type: ignore[index, arg-type]
         bounds = [tape.op("Constant", [], {"value_ints": [bound]}) for bound in (0, size // 2, -1)]
         halves = [tape.op("Slice", [rows, *bounds]) for rows in (cosines, sines)]
-        output = tape.op("RotaryEmbedding", [turned, *halves])
+        output = tape.op("RotaryEmbedding", [rotated, *halves])
         _replace(graph, total, tape.nodes, output)
     merge_equal(model)
     tidy_names(model)
 
 
 def _written_out(total: ir.Node, tables: Collection[ir.Value]) -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
-    """What is turned, and the rows of cosines and sines, if a sum is a rotation."""
+    """What is rotated, and the rows of cosines and sines, if a sum is a rotation."""
     if total.outputs[0].dtype != ir.DataType.FLOAT:
         return
     for straight, across in (total.inputs, total.inputs[::-1]):
-        for turned, cosines in _factors(straight):
+        for rotated, cosines in _factors(straight):
             for crossed, sines in _factors(across):
                 rows = [row for value in (cosines, sines) if (row := _rows(value, tables)) is not None]
-                if len(rows) == 2 and _crosses(crossed, turned):
-                    yield turned, rows[0], rows[1]
+                if len(rows) == 2 and _crosses(crossed, rotated):
+                    yield rotated, rows[0], rows[1]
 
 
 def _factors(product: ir.Value | None) -> Iterator[tuple[ir.Value, ir.Value]]:

@@ -1,4 +1,4 @@
-"""Fixed shapes: from the symbolic graph to one for a role and bucket, as engines with static shapes want it."""
+"""Fixed shapes: from the symbolic graph to one for a phase and bucket, as engines with static shapes want it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def specialise(symbolic: ir.Model, sizes: dict[str, int]) -> ir.Model:
     """A copy of a graph with the axes B, S, P and M fixed; an axis of size 0 takes its tensors out of the graph.
 
     Args:
-        symbolic: a graph of :func:`~mesart.export.trace.trace_roles`.
+        symbolic: a graph of :func:`~mesart.export.trace.trace_phases`.
         sizes: the extent of each named axis.
     """
     model = symbolic.clone()

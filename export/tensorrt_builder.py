@@ -30,7 +30,7 @@ class NoKernelError(MesaError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuiltPlan:
     """A built engine."""
 
     data: bytes
@@ -77,7 +77,7 @@ class TensorRtBuilder:
         folder: Path,
         profiles: Sequence[Shapes],
         progress: Progress,
-    ) -> Plan:
+    ) -> BuiltPlan:
         """Builds one engine.
 
         Args:
@@ -132,7 +132,7 @@ class TensorRtBuilder:
         fixed = profiles[0] if profiles else {}
         inputs = [self._tensor(network.get_input(i), fixed) for i in range(network.num_inputs)]
         outputs = [self._tensor(network.get_output(i), fixed) for i in range(network.num_outputs)]
-        return Plan(bytes(serialized), inputs, outputs, list(self._logger.layers))
+        return BuiltPlan(bytes(serialized), inputs, outputs, list(self._logger.layers))
 
     def _require_kernel(self) -> None:
         if any("dedicated kernel" in error or "decompose_composite_ops" in error for error in self._logger.errors):
@@ -228,4 +228,4 @@ def _monitor(trt: Any, progress: Progress) -> Any:
     return Monitor()
 
 
-__all__ = ["NoKernelError", "Plan", "Progress", "TensorRtBuilder"]
+__all__ = ["BuiltPlan", "NoKernelError", "Progress", "TensorRtBuilder"]

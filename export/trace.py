@@ -1,7 +1,8 @@
-"""torch -> ONNX: one symbolic graph that computes every role.
+"""torch -> ONNX: one symbolic graph that computes every phase.
 
 The model's own code is traced by ``torch.export`` and translated by torch's ONNX exporter into standard operators, but
-for attention, which stays one operator of our own until :mod:`~mesart.export.forms` writes it out.
+for attention, which stays one operator of our own (:mod:`~mesart.graphs.model.attention_operator`) until
+:mod:`~mesart.export.forms` writes it out.
 Axes are symbolic: B batch, S new tokens, P past tokens, M tokens whose logits are wanted.
 """
 
@@ -22,8 +23,26 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import nn
 
 from mesart.export.decompose import decomposed_one_by_one
+from mesart.graphs.bundle.names import (
+    FROM_IDS,
+    INPUT_IDS,
+    KEY,
+    LOGITS,
+    LOGITS_AT,
+    NEW_MASK,
+    PAST,
+    PAST_MASK,
+    PAST_POSITION_IDS,
+    POSITION_IDS,
+    PRESENT,
+    QUERY_SCALE,
+    ROTATED,
+    TO_IDS,
+    past_name,
+    present_name,
+)
 from mesart.graphs.errors import InputError, MesaError, first_line
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 
 OPSET = 23
 IR_VERSION = 11
@@ -35,27 +54,17 @@ _REWRITE_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is no
 _FOLD_BYTES = 1024
 """Constants larger than this are not folded."""
 
-ATTENTION_DOMAIN = "mesart"
-"""Of the operator ``Attention`` in a traced graph.
-
-Inputs: query ``[B, H, S, D]``, key and value ``[B, K, S, D]``, past key and value ``[B, K, P, D]``, ``past_mask``,
-``new_mask``, and where the layer needs them ``position_ids``, ``past_position_ids``, a sink of each head, ``[H]``,
-and queries ``[B, H, S, D]`` and keys ``[B, K, F, D]`` as they meet the first tokens beyond the window.
-Attributes: ``layer``, ``softcap`` (0: none), ``window`` (0: none), ``slopes`` (ALiBi's, one a head; absent: none), and
-with first tokens ``reach_`` and each field of :class:`~mesart.graphs.method.reach.Reach`.
-"""
-
-_ROLE_AXES = {
-    "input_ids": "B S",
-    "position_ids": "B S",
-    "past_mask": "B . . P",
-    "past_position_ids": "B P",
-    "new_mask": "B . S S",
-    "query_scale": "B . S .",
-    "logits_at": "M",
-    "past_key_values.": "B . P .",
-    "logits": "B M .",
-    "present.": "B . S .",
+_PHASE_AXES = {
+    INPUT_IDS: "B S",
+    POSITION_IDS: "B S",
+    PAST_MASK: "B . . P",
+    PAST_POSITION_IDS: "B P",
+    NEW_MASK: "B . S S",
+    QUERY_SCALE: "B . S .",
+    LOGITS_AT: "M",
+    PAST: "B . P .",
+    LOGITS: "B M .",
+    PRESENT: "B . S .",
 }
 """The axes of each input and output, by the beginning of its name; ``.`` has a size of its own."""
 
@@ -63,11 +72,11 @@ _SMALL = 16
 """Elements of the largest constants that are merged when equal: shapes and scalars, not weights."""
 
 
-def trace_roles(module: RoleModule) -> ir.Model:
+def trace_phases(module: PhaseModule) -> ir.Model:
     """The symbolic graph of a model in form ``traced``, weights attached as initializers under the checkpoint's names.
 
     Inputs: ``input_ids``, ``position_ids``, ``past_mask``, ``new_mask``, ``query_scale``, ``logits_at`` and
-    ``past_key_values.N.key`` / ``.value``; outputs: ``logits`` and ``present.N.key`` / ``.value`` (see ``RoleModule``).
+    ``past_key_values.N.key`` / ``.value``; outputs: ``logits`` and ``present.N.key`` / ``.value``: see ``PhaseModule``.
     A model with layers that look at the positions of keys has ``past_position_ids`` too.
 
     Raises:
@@ -76,8 +85,8 @@ def trace_roles(module: RoleModule) -> ir.Model:
     layers = module.layers
     dtype = next(module.parameters()).dtype
     batch, new, past, wanted = 2, 5, 7, 3  # any sizes above 1 that differ
-    if module.reach is not None:
-        past += module.reach.sinks  # first tokens are a part of the past
+    if module.sink_window is not None:
+        past += module.sink_window.sinks  # first tokens are a part of the past
     past_keys = [torch.zeros(batch, s.kv_heads, past, s.key_size, dtype=dtype) for s in layers]
     past_values = [torch.zeros(batch, s.kv_heads, past, s.value_size, dtype=dtype) for s in layers]
     example = (
@@ -105,28 +114,28 @@ def trace_roles(module: RoleModule) -> ir.Model:
         {0: any_size, 1: any_size},
     )
     count = range(len(layers))
-    inputs = ["input_ids", "position_ids", "past_mask", "new_mask", "query_scale", "logits_at"]
-    inputs += [f"past_key_values.{i}.key" for i in count] + [f"past_key_values.{i}.value" for i in count]
-    inputs += ["past_position_ids"]
-    outputs = ["logits"] + [f"present.{i}.key" for i in count] + [f"present.{i}.value" for i in count]
+    inputs = [INPUT_IDS, POSITION_IDS, PAST_MASK, NEW_MASK, QUERY_SCALE, LOGITS_AT]
+    inputs += [past_name(i, "key") for i in count] + [past_name(i, "value") for i in count]
+    inputs += [PAST_POSITION_IDS]
+    outputs = [LOGITS] + [present_name(i, "key") for i in count] + [present_name(i, "value") for i in count]
     model = _to_onnx(module, example, shapes)
     _rename(model, inputs, outputs)
-    _name_axes(model, _ROLE_AXES)
+    _name_axes(model, _PHASE_AXES)
     model = _tidy(model)
     if not model.graph.inputs[-1].uses():
         model.graph.inputs.pop()
     return model
 
 
-def trace_place(module: nn.Module, kv_heads: int, key_size: int, dtype: torch.dtype) -> ir.Model:
-    """The graph of a :class:`~mesart.graphs.model.rotary.Place`: ``key``, ``from_ids``, ``to_ids`` give ``moved``."""
+def trace_rerotation(module: nn.Module, kv_heads: int, key_size: int, dtype: torch.dtype) -> ir.Model:
+    """The graph of a ``Rerotation``: ``key``, ``from_ids`` and ``to_ids`` give ``rotated``."""
     any_size = torch.export.Dim.DYNAMIC
     from_ids, to_ids = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64)
     example = (torch.zeros(2, kv_heads, 5, key_size, dtype=dtype), from_ids, to_ids)
     shapes = ({0: any_size, 2: any_size}, {0: any_size, 1: any_size}, {0: any_size, 1: any_size})
     model = _to_onnx(module, example, shapes)
-    _rename(model, ["key", "from_ids", "to_ids"], ["moved"])
-    _name_axes(model, {"key": "B . S .", "moved": "B . S .", "": "B S"})
+    _rename(model, [KEY, FROM_IDS, TO_IDS], [ROTATED])
+    _name_axes(model, {KEY: "B . S .", ROTATED: "B . S .", "": "B S"})
     return _tidy(model)
 
 

@@ -33,6 +33,7 @@ from mesart.export.specialise import specialise
 from mesart.export.tensorrt_builder import NoKernelError, TensorRtBuilder
 from mesart.export.triton_model import BUNDLE_FOLDER, MODEL, MODEL_FILE
 from mesart.graphs.bundle.manifest import MANIFEST_FILE, GraphInfo, Manifest, TensorInfo
+from mesart.graphs.bundle.names import GraphKind
 from mesart.graphs.errors import InputError, MesaError
 from mesart.graphs.method.config import MesaConfig
 
@@ -80,7 +81,7 @@ def export_triton_repository(
     """Writes a model repository for NVIDIA's Triton Inference Server from a bundle.
 
     It holds ``NAME``, which streams text and runs a copy of the bundle (its files are hard links where the file system
-    allows), and ``NAME_head``, ``NAME_chunk``, ``NAME_tail_4``, ``NAME_step_4``, ``NAME_place``: one graph each,
+    allows), and ``NAME_prefix``, ``NAME_chunk``, ``NAME_tail_4``, ``NAME_decode_4``, ``NAME_rerotate``: one graph each,
     for clients that keep the cache themselves. Their weights are in every plan, and their caches go in and come
     out: Triton allocates the outputs, so a plan cannot update a cache in place, and its clients cannot bind weights.
 
@@ -168,13 +169,13 @@ def repository_entries(repository: Path) -> Collection[str]:
 
 
 def _graphs(manifest: Manifest, max_tokens: int | None) -> list[GraphInfo]:
-    """The static graphs of the buckets that are needed, and those that place keys, which a long generation needs."""
+    """The static graphs of the buckets that are needed, and those that rotate keys, which a long generation needs."""
     chunks = [bucket.chunks for bucket in buckets_for(manifest, max_tokens)]
-    roles = ("head", "chunk", "place") if chunks[-1] else ("place",)
+    kinds: tuple[GraphKind, ...] = ("prefix", "chunk", "rerotate") if chunks[-1] else ("rerotate",)
     return [
         graph
         for graph in manifest.graphs
-        if graph.role in roles or (graph.role in ("tail", "step") and graph.bucket in chunks)
+        if graph.kind in kinds or (graph.kind in ("tail", "decode") and graph.bucket in chunks)
     ]
 
 
@@ -199,7 +200,7 @@ def _needed_bytes(
     bundle: Path, target: Path, manifest: Manifest, graphs: Sequence[GraphInfo], engine: TritonEngine
 ) -> int:
     """What is more than a link: plans, each with all weights; the bundle, if it lies in another file system."""
-    plans = 0 if engine == "onnxruntime" else sum(graph.role != "place" for graph in graphs)
+    plans = 0 if engine == "onnxruntime" else sum(graph.kind != "rerotate" for graph in graphs)
     beside = next(parent for parent in Path(os.path.realpath(target)).parents if parent.exists())
     linked = beside.stat().st_dev == bundle.stat().st_dev
     copied = 0 if linked else sum(info.bytes for info in manifest.files.values())
@@ -216,7 +217,7 @@ def _write_plan_model(
     try:
         plan = builder.build(onnx, bundle, [], show)
     except NoKernelError as error:
-        if graph.role != "step":
+        if graph.kind != "decode":
             raise NoKernelError(f"{model.name}: {error}") from error
         raise NoKernelError(
             f"{model.name}: TensorRT {builder.version} has no attention kernel for one query behind "
@@ -234,7 +235,7 @@ def _write_plan_model(
 def _static_graph(bundle: Path, graph: GraphInfo, manifest: Manifest) -> ir.Model:
     """A graph without free axes, and without inputs that nothing reads: an engine has no such."""
     model = ir.load(bundle / graph.file)
-    if graph.role == "place":
+    if graph.kind == "rerotate":
         model = specialise(model, {"B": 1, "S": manifest.config.chunk_length})
     passes.RemoveUnusedNodesPass()(model)
     for value in list(model.graph.inputs):

@@ -1,7 +1,7 @@
-"""What is computed: plans, Stair position encoding, role modules, the PyTorch reference.
+"""What is computed: plans, Stair position encoding, the module that computes every phase, the PyTorch reference.
 
-What needs torch (``TorchReference``, ``RoleModule``) is imported when first asked for, so that the runtime, which needs
-the config, the plan and the manifest only, stays free of it.
+What needs torch (``TorchReference``) is imported when first asked for, so that the runtime, which needs the config, the
+plan and the manifest only, stays free of it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any, Final
 from mesart.graphs.errors import InputError
 
 MOST_POSITIONS: Final = 1 << 21
-"""Rows of a position table, at most: one of 2 million takes 2 GB where 128 dimensions turn."""
+"""Rows of a position table, at most: one of 2 million takes 2 GB where 128 dimensions rotate."""
 
 MOST_TOKENS: Final = 1 << 30
 """The longest text that may be asked for."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.bundle.manifest import GraphInfo
+from mesart.graphs.bundle.names import past_of
 from mesart.graphs.errors import BundleError, CapacityError, EngineError, InputError, first_line, telling_line
 from mesart.runtime.engine_imports import import_onnxruntime, import_openvino, leave_alone_in_forks
 from mesart.runtime.engines import PACKAGES
@@ -28,7 +29,7 @@ Array = NDArray[Any]
 STORAGE: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 """The numpy type that holds a bundle's dtype."""
 
-SymbolicRole = Literal["any", "onnxruntime"]
+SymbolicKind = Literal["symbolic", "onnxruntime"]
 
 Activations = Literal["int8"]
 """To what activations are rounded in front of quantised weights, where that is asked for (docs/decoding.md)."""
@@ -54,7 +55,7 @@ class Backend(Protocol):
 
     name: str
     device: str
-    graph_role: SymbolicRole
+    graph_kind: SymbolicKind
     """Of the symbolic graph that it runs."""
 
     def open(self, path: Path, info: GraphInfo | None = None) -> Graph:
@@ -71,7 +72,7 @@ class OnnxRuntimeBackend:
         self._onnxruntime = onnxruntime = import_onnxruntime()
         cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         self.device = "cuda" if cuda else "cpu"
-        self.graph_role: SymbolicRole = "any" if cuda else "onnxruntime"
+        self.graph_kind: SymbolicKind = "symbolic" if cuda else "onnxruntime"
         if dtype == "bfloat16" and not cuda:
             raise InputError(
                 "onnxruntime computes no bfloat16 on the CPU; use backend 'openvino', or export with --dtype float32"
@@ -131,22 +132,20 @@ class OnnxRuntimeInPlace:
         try:
             binding = self._session.io_binding()
             for name in self._inputs:
-                cache = values.get(name.removeprefix("past_key_values."))
+                cache = values.get(name)
                 if cache is not None:
                     binding.bind_ortvalue_input(name, cache)
                 else:
                     binding.bind_ortvalue_input(name, self._value(np.asarray(feeds[name], order="C")))
             for name in self._outputs:
-                cache = values.get(name.removeprefix("present."))
+                cache = values.get(past_of(name))
                 if cache is not None:
                     binding.bind_ortvalue_output(name, cache)
                 else:
                     binding.bind_output(name)
             self._session.run_with_iobinding(binding)
             outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-            return {
-                name: value.numpy() for name, value in outputs.items() if name.removeprefix("present.") not in values
-            }
+            return {name: value.numpy() for name, value in outputs.items() if past_of(name) not in values}
         except Exception as error:
             raise EngineError(f"onnxruntime failed in {self._name}: {first_line(error)}") from error
 
@@ -156,7 +155,7 @@ class OpenVinoBackend:
 
     name = "openvino"
     device = "cpu"
-    graph_role: SymbolicRole = "any"
+    graph_kind: SymbolicKind = "symbolic"
 
     def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
         self._openvino = openvino = import_openvino()
@@ -284,7 +283,7 @@ class TorchBackend:
 
     name = "torch"
     device = "cpu"
-    graph_role: SymbolicRole = "any"
+    graph_kind: SymbolicKind = "symbolic"
 
     def __init__(self, dtype: str, threads: int | None = None, activations: Activations | None = None) -> None:
         del dtype, threads  # the bundle's; torch's own setting

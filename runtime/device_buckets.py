@@ -18,7 +18,7 @@ class DeviceBuckets:
         self._engines, self._buckets = engines, engines.buckets(manifest)
         self._one_size = engines.layout == "profile"
         profiles = [profile for engine in engines.set.engines for profile in engine.profiles]
-        self.chunk_slots = next((x.slots for x in profiles if x.role == "chunk"), 0)
+        self.chunk_slots = next((x.slots for x in profiles if x.phase == "chunk"), 0)
         """Slots of the buffers in which heads and chunks are computed; 0: there are no engines for them."""
 
     @property

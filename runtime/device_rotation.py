@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.bundle.names import key_name, rotated_name
 from mesart.runtime.backends import STORAGE
 from mesart.runtime.engines import Engines
 from mesart.runtime.kv.store import Positions
@@ -23,13 +24,13 @@ class DeviceRotation:
     def __init__(self, manifest: Manifest, engines: Engines) -> None:
         self._engines, self._cuda = engines, engines.cuda
         itemsize = np.dtype(STORAGE[manifest.dtype]).itemsize
-        self._sizes = {i: (x.kv_heads, x.key_size * itemsize) for i, x in enumerate(manifest.layers) if x.place}
+        self._sizes = {i: (x.kv_heads, x.key_size * itemsize) for i, x in enumerate(manifest.layers) if x.rerotate}
         self._staging: tuple[SlotBlock, SlotBlock, RunInputs] | None = None
 
     @property
     def at_a_time(self) -> int:
         """Keys of a layer that one call rotates; 0 where no layer rotates its keys."""
-        return self._engines.profile("place").new if self._sizes else 0
+        return self._engines.profile("rerotate").new if self._sizes else 0
 
     def __call__(
         self, keys: Sequence[SlotTensor], slot: int, old: Positions, new: Positions
@@ -42,17 +43,17 @@ class DeviceRotation:
             new: where they are to be.
         """
         before, after, inputs = self._staging or self._allocate()
-        self._engines.prepare("place")
+        self._engines.prepare("rerotate")
         packing = Packing(before.slots)
         addresses = packing.addresses(inputs.address)
         for layer, source, target in zip(self._sizes, before.tensors, after.tensors, strict=True):
             source.copy(self._cuda, 0, keys[layer], slot, len(old))
             source.clear(self._cuda, len(old))  # or the engine reads what was rotated before, which may be no numbers
-            addresses[f"key.{layer}"], addresses[f"moved.{layer}"] = source.address, target.address
+            addresses[key_name(layer)], addresses[rotated_name(layer)] = source.address, target.address
         memory = inputs.next()
         packing.fill_rotation(memory, old, new)
         inputs.upload(memory, packing.bytes)
-        self._engines.enqueue("place", None, addresses)
+        self._engines.enqueue("rerotate", None, addresses)
         return dict(zip(self._sizes, after.tensors, strict=True))
 
     def _allocate(self) -> tuple[SlotBlock, SlotBlock, RunInputs]:

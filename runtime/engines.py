@@ -20,10 +20,10 @@ from mesart.graphs.bundle.manifest import (
     Layout,
     Manifest,
     ProfileInfo,
-    Role,
     TensorInfo,
     WeightInfo,
 )
+from mesart.graphs.bundle.names import ATTENDED, PRESENT, EnginePhase, past_of
 from mesart.graphs.errors import BundleError, EngineError, InputError, MesaError, first_line
 from mesart.graphs.method.plan import Bucket
 from mesart.runtime.cuda import Cuda, aligned
@@ -44,7 +44,7 @@ def _weight(info: WeightInfo) -> _Weight:
 
 
 class Engines:
-    """Engines for every role and bucket, opened when first needed; one copy of the weights if they are shared.
+    """Engines for every phase and bucket, opened when first needed; one copy of the weights if they are shared.
 
     Args:
         files: the bundle's, verified.
@@ -69,7 +69,7 @@ class Engines:
         self._activations, self._activation_bytes = 0, 0
         self.weight_bytes = 0
         """Of device memory."""
-        self.moves = 0
+        self.generation = 0
         """How often the activation memory has moved: what was captured before holds no longer."""
         try:
             self.set = choose(self._bundle, manifest, flavour, str(self._trt.__version__), self.cuda.capability)
@@ -99,33 +99,35 @@ class Engines:
 
     def buckets(self, manifest: Manifest) -> list[Bucket]:
         """The buckets that there are engines for."""
-        built = {profile.bucket for engine in self.set.engines for profile in engine.profiles if profile.role == "tail"}
+        built = {
+            profile.bucket for engine in self.set.engines for profile in engine.profiles if profile.phase == "tail"
+        }
         return [bucket for bucket in manifest.buckets if bucket.chunks in built]
 
-    def profile(self, role: Role, bucket: int | None = None) -> ProfileInfo:
-        """The fixed shapes of a role and bucket."""
-        info, index = self.set.find(role, bucket)
+    def profile(self, phase: EnginePhase, bucket: int | None = None) -> ProfileInfo:
+        """The fixed shapes of a phase and bucket."""
+        info, index = self.set.find(phase, bucket)
         return info.profiles[index]
 
-    def prepare(self, role: Role, bucket: int | None = None) -> None:
-        """Opens what a role needs, so that :meth:`enqueue` fails for no reason that could have been known."""
-        self._context(role, bucket)
+    def prepare(self, phase: EnginePhase, bucket: int | None = None) -> None:
+        """Opens what a phase needs, so that :meth:`enqueue` fails for no reason that could have been known."""
+        self._context(phase, bucket)
 
-    def enqueue(self, role: Role, bucket: int | None, addresses: Mapping[str, int]) -> None:
+    def enqueue(self, phase: EnginePhase, bucket: int | None, addresses: Mapping[str, int]) -> None:
         """Puts one run on the stream.
 
         Args:
             addresses: of the engine's inputs and outputs but the weights; of others too, which are not looked at.
         """
-        context = self._context(role, bucket)
+        context = self._context(phase, bucket)
         context.bind(addresses)
         self._logger.lines.clear()
         if not context.trt.execute_async_v3(self.cuda.stream):
-            raise EngineError(f"TensorRT failed in the {role}: {self._reason()}")
+            raise EngineError(f"TensorRT failed in the {phase}: {self._reason()}")
 
-    def capturable(self, role: Role, bucket: int | None) -> bool:
+    def capturable(self, phase: EnginePhase, bucket: int | None) -> bool:
         """Whether a run can become part of a CUDA graph."""
-        asked = getattr(self._context(role, bucket).trt, "is_stream_capturable", None)
+        asked = getattr(self._context(phase, bucket).trt, "is_stream_capturable", None)
         return asked is None or bool(asked(self.cuda.stream))
 
     def close(self) -> None:
@@ -146,12 +148,12 @@ class Engines:
         if self.set.weights == "shared":
             needed = sum(aligned(size) for _, _, size in self._distinct_weights())
         else:
-            first = self.set.engines if self.set.layout == "profile" else self._first_of_each_role()
+            first = self.set.engines if self.set.layout == "profile" else self._first_of_each_phase()
             needed = sum(engine.unpacked for engine in first)
         self.cuda.require(needed, "the weights")
 
-    def _first_of_each_role(self) -> list[EngineInfo]:
-        return list({engine.profiles[0].role: engine for engine in reversed(self.set.engines)}.values())
+    def _first_of_each_phase(self) -> list[EngineInfo]:
+        return list({engine.profiles[0].phase: engine for engine in reversed(self.set.engines)}.values())
 
     def _distinct_weights(self) -> list[_Weight]:
         """Every weight that engines share, each once."""
@@ -224,13 +226,13 @@ class Engines:
             if engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
                 raise BundleError(f"{info.file} wants {name} in host memory; run `{self._command()}`")
         for tensor in info.outputs:
-            if tensor.name.startswith("present."):
-                cache = tensor.name.replace("present.", "past_key_values.")
+            if tensor.name.startswith(PRESENT):
+                cache = past_of(tensor.name)
                 if engine.get_aliased_input_tensor(tensor.name) != cache:
                     raise BundleError(f"{info.file} does not update {cache} in place; run `{self._command()}`")
 
-    def _context(self, role: Role, bucket: int | None) -> _Context:
-        info, index = self.set.find(role, bucket)
+    def _context(self, phase: EnginePhase, bucket: int | None) -> _Context:
+        info, index = self.set.find(phase, bucket)
         engine = self._engine(info)
         self._provide_activations(int(engine.device_memory_size_v2))
         context = self._contexts.get((info.file, index))
@@ -239,7 +241,7 @@ class Engines:
         self._logger.lines.clear()
         made = self._create_context(engine)
         if made is None:
-            raise EngineError(f"TensorRT makes no context for the {role}: {self._reason()}")
+            raise EngineError(f"TensorRT makes no context for the {phase}: {self._reason()}")
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         context = _Context(made, info, names)
         if engine.num_optimization_profiles > 1 and not made.set_optimization_profile_async(index, self.cuda.stream):
@@ -284,14 +286,14 @@ class Engines:
     def _place_activations(self, size: int) -> None:
         self._activations = self.cuda.allocate(size, "the activations")
         self._activation_bytes = size
-        self.moves += 1
+        self.generation += 1
         for context in self._contexts.values():
             context.trt.set_device_memory(self._activations, size)
 
     def _shape(self, tensor: TensorInfo, profile: ProfileInfo) -> tuple[int, ...]:
-        """The shape of an input in a profile; only the number of columns differs between those of an engine."""
-        if tensor.name == "columns":
-            return (profile.columns,)
+        """The shape of an input in a profile; only the length of keys and values differs between those of an engine."""
+        if tensor.name == ATTENDED:
+            return (profile.kv_length,)
         return tuple(int(extent) for extent in tensor.shape)
 
     def _reason(self) -> str:

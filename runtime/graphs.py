@@ -1,4 +1,4 @@
-"""Which graph computes a role, and in what shapes: one symbolic graph for all, or one specialised for each."""
+"""Which graph computes a phase, and in what shapes: one symbolic graph for all, or one specialised for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from mesart.graphs.bundle.files import BundleFiles
-from mesart.graphs.bundle.manifest import GraphInfo, Manifest, Role
+from mesart.graphs.bundle.manifest import GraphInfo, Manifest
+from mesart.graphs.bundle.names import FROM_IDS, INPUT_IDS, KEY, ROTATED, TO_IDS, Phase
 from mesart.graphs.errors import InputError
 from mesart.runtime.backends import Array, Backend, Graph
 from mesart.runtime.external_data import check_locations
@@ -31,15 +32,15 @@ _CHUNK_ROWS = 512
 """Tokens of a chunk at a time: those of a slice do not see what comes behind, and need no scores with it."""
 
 
-class RoleGraphs(Protocol):
-    """Runs roles; says what shapes it wants."""
+class PhaseGraphs(Protocol):
+    """Runs phases; says what shapes it wants."""
 
-    step_batch: int | None
+    decode_batch: int | None
     """Rows that one decoding step takes; ``None``: any number."""
     is_static: bool
     """Whether shapes are fixed: heads and chunks have to be whole, and only the last token's logits are there."""
 
-    def run(self, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+    def run(self, phase: Phase, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
 
     def capacity(self, tokens: int, growing: bool) -> int:
         """Slots for a cache that holds ``tokens`` tokens; more of them if it has just become too small."""
@@ -57,7 +58,7 @@ class RoleGraphs(Protocol):
         """Tokens of a chunk that one run takes."""
         ...
 
-    def padded(self, role: Role, new: int) -> int:
+    def padded(self, phase: Phase, new: int) -> int:
         """Tokens to which a run of ``new`` tokens is filled up."""
         ...
 
@@ -67,20 +68,20 @@ class RoleGraphs(Protocol):
 
 
 class SymbolicGraphs:
-    """One graph with free axes serves every role: compiled once, weights in memory once, nothing padded."""
+    """One graph with free axes serves every phase: compiled once, weights in memory once, nothing padded."""
 
-    step_batch: int | None = None
+    decode_batch: int | None = None
     is_static = False
 
     def __init__(self, files: GraphFiles) -> None:
         manifest, backend = files.manifest, files.backend
-        role = backend.graph_role if manifest.has(backend.graph_role) else "any"
+        kind = backend.graph_kind if manifest.has(backend.graph_kind) else "symbolic"
         self._files = files
-        self._graph: Graph | None = files.open(manifest.graph(role).file)
+        self._graph: Graph | None = files.open(manifest.graph(kind).file)
 
-    def run(self, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, phase: Phase, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]:
         del bucket
-        if role != "step":
+        if phase != "decode":
             self._files.require_weights()
         assert self._graph is not None
         return self._graph(feeds)
@@ -101,8 +102,8 @@ class SymbolicGraphs:
     def chunk_slice(self, chunk_length: int) -> int:
         return min(chunk_length, _CHUNK_ROWS)
 
-    def padded(self, role: Role, new: int) -> int:
-        del role
+    def padded(self, phase: Phase, new: int) -> int:
+        del phase
         return new
 
     def close(self) -> None:
@@ -110,21 +111,21 @@ class SymbolicGraphs:
 
 
 class SpecialisedGraphs:
-    """A graph of fixed shapes for each role and bucket, as engines with static shapes run them.
+    """A graph of fixed shapes for each phase and bucket, as engines with static shapes run them.
 
     On a CPU each holds weights of its own: opened when first needed, and only the latest ``keep`` stay open.
     """
 
-    step_batch: int | None = 1
+    decode_batch: int | None = 1
     is_static = True
 
     def __init__(self, files: GraphFiles, keep: int = 3) -> None:
         self._files, self._manifest, self._keep = files, files.manifest, keep
         self._open: dict[str, Graph] = {}
 
-    def run(self, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        info = self._manifest.graph(role, bucket if role in ("tail", "step") else None)
-        if role != "step":
+    def run(self, phase: Phase, bucket: int | None, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        info = self._manifest.graph(phase, bucket if phase in ("tail", "decode") else None)
+        if phase != "decode":
             self._files.require_weights()
         graph = self._open.pop(info.file, None) or self._files.open(info.file)
         self._open[info.file] = graph
@@ -153,10 +154,10 @@ class SpecialisedGraphs:
     def chunk_slice(self, chunk_length: int) -> int:
         return chunk_length
 
-    def padded(self, role: Role, new: int) -> int:
+    def padded(self, phase: Phase, new: int) -> int:
         del new
-        info = self._manifest.graph(role, self._manifest.buckets[0].chunks if role in ("tail", "step") else None)
-        return int(info.size("input_ids", 1))
+        info = self._manifest.graph(phase, self._manifest.buckets[0].chunks if phase in ("tail", "decode") else None)
+        return int(info.size(INPUT_IDS, 1))
 
     def close(self) -> None:
         self._open.clear()
@@ -197,18 +198,18 @@ class Rotation:
 
     def __init__(self, files: GraphFiles) -> None:
         self._layers = files.manifest.layers
-        self._graphs = {file: files.open(file) for file in {x.place for x in self._layers} if file is not None}
+        self._graphs = {file: files.open(file) for file in {x.rerotate for x in self._layers} if file is not None}
 
     def __call__(self, layer: int, keys: Array, old: Positions, new: Positions) -> Array:
-        place = self._layers[layer].place
-        if place is None:
+        file = self._layers[layer].rerotate
+        if file is None:
             return keys
         feeds = {
-            "key": np.ascontiguousarray(keys),
-            "from_ids": np.ascontiguousarray(old),
-            "to_ids": np.ascontiguousarray(new),
+            KEY: np.ascontiguousarray(keys),
+            FROM_IDS: np.ascontiguousarray(old),
+            TO_IDS: np.ascontiguousarray(new),
         }
-        return of_shape(self._graphs[place](feeds).get("moved"), keys.shape, "moved", "place")
+        return of_shape(self._graphs[file](feeds).get(ROTATED), keys.shape, ROTATED, "rerotate")
 
 
-__all__ = ["GraphFiles", "RoleGraphs", "Rotation", "SpecialisedGraphs", "SymbolicGraphs"]
+__all__ = ["GraphFiles", "PhaseGraphs", "Rotation", "SpecialisedGraphs", "SymbolicGraphs"]

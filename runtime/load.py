@@ -9,6 +9,7 @@ from typing import get_args
 
 from mesart.graphs.bundle.files import BundleFiles
 from mesart.graphs.bundle.manifest import Flavour, Manifest
+from mesart.graphs.bundle.names import past_name
 from mesart.graphs.errors import BundleError, EngineError, InputError
 from mesart.graphs.memory_size import parse_memory
 from mesart.runtime.backends import (
@@ -157,8 +158,8 @@ def _open_runner(files: GraphFiles, memory: int, *, specialised: bool) -> tuple[
         else:
             paged = PagedStore(layers, storage, rotate, memory)
             for index in range(len(layers)):
-                opened.bind(f"past_key_values.{index}.key", paged.keys[index].array)
-                opened.bind(f"past_key_values.{index}.value", paged.values[index].array)
+                opened.bind(past_name(index, "key"), paged.keys[index].array)
+                opened.bind(past_name(index, "value"), paged.values[index].array)
             return paged, PagedRunner(manifest, paged, opened, files.require_weights), ""
     if (
         isinstance(engine, OnnxRuntimeBackend)
@@ -170,9 +171,9 @@ def _open_runner(files: GraphFiles, memory: int, *, specialised: bool) -> tuple[
         slab = SlabStore(layers, storage, rotate, memory, capacity_in_place)
         return slab, GroupedRunner(manifest, graph, files.require_weights), ""
     graphs = (SpecialisedGraphs if specialised else SymbolicGraphs)(files)
-    reach = manifest.config.reach
-    if reach is not None:
-        slab = RingStore(layers, storage, rotate, memory, graphs.capacity, reach)
+    sink_window = manifest.config.sink_window
+    if sink_window is not None:
+        slab = RingStore(layers, storage, rotate, memory, graphs.capacity, sink_window)
     else:
         slab = SlabStore(layers, storage, rotate, memory, graphs.capacity)
     return slab, UnfusedRunner(manifest, slab, graphs), note

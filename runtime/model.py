@@ -107,7 +107,7 @@ class MesaModel:
             backend: ``tensorrt`` or ``tensorrt-rtx`` for the engines of ``mesart build``; ``onnxruntime``,
                 ``openvino`` or ``torch`` for the graphs; ``auto`` for the fastest that runs here.
             threads: CPU threads; all that the process may use if left out.
-            specialised: run the graphs of fixed shapes, one for each role and bucket, instead of the symbolic one.
+            specialised: run the graphs of fixed shapes, one for each phase and bucket, instead of the symbolic one.
             verify: check the SHA-256 of every file; otherwise only that it is there and has its size (an engine is
                 checked in any case, before it is opened).
             digest: the only bundle that may be opened, ``sha256:...`` as ``mesart inspect --digest`` prints it. The

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mesart.graphs.bundle.names import PAGED_DOMAIN, PAGED_INPUTS
+from mesart.graphs.bundle.names import PAGED_DOMAIN, PAGED_INPUTS, PAST
 from mesart.graphs.errors import EngineError
 
 _OPERANDS = 5 + len(PAGED_INPUTS)
@@ -64,7 +64,7 @@ def paged_attention(openvino: Any, core: Any) -> Iterator[None]:
 def free_cache_types(openvino: Any, model: Any) -> None:
     """Leaves type and shape of the caches to the plugin, which wants to choose them."""
     for parameter in model.get_parameters():
-        if any(name.startswith("past_key_values.") for name in parameter.output(0).get_names()):
+        if any(name.startswith(PAST) for name in parameter.output(0).get_names()):
             parameter.set_element_type(openvino.Type.dynamic)
             parameter.set_partial_shape(openvino.PartialShape.dynamic(4))
     model.validate_nodes_and_infer_types()
@@ -75,7 +75,7 @@ def cache_types(compiled: Any) -> set[str]:
     return {
         port.get_element_type().get_type_name()
         for port in compiled.inputs
-        if any(name.startswith("past_key_values.") for name in port.get_names())
+        if any(name.startswith(PAST) for name in port.get_names())
     }
 
 

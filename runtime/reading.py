@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.bundle.names import Phase
 from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.method.plan import Chunk, Plan, Prefix, Rerotate, Span, TailSlice, query_scales
 from mesart.graphs.method.stairs import ORDINARY
 from mesart.runtime.chunk_store.store import Tier
 from mesart.runtime.chunk_store.stored import ChunksBehind, StoredChunks
 from mesart.runtime.kv.store import Kv, KvStore
-from mesart.runtime.runners.runner import Logits, Phase, Runner, Segment
+from mesart.runtime.runners.runner import Logits, Runner, Segment
 from mesart.runtime.sequence import Sequence
 from mesart.runtime.usage import CachedTokens, Usage
 
@@ -259,7 +260,7 @@ class Reading:
             self._end_step()
 
     def _local_head(self) -> Kv:
-        """The text's head at its ordinary positions: chunks see it there, wherever it stands in a later turn."""
+        """The text's head at its ordinary positions: chunks see it there, in later turns too."""
         size = self._config.head_length
         local = ORDINARY.positions(0, size)
         if np.array_equal(self._kv.positions[:size], local):

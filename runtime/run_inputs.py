@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mesart.graphs.bundle.names import FROM_IDS, INPUT_IDS, LOGITS_AT, POSITION_IDS, QUERY_SCALE, TO_IDS, WRITE_AT
 from mesart.runtime.cuda import Cuda, Pinned, aligned
 from mesart.runtime.kv.store import Array, Positions
 
@@ -20,9 +21,9 @@ class Packing:
     def __init__(self, new: int) -> None:
         self.new = new
         ids, scales = aligned(8 * new), aligned(4 * new)
-        self._at = {"input_ids": 0, "position_ids": ids, "query_scale": 2 * ids}
-        self._at |= {"logits_at": 2 * ids + scales, "write_at": 2 * ids + scales + aligned(8)}
-        self._at |= {"from_ids": 0, "to_ids": ids}  # no run has both
+        self._at = {INPUT_IDS: 0, POSITION_IDS: ids, QUERY_SCALE: 2 * ids}
+        self._at |= {LOGITS_AT: 2 * ids + scales, WRITE_AT: 2 * ids + scales + aligned(8)}
+        self._at |= {FROM_IDS: 0, TO_IDS: ids}  # no run has both
         self.bytes = 2 * ids + scales + 2 * aligned(8)
 
     def addresses(self, block: int) -> dict[str, int]:
@@ -34,17 +35,17 @@ class Packing:
     ) -> None:
         """The inputs of a run that writes to ``slot`` and those behind it; filled up with tokens that nobody sees."""
         count = len(ids)
-        self._put(memory, "input_ids", ids)
-        self._put(memory, "position_ids", positions)
-        scale = self._view(memory, "query_scale", np.float32, self.new)
+        self._put(memory, INPUT_IDS, ids)
+        self._put(memory, POSITION_IDS, positions)
+        scale = self._view(memory, QUERY_SCALE, np.float32, self.new)
         scale[:count], scale[count:] = scales, 1
-        self._view(memory, "logits_at", np.int64, 1)[0] = count - 1
-        self._view(memory, "write_at", np.int64, 1)[0] = slot
+        self._view(memory, LOGITS_AT, np.int64, 1)[0] = count - 1
+        self._view(memory, WRITE_AT, np.int64, 1)[0] = slot
 
     def fill_rotation(self, memory: Pinned, old: Positions, new: Positions) -> None:
         """The inputs of a run that rotates keys."""
-        self._put(memory, "from_ids", old)
-        self._put(memory, "to_ids", new)
+        self._put(memory, FROM_IDS, old)
+        self._put(memory, TO_IDS, new)
 
     def _put(self, memory: Pinned, name: str, numbers: Sequence[int] | Array) -> None:
         view = self._view(memory, name, np.int64, self.new)

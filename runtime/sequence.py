@@ -1,4 +1,4 @@
-"""One live text: its tokens, where they stand, and where their keys and values lie."""
+"""One live text: its tokens, their positions, and where their keys and values lie."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sequence:
 
     Attributes:
         kv: the keys and values of its tokens; ``None`` once it has been closed.
-        stairs: where its tokens stand.
+        stairs: the positions of its tokens.
         turn: what is being appended to it, if anything is.
         shown: tokens that were given out and not computed yet: the next turn begins with them.
         chunks: the chunks of its first prompt, while their keys still are where that put them; none otherwise.

@@ -29,6 +29,16 @@ from typing import Any
 
 import numpy as np
 
+from mesart.graphs.bundle.names import (
+    BLOCK_INDICES,
+    BLOCK_INDICES_BEGINS,
+    INPUT_IDS,
+    MAX_CONTEXT_LEN,
+    PAST_LENS,
+    POSITION_IDS,
+    SUBSEQUENCE_BEGINS,
+)
+
 VOCABULARY = 128_000
 
 PIECE = 256
@@ -196,13 +206,13 @@ def openvino_direct(job: Job) -> Step:
         nonlocal length
         used = length // BLOCK + 1
         for name, tensor in {
-            "input_ids": openvino.Tensor(np.array([7], np.int64)),
-            "position_ids": openvino.Tensor(np.array([length], np.int64)),
-            "past_lens": ints(length),
-            "subsequence_begins": ints(0, 1),
-            "block_indices": ints(*range(used)),
-            "block_indices_begins": ints(0, used),
-            "max_context_len": openvino.Tensor(np.array(length + 1, np.int32)),
+            INPUT_IDS: openvino.Tensor(np.array([7], np.int64)),
+            POSITION_IDS: openvino.Tensor(np.array([length], np.int64)),
+            PAST_LENS: ints(length),
+            SUBSEQUENCE_BEGINS: ints(0, 1),
+            BLOCK_INDICES: ints(*range(used)),
+            BLOCK_INDICES_BEGINS: ints(0, used),
+            MAX_CONTEXT_LEN: openvino.Tensor(np.array(length + 1, np.int32)),
         }.items():
             request.set_tensor(name, tensor)
         request.infer()

@@ -218,7 +218,7 @@ def _exported(source: Path, method: str, folder: Path) -> Path:
 
 
 def _cost_row(method: str, row: Row, config: StaticMethod) -> CostRow:
-    kept = row.tokens if config.reach is None else min(row.tokens, config.reach.slots)
+    kept = row.tokens if config.sink_window is None else min(row.tokens, config.sink_window.slots)
     pairs = needed_pairs(config, row.tokens)
     return CostRow(method, row.tokens, (row.first_token,), row.per_token, row.memory, pairs, kept)
 

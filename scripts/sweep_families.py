@@ -226,7 +226,7 @@ class Trial:
         require_close(worst)
 
     def tensorrt(self, dtype: str) -> None:
-        """Engines for all roles of two buckets can be built."""
+        """Engines for all phases of two buckets can be built."""
         bundle = self.folder / dtype
         export_model(self.checkpoint, bundle, CONFIG, max_tokens=65, dtype=dtype)
         build_engines(bundle, gpus="sm89", progress=False)
@@ -310,7 +310,7 @@ def table(results: list[dict[str, Any]]) -> str:
         f"Every type of causal language model that transformers {__version__} knows, tried by",
         "`python -m mesart.scripts.sweep_families` on a small model with random weights: the reference equals plain",
         "transformers within the trained length; in float32 onnxruntime and OpenVINO equal the reference within it and",
-        "beyond, to 1e-4; TensorRT for RTX builds engines for every role in float16.",
+        "beyond, to 1e-4; TensorRT for RTX builds engines for every phase in float16.",
         "",
         f"{len(green)} of {len(results)} do all of that.",
         "",

@@ -12,7 +12,7 @@ _SLACK = 64
 
 
 @dataclass
-class Rows:
+class CacheRows:
     """Which row of every layer's buffers holds which token: the pinned first tokens, then all behind a gap."""
 
     pinned: int = 0
@@ -54,7 +54,7 @@ class LayerCache:
     values: Tensor | None = None
     keys: dict[str, Tensor] = field(default_factory=dict)
 
-    def make_room(self, rows: Rows, keys: dict[str, Tensor], values: Tensor) -> None:
+    def make_room(self, rows: CacheRows, keys: dict[str, Tensor], values: Tensor) -> None:
         """Moves to larger (or smaller) buffers if ``rows`` says so. ``keys`` and ``values``: what will be added."""
         if rows.move is None:
             return
@@ -71,7 +71,7 @@ class LayerCache:
             self.keys[name][:, :, row:stop] = key
 
 
-def _moved(buffer: Tensor | None, like: Tensor, rows: Rows, old: int) -> Tensor:
+def _moved(buffer: Tensor | None, like: Tensor, rows: CacheRows, old: int) -> Tensor:
     new = torch.empty(1, like.shape[1], rows.capacity, like.shape[3], dtype=like.dtype, device=like.device)
     if buffer is not None and rows.move is not None:
         first, dropped = rows.move

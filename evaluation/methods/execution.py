@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mesart.evaluation.methods.attention import Merged, attend
-from mesart.evaluation.methods.cache import LayerCache, Rows
+from mesart.evaluation.methods.cache import CacheRows, LayerCache
 from mesart.evaluation.methods.method import Indices, Part, Positions, Rule, arange
 from mesart.evaluation.methods.rotation import Angles, angles_of, turn
 from mesart.evaluation.methods.wrapped import WrappedModel
@@ -27,7 +27,7 @@ QUERY_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class Piece:
+class KeyRange:
     """Consecutive keys that a block sees: all queries all of them, or by a mask."""
 
     start: int
@@ -42,7 +42,7 @@ class Live:
     """The cache of one prompt, and what the rule remembers with it."""
 
     rule: Rule
-    rows: Rows
+    rows: CacheRows
     layers: list[LayerCache]
     memories: list[Any]
     standing: dict[str, Positions]
@@ -147,7 +147,7 @@ class Execution:
                     if len(found) and window is None:  # a layer with a window sees nothing that far
                         merged.add(*attend(folded, keys[:, :, found], cache.values[:, :, found], None, scale, softcap))
                     continue
-                for piece in self._pieces(part, first, last, window):
+                for piece in self._key_ranges(part, first, last, window):
                     span = slice(rows.row(piece.start), rows.row(piece.stop - 1) + 1)
                     bias = self._bias(piece, heads // kv_heads, block)
                     if slopes is not None:
@@ -215,7 +215,7 @@ class Execution:
             self._angles[key] = angles_of(positions, turned, x.device, factor)
         return turn(x, self._angles[key], layer)
 
-    def _pieces(self, part: Part, start: int, stop: int, window: int | None) -> list[Piece]:
+    def _key_ranges(self, part: Part, start: int, stop: int, window: int | None) -> list[KeyRange]:
         first, last = part.first, part.stop
         if window is not None:
             first = np.maximum(first, self._window_start(part, start, stop, window))
@@ -225,14 +225,14 @@ class Execution:
         low, high = int(first[seeing].min()), int(last[seeing].max())
         all_from, all_to = int(first.max()), int(last.min())
         if (all_from, all_to) == (low, high):
-            return [Piece(low, high, None, None)]
+            return [KeyRange(low, high, None, None)]
         # Where much is seen by all, only the edges need a mask.
         if not seeing.all() or all_to - all_from < 2 * (stop - start):
-            return [Piece(low, high, first, last)]
+            return [KeyRange(low, high, first, last)]
         pieces = [
-            Piece(low, all_from, first, last),
-            Piece(all_from, all_to, None, None),
-            Piece(all_to, high, first, last),
+            KeyRange(low, all_from, first, last),
+            KeyRange(all_from, all_to, None, None),
+            KeyRange(all_to, high, first, last),
         ]
         return [piece for piece in pieces if piece.start < piece.stop]
 
@@ -246,7 +246,7 @@ class Execution:
         inside: Indices = first + np.searchsorted(keys, part.queries - window, side="right")
         return inside
 
-    def _bias(self, piece: Piece, group: int, like: Tensor) -> Tensor | None:
+    def _bias(self, piece: KeyRange, group: int, like: Tensor) -> Tensor | None:
         """What hides keys of a piece, ``[1, 1, G Q, N]``; none if all queries see all of it."""
         if piece.first is None or piece.last is None:
             return None
@@ -263,7 +263,7 @@ class Execution:
             self._masks[name] = bias.repeat(group, 1)[None, None]
         return self._masks[name]
 
-    def _alibi(self, part: Part, piece: Piece, slopes: Sequence[float], kv_heads: int, like: Tensor) -> Tensor:
+    def _alibi(self, part: Part, piece: KeyRange, slopes: Sequence[float], kv_heads: int, like: Tensor) -> Tensor:
         """``slope * (key position - query position)``, ``[1, K, G Q, N]``."""
         keys = self._rule.key_positions(part.view, arange(piece.start, piece.stop))
         distance = torch.from_numpy(keys[None, :] - part.queries[:, None])

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from mesart.evaluation.methods.cache import LayerCache, Rows
+from mesart.evaluation.methods.cache import CacheRows, LayerCache
 from mesart.evaluation.methods.execution import Execution, Live
 from mesart.evaluation.methods.method import Method
 from mesart.evaluation.methods.wrapped import WrappedModel
@@ -52,7 +52,7 @@ class MethodSystem(System):
         self._require_ids(tokens)
         total, rule = len(tokens), self.method.for_prompt(len(tokens))
         count = range(len(self._model.layers))
-        self._live = Live(rule, Rows(), [LayerCache() for _ in count], [rule.memory() for _ in count], {})
+        self._live = Live(rule, CacheRows(), [LayerCache() for _ in count], [rule.memory() for _ in count], {})
         self._tokens = tokens
         wanted: list[NDArray[np.float32]] = []
         for start, stop in rule.runs(0, total, RUN_LENGTH):

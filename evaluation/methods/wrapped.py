@@ -16,7 +16,7 @@ from mesart.evaluation.methods.rotation import frequencies
 from mesart.graphs.errors import InputError
 from mesart.graphs.method.config import MesaConfig
 from mesart.graphs.model.attention import Window
-from mesart.graphs.model.role import RoleModule, scaled_by_position
+from mesart.graphs.model.phase_module import PhaseModule, scaled_by_position
 
 ATTENTION = "mesa-methods"
 """The name of the executor's attention in transformers' attention interface."""
@@ -37,23 +37,23 @@ class WrappedModel:
     """
 
     def __init__(self, model: nn.Module, train_length: int) -> None:
-        role = RoleModule(model, MesaConfig(train_length))
-        config: Any = role.config
+        phases = PhaseModule(model, MesaConfig(train_length))
+        config: Any = phases.config
         scaled = scaled_by_position(config)
         if scaled is not None:
             raise InputError(
                 f"{type(model).__name__} scales its queries by their positions ({scaled}), which are all 0 here"
             )
-        self.layers = role.layers
-        self.frequencies = _frequencies(role, slice(0, train_length))
+        self.layers = phases.layers
+        self.frequencies = _frequencies(phases, slice(0, train_length))
         """Radians a position, float64 ``[R / 2]`` a layer; none for a layer that does not turn."""
-        self.short_length = role.method.short_length
+        self.short_length = phases.method.short_length
         """Texts of up to so many tokens have other frequencies (LongRoPE); 0: none have."""
         short = slice(train_length, train_length + self.short_length)
-        self._short_frequencies = _frequencies(role, short) if self.short_length else self.frequencies
+        self._short_frequencies = _frequencies(phases, short) if self.short_length else self.frequencies
         self._first_row = {False: 0, True: train_length}
         self.vocabulary = int(config.get_text_config().vocab_size)
-        self._model = role.model
+        self._model = phases.model
         self._redirect(model)
 
     @property
@@ -111,9 +111,9 @@ class WrappedModel:
             self._model.set_attn_implementation(ATTENTION)
 
 
-def _frequencies(role: RoleModule, rows: slice) -> list[Positions | None]:
-    tables = {name: (cos[rows], sin[rows]) for name, (cos, sin) in role.tables.items()}
-    return [None if layer.layout is None else frequencies(tables[layer.table], layer) for layer in role.layers]
+def _frequencies(phases: PhaseModule, rows: slice) -> list[Positions | None]:
+    tables = {name: (cos[rows], sin[rows]) for name, (cos, sin) in phases.tables.items()}
+    return [None if layer.layout is None else frequencies(tables[layer.table], layer) for layer in phases.layers]
 
 
 def _attention(

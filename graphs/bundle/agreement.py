@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from mesart.graphs.bundle.names import BLOCK, PAGED_INPUTS
+from mesart.graphs.bundle.names import (
+    BLOCK,
+    FROM_IDS,
+    INPUT_IDS,
+    KEY,
+    LOGITS,
+    NEW_MASK,
+    PAGED_INPUTS,
+    PAST,
+    PAST_MASK,
+    POSITION_IDS,
+    PRESENT,
+    QUERY_SCALE,
+    ROTATED,
+    SEQLENS_K,
+    TO_IDS,
+    TOTAL_SEQUENCE_LENGTH,
+    Kind,
+    key_name,
+    past_name,
+    present_name,
+    rotated_name,
+)
 from mesart.graphs.bundle.records import Mismatch, shown
 from mesart.graphs.errors import MesaError
 from mesart.graphs.method.config import AUTO
@@ -27,8 +49,8 @@ def check_agreement(manifest: Manifest) -> None:
     _check_config(manifest)
     _check_files(manifest)
     if manifest.graphs:  # else there is nothing to run, and whoever asks for a graph is told so
-        _check_roles(manifest)
-        _check_places(manifest)
+        _check_kinds(manifest)
+        _check_rerotations(manifest)
         for index, graph in enumerate(manifest.graphs):
             step = f".graphs[{index}]"
             _check_tensors(graph.inputs, _inputs(manifest, graph), f"{step}.inputs", outputs=False)
@@ -71,78 +93,78 @@ def _check_files(manifest: Manifest) -> None:
                 raise Mismatch(f"is {shown(name)}, which is none of the files for this", where)
 
 
-def _check_roles(manifest: Manifest) -> None:
+def _check_kinds(manifest: Manifest) -> None:
     """Each graph that is needed is there, once."""
     found = [
-        (graph.role, graph.bucket) for graph in manifest.graphs if graph.role != "place" or graph.bucket is not None
+        (graph.kind, graph.bucket) for graph in manifest.graphs if graph.kind != "rerotate" or graph.bucket is not None
     ]
-    _require_distinct([_called(*role) for role in found], ".graphs")
-    needed: list[tuple[str, int | None]] = [("any", None)]
+    _require_distinct([_called(*graph) for graph in found], ".graphs")
+    needed: list[tuple[str, int | None]] = [("symbolic", None)]
     if manifest.config.chunk_length:
-        needed += [("head", None), ("chunk", None)]
-    needed += [(role, bucket.chunks) for bucket in manifest.buckets for role in ("tail", "step")]
-    if manifest.config.reach is None:
+        needed += [("prefix", None), ("chunk", None)]
+    needed += [(phase, bucket.chunks) for bucket in manifest.buckets for phase in ("tail", "decode")]
+    if manifest.config.sink_window is None:
         needed.append(("engine", None))
-    if any(layer.place for layer in manifest.layers):
-        needed.append(("engine_place", None))
-    for role in needed:
-        if role not in found:
-            raise Mismatch(f"have none for {_called(*role)}", ".graphs")
+    if any(layer.rerotate for layer in manifest.layers):
+        needed.append(("engine_rerotate", None))
+    for graph in needed:
+        if graph not in found:
+            raise Mismatch(f"have no {_called(*graph)}", ".graphs")
     optional = {("onnxruntime", None), ("paged", None), ("grouped", None)}
-    for role in found:
-        if role not in needed and role not in optional:
-            raise Mismatch(f"have one for {_called(*role)}, which such a bundle does not need", ".graphs")
+    for graph in found:
+        if graph not in needed and graph not in optional:
+            raise Mismatch(f"have {_called(*graph)}, which such a bundle does not need", ".graphs")
 
 
-def _called(role: str, bucket: int | None) -> str:
-    return f"the role {role}" + ("" if bucket is None else f" and {bucket} chunks")
+def _called(name: str, bucket: int | None) -> str:
+    return name + ("" if bucket is None else f" for {bucket} chunks")
 
 
-def _check_places(manifest: Manifest) -> None:
-    """The layers that move their keys are those that the graph of all places moves, each by a graph of its sizes."""
-    places = {graph.file: graph for graph in manifest.graphs if graph.role == "place"}
-    moving = {
+def _check_rerotations(manifest: Manifest) -> None:
+    """The layers that rotate their keys are those that engine_rerotate rotates, each by a graph of its sizes."""
+    rerotations = {graph.file: graph for graph in manifest.graphs if graph.kind == "rerotate"}
+    rotated = {
         tensor.name
         for graph in manifest.graphs
-        if graph.role == "engine_place"
+        if graph.kind == "engine_rerotate"
         for tensor in graph.inputs
-        if tensor.name.startswith("key.")
+        if tensor.name.startswith(f"{KEY}.")
     }
     for index, layer in enumerate(manifest.layers):
-        step = f".layers[{index}].place"
-        if (layer.place is not None) != (f"key.{index}" in moving):
-            raise Mismatch(f"is {shown(layer.place)}, and the graph of the role engine_place says otherwise", step)
-        if layer.place is None:
+        step = f".layers[{index}].rerotate"
+        if (layer.rerotate is not None) != (key_name(index) in rotated):
+            raise Mismatch(f"is {shown(layer.rerotate)}, and the graph engine_rerotate says otherwise", step)
+        if layer.rerotate is None:
             continue
-        if layer.place not in places:
-            raise Mismatch(f"is {shown(layer.place)}, which is no graph of the role place", step)
-        shape = next((tensor.shape for tensor in places[layer.place].inputs if tensor.name == "key"), None)
+        if layer.rerotate not in rerotations:
+            raise Mismatch(f"is {shown(layer.rerotate)}, which is no graph for that", step)
+        shape = next((tensor.shape for tensor in rerotations[layer.rerotate].inputs if tensor.name == KEY), None)
         if shape is None or shape[1::2] != [layer.kv_heads, layer.key_size]:
-            raise Mismatch(f"is {shown(layer.place)}, which moves keys of other sizes", step)
+            raise Mismatch(f"is {shown(layer.rerotate)}, which rotates keys of other sizes", step)
 
 
 def _sizes(manifest: Manifest, graph: GraphInfo) -> dict[str, int]:
     """The axes that a graph has fixed: B rows, S new tokens, P past slots, M logits."""
     config = manifest.config
-    if graph.role == "head":
+    if graph.kind == "prefix":
         return {"B": 1, "S": config.head_length, "P": 0, "M": 1}
-    if graph.role == "chunk":
+    if graph.kind == "chunk":
         return {"B": 1, "S": config.chunk_length, "P": config.head_length, "M": 1}
-    if graph.role == "paged":
+    if graph.kind == "paged":
         return {"B": 1}
-    if graph.role not in ("tail", "step"):
+    if graph.kind not in ("tail", "decode"):
         return {}
     past = next(bucket.max_tokens for bucket in manifest.buckets if bucket.chunks == graph.bucket)
-    if config.reach is not None:
-        past = min(past, config.reach.slots)
-    return {"B": 1, "S": 1 if graph.role == "step" else _tail_slice(manifest), "P": past, "M": 1}
+    if config.sink_window is not None:
+        past = min(past, config.sink_window.slots)
+    return {"B": 1, "S": 1 if graph.kind == "decode" else _tail_slice(manifest), "P": past, "M": 1}
 
 
 def _tail_slice(manifest: Manifest) -> int:
     """New tokens of every tail graph: those of the first, which the positions bound."""
     first = manifest.graph("tail", manifest.buckets[0].chunks)
-    found = next((tensor.shape[-1] for tensor in first.inputs if tensor.name == "input_ids" and tensor.shape), None)
-    most = manifest.config.train_length if manifest.config.reach is None else manifest.config.reach.window
+    found = next((tensor.shape[-1] for tensor in first.inputs if tensor.name == INPUT_IDS and tensor.shape), None)
+    most = manifest.config.train_length if manifest.config.sink_window is None else manifest.config.sink_window.window
     if not isinstance(found, int) or not 1 <= found <= most:
         raise Mismatch(
             f"has {shown(found)} new tokens, expected 1 to {most}", f".graphs[{manifest.graphs.index(first)}].inputs"
@@ -153,52 +175,54 @@ def _tail_slice(manifest: Manifest) -> int:
 def _inputs(manifest: Manifest, graph: GraphInfo) -> dict[str, tuple[str, Shape]]:
     """Dtype and shape of the inputs of a graph; it must have them, but a head may leave out the empty past."""
     kind = _dtype(manifest)
-    if graph.role in ("place", "engine_place"):
-        ids: dict[str, tuple[str, Shape]] = {name: ("int64", ["B", "S"]) for name in ("from_ids", "to_ids")}
-        return ids | _placed(manifest, graph, "key")
+    if graph.kind in ("rerotate", "engine_rerotate"):
+        ids: dict[str, tuple[str, Shape]] = {name: ("int64", ["B", "S"]) for name in (FROM_IDS, TO_IDS)}
+        return ids | _rotated(manifest, graph, KEY, key_name)
     sizes = _sizes(manifest, graph)
     tensors: dict[str, tuple[str, Shape]] = {
-        "input_ids": ("int64", ["B", "S"]),
-        "position_ids": ("int64", ["B", "S"]),
-        "query_scale": ("float", ["B", 1, "S", 1]),
+        INPUT_IDS: ("int64", ["B", "S"]),
+        POSITION_IDS: ("int64", ["B", "S"]),
+        QUERY_SCALE: ("float", ["B", 1, "S", 1]),
     }
-    if graph.role == "paged":
+    if graph.kind == "paged":
         tensors |= {name: ("int32", [axis] if axis else []) for name, axis in PAGED_INPUTS.items()}
-    elif graph.role == "grouped":
-        tensors |= {"seqlens_k": ("int32", ["B"]), "total_sequence_length": ("int32", [])}
-    elif graph.role != "engine":
-        tensors["new_mask"] = ("float", ["B", 1, "S", "S"])
-        tensors["past_mask"] = ("float", ["B", 1, 1, "P"])
-    for name, shape in _cache(manifest.layers, "past_key_values", "P"):
-        tensors[name] = (kind, shape if graph.role != "paged" else ["N", shape[1], BLOCK, shape[3]])
+    elif graph.kind == "grouped":
+        tensors |= {SEQLENS_K: ("int32", ["B"]), TOTAL_SEQUENCE_LENGTH: ("int32", [])}
+    elif graph.kind != "engine":
+        tensors[NEW_MASK] = ("float", ["B", 1, "S", "S"])
+        tensors[PAST_MASK] = ("float", ["B", 1, 1, "P"])
+    for name, shape in _cache(manifest.layers, past_name, "P"):
+        tensors[name] = (kind, shape if graph.kind != "paged" else ["N", shape[1], BLOCK, shape[3]])
     return _fixed(tensors, sizes)
 
 
 def _outputs(manifest: Manifest, graph: GraphInfo) -> dict[str, tuple[str, Shape]]:
     """Dtype and shape of the outputs that a graph must have."""
-    if graph.role in ("place", "engine_place"):
-        return _placed(manifest, graph, "moved")
-    tensors: dict[str, tuple[str, Shape]] = {"logits": ("float", ["B", "M", manifest.model["vocab_size"]])}
-    if graph.role == "paged":
+    if graph.kind in ("rerotate", "engine_rerotate"):
+        return _rotated(manifest, graph, ROTATED, rotated_name)
+    tensors: dict[str, tuple[str, Shape]] = {LOGITS: ("float", ["B", "M", manifest.model["vocab_size"]])}
+    if graph.kind == "paged":
         return _fixed(tensors, _sizes(manifest, graph))
-    for name, shape in _cache(manifest.layers, "present", "P" if graph.role in ("engine", "grouped") else "S"):
+    for name, shape in _cache(manifest.layers, present_name, "P" if graph.kind in ("engine", "grouped") else "S"):
         tensors[name] = (_dtype(manifest), shape)
     return _fixed(tensors, _sizes(manifest, graph))
 
 
-def _placed(manifest: Manifest, graph: GraphInfo, name: str) -> dict[str, tuple[str, Shape]]:
-    """The keys that a place graph takes or gives."""
-    if graph.role == "place":
-        layers = [(name, layer) for layer in manifest.layers if layer.place == graph.file][:1]
+def _rotated(
+    manifest: Manifest, graph: GraphInfo, name: str, name_of: Callable[[int], str]
+) -> dict[str, tuple[str, Shape]]:
+    """The keys that a graph which rotates them takes or gives."""
+    if graph.kind == "rerotate":
+        layers = [(name, layer) for layer in manifest.layers if layer.rerotate == graph.file][:1]
     else:
-        layers = [(f"{name}.{i}", layer) for i, layer in enumerate(manifest.layers) if layer.place is not None]
+        layers = [(name_of(i), layer) for i, layer in enumerate(manifest.layers) if layer.rerotate is not None]
     return {key: (_dtype(manifest), ["B", layer.kv_heads, "S", layer.key_size]) for key, layer in layers}
 
 
-def _cache(layers: Sequence[LayerInfo], name: str, axis: str) -> Iterator[tuple[str, Shape]]:
+def _cache(layers: Sequence[LayerInfo], name_of: Callable[[int, Kind], str], axis: str) -> Iterator[tuple[str, Shape]]:
     for index, layer in enumerate(layers):
-        yield f"{name}.{index}.key", ["B", layer.kv_heads, axis, layer.key_size]
-        yield f"{name}.{index}.value", ["B", layer.kv_heads, axis, layer.value_size]
+        yield name_of(index, "key"), ["B", layer.kv_heads, axis, layer.key_size]
+        yield name_of(index, "value"), ["B", layer.kv_heads, axis, layer.value_size]
 
 
 def _dtype(manifest: Manifest) -> str:
@@ -227,7 +251,7 @@ def _check_tensors(
                 error.steps.insert(0, f"{step}[{index}]")
                 raise
     for name in names:
-        if name.startswith(("past_key_values.", "present.")) and name not in expected:
+        if name.startswith((PAST, PRESENT)) and name not in expected:
             raise Mismatch(f"have {shown(name)}, of a layer that is not among the layers", step)
     missing = {name for name, (_, shape) in expected.items() if 0 not in shape} - set(names)
     if missing:
@@ -253,11 +277,11 @@ def _check_engines(manifest: Manifest, engines: EngineSet, step: str) -> None:
     for index, engine in enumerate(engines.engines):
         here = f"{step}.engines[{index}]"
         for i, profile in enumerate(engine.profiles):
-            known = buckets if profile.role in ("tail", "step") else {None}
-            if profile.role not in ("head", "chunk", "tail", "step", "place") or profile.bucket not in known:
-                raise Mismatch(f"is for {_called(profile.role, profile.bucket)}", f"{here}.profiles[{i}]")
-            if profile.columns > profile.slots:
-                raise Mismatch(f"is {profile.columns}, of {profile.slots} slots", f"{here}.profiles[{i}].columns")
+            known = buckets if profile.phase in ("tail", "decode") else {None}
+            if profile.phase not in ("prefix", "chunk", "tail", "decode", "rerotate") or profile.bucket not in known:
+                raise Mismatch(f"is for {_called(profile.phase, profile.bucket)}", f"{here}.profiles[{i}]")
+            if profile.kv_length > profile.slots:
+                raise Mismatch(f"is {profile.kv_length}, of {profile.slots} slots", f"{here}.profiles[{i}].kv_length")
         for i, weight in enumerate(engine.weights):
             if weight.file not in manifest.weight_files:
                 raise Mismatch(f"is {shown(weight.file)}, which is no weight file", f"{here}.weights[{i}].file")
@@ -269,7 +293,7 @@ def _check_engines(manifest: Manifest, engines: EngineSet, step: str) -> None:
 def _check_engine_tensors(manifest: Manifest, engine: EngineInfo, step: str) -> None:
     """Keys and values of an engine have the sizes of the layers, for which memory is allocated."""
     first, kind = engine.profiles[0], _dtype(manifest)
-    cache = dict(_cache(manifest.layers, "past_key_values", "P")) | dict(_cache(manifest.layers, "present", "P"))
+    cache = dict(_cache(manifest.layers, past_name, "P")) | dict(_cache(manifest.layers, present_name, "P"))
     for part in ("inputs", "outputs"):
         tensors: list[TensorInfo] = getattr(engine, part)
         here = _fixed({x.name: (kind, cache[x.name]) for x in tensors if x.name in cache}, {"B": 1, "P": first.slots})

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypedDict, TypeVar
 
 from mesart.graphs.bundle.agreement import check_agreement
 from mesart.graphs.bundle.files import BundleFiles, FileInfo, Hash, reason, sha256
+from mesart.graphs.bundle.names import PAST_POSITION_IDS, EnginePhase, GraphKind
 from mesart.graphs.bundle.records import Mismatch, Must, Tagged, parse_json, read_record, shown
 from mesart.graphs.errors import BundleError, CapacityError
 from mesart.graphs.method.plan import Bucket
@@ -30,26 +31,16 @@ ONNXRUNTIME_FILE = "model-onnxruntime.onnx"
 PAGED_FILE = "model-paged.onnx"
 GROUPED_FILE = "model-grouped.onnx"
 ENGINE_FILE = "engine.onnx"
-ENGINE_PLACE_FILE = "engine-place.onnx"
+ENGINE_REROTATE_FILE = "engine-rerotate.onnx"
 ENGINES_FOLDER = "engines"
-
-Role = Literal[
-    "any", "onnxruntime", "paged", "grouped", "head", "chunk", "tail", "step", "place", "engine", "engine_place"
-]
-"""What a graph computes.
-
-``any``: the symbolic graph that serves head, chunk, tail and step; ``onnxruntime``: the same, for onnxruntime on CPUs.
-``engine``: the same with the cache updated in place, from which TensorRT engines are built; ``engine_place``: the place
-of all layers at once, for them.
-"""
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Layout = Literal["bucket", "profile"]
-"""``bucket``: an engine for each role and bucket. ``profile``: an engine for each role, a profile for each bucket."""
+"""``bucket``: an engine for each phase and bucket. ``profile``: an engine for each phase, a profile for each bucket."""
 Weights = Literal["shared", "embedded"]
 """``shared``: weights are inputs of every engine, one copy on the device. ``embedded``: each engine holds its own."""
 
-Plan: TypeAlias = bytes
+EngineBytes: TypeAlias = bytes
 """A serialised TensorRT engine."""
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -99,9 +90,9 @@ class GraphInfo:
     """One ONNX file."""
 
     file: FileName
-    role: Role
+    kind: GraphKind
     bucket: Count | None
-    """Number of chunks that a tail or step graph is specialised for."""
+    """Number of chunks that a tail or decode graph is specialised for."""
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]
 
@@ -117,8 +108,8 @@ class LayerInfo:
     kv_heads: Size
     key_size: Size
     value_size: Size
-    place: FileName | None
-    """The graph that moves its keys; ``None`` for a layer that does not rotate them."""
+    rerotate: FileName | None
+    """The graph that rotates its keys to other positions; ``None`` for a layer that does not rotate them."""
 
 
 @dataclass(frozen=True)
@@ -135,15 +126,15 @@ class WeightInfo:
 class ProfileInfo:
     """The fixed shapes that one optimisation profile of an engine runs, in tokens."""
 
-    role: Role
-    """head, chunk, tail, step or place."""
+    phase: EnginePhase
     bucket: Count | None
-    """Number of chunks, of a tail or step."""
+    """Number of chunks, of a tail or decode."""
     new: Size
     """S, new tokens of a run; fewer are filled up at the end."""
     slots: Count
-    """P, slots of the cache buffers; for head and chunk of scratch buffers, head_length + chunk_length; 0 for place."""
-    columns: Count
+    """P, slots of the cache buffers; of prefix and chunk those of scratch buffers, head_length + chunk_length; of
+    rerotate 0."""
+    kv_length: Count
     """A, the first slots of them, which attention looks at."""
 
 
@@ -168,7 +159,7 @@ class EngineInfo:
     seconds: Annotated[float, Must("a number of at least 0", lambda value: value >= 0)]
     """That building took."""
 
-    def read(self, bundle: Path) -> Plan:
+    def read(self, bundle: Path) -> EngineBytes:
         """The plan, if its file is the one that was built: a plan is code, so no other may be loaded.
 
         Raises:
@@ -195,7 +186,7 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class EngineSet:
-    """What one ``mesart build`` made: engines for every role and bucket."""
+    """What one ``mesart build`` made: engines for every phase and bucket."""
 
     flavour: Flavour
     version: Text
@@ -206,14 +197,14 @@ class EngineSet:
     weights: Weights
     engines: Some[EngineInfo]
 
-    def find(self, role: Role, bucket: int | None = None) -> tuple[EngineInfo, int]:
-        """The engine for a role and bucket, and the index of its profile."""
+    def find(self, phase: EnginePhase, bucket: int | None = None) -> tuple[EngineInfo, int]:
+        """The engine for a phase and bucket, and the index of its profile."""
         for engine in self.engines:
             for index, profile in enumerate(engine.profiles):
-                if (profile.role, profile.bucket) == (role, bucket):
+                if (profile.phase, profile.bucket) == (phase, bucket):
                     return engine, index
         raise BundleError(
-            f"no engine for the {role}{'' if bucket is None else f' of {bucket} chunks'}; run `mesart build`"
+            f"no engine for the {phase}{'' if bucket is None else f' of {bucket} chunks'}; run `mesart build`"
         )
 
 
@@ -277,19 +268,19 @@ class Manifest:
         """Of all weight files."""
         return sum(self.files[name].bytes for name in self.weight_files)
 
-    def has(self, role: Role) -> bool:
-        return any(graph.role == role for graph in self.graphs)
+    def has(self, kind: GraphKind) -> bool:
+        return any(graph.kind == kind for graph in self.graphs)
 
-    def graph(self, role: Role, bucket: int | None = None) -> GraphInfo:
+    def graph(self, kind: GraphKind, bucket: int | None = None) -> GraphInfo:
         for graph in self.graphs:
-            if graph.role == role and graph.bucket == bucket:
+            if graph.kind == kind and graph.bucket == bucket:
                 return graph
-        raise BundleError(f"the bundle holds no {role} graph{'' if bucket is None else f' for {bucket} chunks'}")
+        raise BundleError(f"the bundle holds no {kind} graph{'' if bucket is None else f' for {bucket} chunks'}")
 
     @property
     def looks_at_positions(self) -> bool:
-        """Whether graphs take ``past_position_ids``: where the past keys stand, for windows and ALiBi."""
-        return any(tensor.name == "past_position_ids" for graph in self.graphs for tensor in graph.inputs)
+        """Whether graphs take ``past_position_ids``: the positions of the past keys, for windows and ALiBi."""
+        return any(tensor.name == PAST_POSITION_IDS for graph in self.graphs for tensor in graph.inputs)
 
     @property
     def digest(self) -> Digest:
@@ -408,13 +399,14 @@ __all__ = [
     "DTYPES",
     "ENGINES_FOLDER",
     "ENGINE_FILE",
-    "ENGINE_PLACE_FILE",
+    "ENGINE_REROTATE_FILE",
     "MANIFEST_FILE",
     "ONNXRUNTIME_FILE",
     "SCHEMA_VERSION",
     "SYMBOLIC_FILE",
     "WEIGHTS_FILE",
     "BundleFiles",
+    "EngineBytes",
     "EngineInfo",
     "EngineSet",
     "FileInfo",
@@ -424,10 +416,8 @@ __all__ = [
     "Layout",
     "Manifest",
     "ModelInfo",
-    "Plan",
     "ProfileInfo",
     "Quantisation",
-    "Role",
     "TensorInfo",
     "WeightInfo",
     "Weights",

@@ -1,4 +1,4 @@
-"""Methods without chunks: a plan is all tail, and every token stands at its own index."""
+"""Methods without chunks: a plan is all tail, and every token's position is its index."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mesart.graphs.method.config import AUTO, MesaConfig, described_short
 from mesart.graphs.method.frequencies import Frequencies, table_frequencies
 from mesart.graphs.method.plan import Bucket, Plan, Span
 from mesart.graphs.method.protocol import Table
-from mesart.graphs.method.reach import Reach
+from mesart.graphs.method.sink_window import SinkWindow
 from mesart.graphs.method.stairs import Stairs
 from mesart.graphs.model_config import ModelSource
 
@@ -84,11 +84,11 @@ class AllTail(ABC):
         return 0
 
     @property
-    def moves(self) -> bool:
+    def rerotates(self) -> bool:
         return False
 
     @property
-    def reach(self) -> Reach | None:
+    def sink_window(self) -> SinkWindow | None:
         return None
 
     @property
@@ -132,12 +132,12 @@ class AllTail(ABC):
         )
 
     def extension(self, stairs: Stairs, cached: int, tokens: int) -> Plan:
-        """Tokens stand where they would in a first prompt of that length, wherever the cache stands."""
+        """Positions are those of a first prompt of that length, whatever those of the cache are."""
         length = cached + tokens
         return Plan(self, cached, length, None, (), Span(cached, length), self.stairs(length))
 
     def stairs(self, tokens: int) -> Stairs:
-        """Where the tokens of a text of ``tokens`` tokens stand.
+        """Positions of the tokens of a text of ``tokens`` tokens.
 
         Raises:
             MesaError: it is longer than the position table.
@@ -205,7 +205,7 @@ def _mesa(train_length: int) -> MesaConfig:
 
 
 def _pair_of_columns(cos: Table) -> NDArray[np.int64]:
-    """The pair that each column of a table turns: a table has each angle once, or twice as halves or neighbours."""
+    """The pair that each column of a table rotates: a table has each angle once, or twice as halves or neighbours."""
     columns = cos.shape[1]
     half, column = columns // 2, np.arange(columns, dtype=np.int64)
     if columns % 2 == 0 and np.array_equal(cos[:, :half], cos[:, half:]):

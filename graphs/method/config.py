@@ -20,7 +20,7 @@ from mesart.graphs.errors import InputError
 from mesart.graphs.method import mesa
 from mesart.graphs.method.plan import Bucket, Plan
 from mesart.graphs.method.protocol import Table
-from mesart.graphs.method.reach import Reach
+from mesart.graphs.method.sink_window import SinkWindow
 from mesart.graphs.method.stairs import ORDINARY, Stairs
 from mesart.graphs.model_config import ModelSource, trained_length
 
@@ -81,7 +81,7 @@ class MesaConfig:
     log_n: bool = True
     rho: float = 0.5
     short_length: int = 0
-    """Texts of up to so many tokens turn by frequencies of their own (LongRoPE's short factors); 0: none do."""
+    """Texts of up to so many tokens rotate by frequencies of their own (LongRoPE's short factors); 0: none do."""
 
     def __post_init__(self) -> None:
         for name in ("train_length", "head_length", "chunk_length", "tail_min", "linear_window"):
@@ -136,13 +136,13 @@ class MesaConfig:
     def positions(self) -> int:
         """Rows of the position table: every position is below.
 
-        Those of ``train_length`` positions, then, turned by frequencies of their own, those of ``short_length``.
+        Those of ``train_length`` positions, then, rotated by frequencies of their own, those of ``short_length``.
         """
         return self.train_length + self.short_length
 
     @property
     def extent(self) -> int:
-        """Rows of the longest part of the position table: no two tokens stand as far apart."""
+        """Rows of the longest part of the position table: no two positions are as far apart."""
         return self.train_length
 
     def up_to(self, tokens: int) -> MesaConfig:
@@ -172,16 +172,16 @@ class MesaConfig:
         return cos, sin
 
     def stairs(self, tokens: int) -> Stairs:
-        """Where the tokens of a text of ``tokens`` tokens, at most ``train_length``, stand: all at their indices."""
+        """Positions of the tokens of a text of ``tokens`` tokens, at most ``train_length``: their indices."""
         return Stairs(0, 1, self.train_length) if tokens <= self.short_length else ORDINARY
 
     @property
-    def moves(self) -> bool:
+    def rerotates(self) -> bool:
         """Whether keys of the cache change their positions."""
         return True
 
     @property
-    def reach(self) -> Reach | None:
+    def sink_window(self) -> SinkWindow | None:
         """What a query sees, if that is not all keys; Mesa keeps all."""
         return None
 

@@ -24,7 +24,7 @@ class DynamicNtkConfig(AllTail):
         check_number(f"{self.name}: factor", self.factor, 1, MOST_FACTOR)
 
     @property
-    def moves(self) -> bool:
+    def rerotates(self) -> bool:
         return True
 
     @property

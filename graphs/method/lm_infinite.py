@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesart.graphs.checks import check_whole
-from mesart.graphs.method.reach import Reach
+from mesart.graphs.method.sink_window import SinkWindow
 from mesart.graphs.method.windowed import Windowed
 
 
@@ -26,8 +26,10 @@ class LMInfiniteConfig(Windowed):
         check_whole(f"{self.name}: first_tokens", self.first_tokens, least=0)
 
     @property
-    def reach(self) -> Reach:
-        return Reach(self.window, self.first_tokens, floor=0, far=self.window, at_zero=True)
+    def sink_window(self) -> SinkWindow:
+        return SinkWindow(
+            self.window, self.first_tokens, min_position=0, query_position=self.window, sinks_at_zero=True
+        )
 
 
 __all__ = ["LMInfiniteConfig"]

@@ -1,4 +1,4 @@
-"""How Mesa-Extrapolation cuts a prompt into head, chunks and tail, and where their tokens stand.
+"""How Mesa-Extrapolation cuts a prompt into head, chunks and tail, and which positions their tokens have.
 
 Source: arXiv 2410.15859 v3, sections 4.1 (chunks) and 4.2 (Stair PE).
 """
@@ -51,7 +51,7 @@ def plan_between(config: MesaConfig, tokens: int, edges: Sequence[int]) -> Plan:
 
 
 def extension(config: MesaConfig, stairs: Stairs, cached: int, tokens: int) -> Plan:
-    """The plan that appends ``tokens`` tokens to a cache of ``cached`` tokens which stand at ``stairs``.
+    """The plan that appends ``tokens`` tokens to a cache of ``cached`` tokens whose positions are ``stairs``.
 
     If they do not fit in the trained range behind the cache, the anchor moves forward, by whole stair steps while
     that makes enough room, else to wider stairs. If they do not fit even so, they are cut into chunks of their own.
@@ -120,13 +120,13 @@ def _is_long(config: MesaConfig, tail: Span, stairs: Stairs) -> bool:
 
 
 def _anchors(config: MesaConfig, stairs: Stairs, cached: int, length: int) -> Iterator[Stairs]:
-    """Where the anchor may stand, the cheapest first: unmoved, moved by whole steps, with wider stairs."""
+    """Where the anchor may be, the cheapest first: unmoved, moved by whole steps, with wider stairs."""
     yield stairs
     earliest = cached - config.linear_window  # the linear window never shrinks below N
     if earliest <= stairs.anchor:
         return
     yield Stairs(stairs.anchor + (earliest - stairs.anchor) // stairs.width * stairs.width, stairs.width)
-    # Wide enough for twice the tokens: places all keys anew, but the next time only after the text has doubled.
+    # Wide enough for twice the tokens: re-rotates all keys, but the next time only after the text has doubled.
     yield Stairs(earliest, max(stairs.width, config.fitting_width(2 * length)))
 
 

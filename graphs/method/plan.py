@@ -1,4 +1,4 @@
-"""The plan: how a prompt is cut and where its tokens stand. Which it is, the method says.
+"""The plan: how a prompt is cut and which positions its tokens have. Which it is, the method says.
 
 Pure integers; no engine, no tensor library beyond numpy. A first prompt and the continuation of a live cache are the
 same thing: tokens ``start .. length - 1`` are new, the ones before are in the cache.
@@ -74,7 +74,7 @@ class Bucket:
     max_tokens: int
     """The longest prompt that it serves."""
     stair_width: int
-    """E for all prompts of this bucket, so that a chunk's keys stand where they stood for a shorter prompt."""
+    """E for all prompts of this bucket, so that a chunk's keys have the same positions in a shorter prompt."""
 
 
 def buckets_up_to(config: StaticMethod, max_tokens: int) -> tuple[Bucket, ...]:
@@ -113,9 +113,9 @@ class Plan:
     Every token of ``start .. length - 1`` is in exactly one of ``head``, ``chunks`` and ``tail``. With no chunks and
     ``start == 0`` this is the dense path: the plain model. Positions are always below ``config.positions``.
 
-    A model may turn short texts by other frequencies (LongRoPE). They stand in a part of the position table of their
-    own, and a text that outgrows it is computed again from its start, as the plain model would: turning its keys anew
-    would not do, for the keys and values of all layers but the first follow from what turned by the short frequencies.
+    A model may rotate short texts by other frequencies (LongRoPE). Their positions are in a part of the position table
+    of their own, and a text that outgrows it is computed again from its start, as the plain model would: rotating its
+    keys anew would not do, for keys and values of all layers but the first follow from what the short ones gave.
     """
 
     config: StaticMethod
@@ -125,7 +125,7 @@ class Plan:
     chunks: tuple[Span, ...]
     tail: Span
     stairs: Stairs
-    """Where all tokens stand when the tail runs. Tokens of the cache that stood elsewhere are placed anew."""
+    """Positions of all tokens when the tail runs. Keys of the cache that have others are re-rotated."""
 
     @classmethod
     def of(cls, config: StaticMethod, tokens: int, edges: Sequence[int] = ()) -> Plan:
@@ -155,7 +155,7 @@ class Plan:
 
     @classmethod
     def extend(cls, config: StaticMethod, stairs: Stairs, cached: int, tokens: int) -> Plan:
-        """The plan that appends ``tokens`` tokens to a cache of ``cached`` tokens which stand at ``stairs``.
+        """The plan that appends ``tokens`` tokens to a cache of ``cached`` tokens whose positions are ``stairs``.
 
         A plan with ``start == 0`` computes the whole text again, those of the cache included.
         """
@@ -187,7 +187,7 @@ class Plan:
     def query_scales(self, span: Span) -> NDArray[np.float32]:
         """The log-n scale of tail queries, ``max(1, ln(t + 1) / ln T_r)``, float32 ``[len(span)]``.
 
-        Head and chunk queries stand below T_r, where it is 1.
+        Positions of head and chunk queries are below T_r, where it is 1.
         """
         return query_scales(self.config, span)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mesart.graphs.method.reach import Reach
+from mesart.graphs.method.sink_window import SinkWindow
 from mesart.graphs.method.stairs import Stairs
 from mesart.graphs.model_config import ModelSource
 
@@ -55,11 +55,11 @@ class StaticMethod(Protocol):
         """C, the tokens of a chunk; 0 if a prompt is never cut into chunks."""
 
     @property
-    def moves(self) -> bool:
+    def rerotates(self) -> bool:
         """Whether keys of the cache may change their positions."""
 
     @property
-    def reach(self) -> Reach | None:
+    def sink_window(self) -> SinkWindow | None:
         """The window and the first tokens that a query sees; None if it sees all keys before it."""
 
     @property
@@ -68,7 +68,7 @@ class StaticMethod(Protocol):
 
     @property
     def extent(self) -> int:
-        """Rows of the longest part of the position table: no two tokens stand as far apart."""
+        """Rows of the longest part of the position table: no two positions are as far apart."""
 
     def for_model(self, checkpoint: ModelSource) -> StaticMethod:
         """This method with what it leaves out chosen from a model's config."""
@@ -101,9 +101,9 @@ class StaticMethod(Protocol):
         """
 
     def extension(self, stairs: Stairs, cached: int, tokens: int) -> Plan:
-        """The plan of at least one token behind ``cached`` tokens that stand at ``stairs``.
+        """The plan of at least one token behind ``cached`` tokens whose positions are ``stairs``.
 
-        Both are turned by the same frequencies: see :meth:`Plan.extend <mesart.graphs.Plan.extend>`, which asks.
+        Both are rotated by the same frequencies: see :meth:`Plan.extend <mesart.graphs.Plan.extend>`, which asks.
 
         Raises:
             MesaError: it leaves the positions.

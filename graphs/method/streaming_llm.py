@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesart.graphs.checks import check_whole
-from mesart.graphs.method.reach import Reach
+from mesart.graphs.method.sink_window import SinkWindow
 from mesart.graphs.method.windowed import Windowed
 
 
 @dataclass(frozen=True)
 class StreamingLLMConfig(Windowed):
-    """A query sees a window and the sinks, which then stand directly before the window."""
+    """A query sees a window and the sinks, whose positions are then directly before the window."""
 
     name = "streaming-llm"
 
@@ -26,8 +26,14 @@ class StreamingLLMConfig(Windowed):
         check_whole(f"{self.name}: window", self.window, least=1)
 
     @property
-    def reach(self) -> Reach:
-        return Reach(self.window, self.sinks, floor=self.sinks, far=self.sinks + self.window - 1, at_zero=False)
+    def sink_window(self) -> SinkWindow:
+        return SinkWindow(
+            self.window,
+            self.sinks,
+            min_position=self.sinks,
+            query_position=self.sinks + self.window - 1,
+            sinks_at_zero=False,
+        )
 
 
 __all__ = ["StreamingLLMConfig"]

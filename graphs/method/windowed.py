@@ -11,7 +11,7 @@ from mesart.graphs.method.plan import Bucket
 
 @dataclass(frozen=True)
 class Windowed(AllTail):
-    """A method whose ``reach`` is not all; see :class:`~mesart.graphs.method.reach.Reach`."""
+    """A method with a :class:`~mesart.graphs.method.sink_window.SinkWindow`."""
 
     def buckets(self) -> Iterator[Bucket]:
         yield Bucket(0, self.max_tokens, 1)

@@ -1,8 +1,8 @@
-"""Mesa attention: what a model's own attention layers call while a role is computed.
+"""Mesa attention: what a model's own attention layers call while a phase is computed.
 
 Registered with transformers under the name ``"mesa"``, so that any model that uses its attention interface can be
 traced without code for its family. The keys and values of the past, the masks and the query scales come from the
-:class:`AttentionInputs` of the running role; the new keys and values are recorded there.
+:class:`AttentionInputs` of the running phase; the new keys and values are recorded there.
 
 Axes: B batch, S new tokens, P past tokens, H heads, K key-value heads, G = H / K, D head size.
 """
@@ -20,21 +20,22 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from mesart.graphs.errors import InputError
-from mesart.graphs.method.reach import Reach
+from mesart.graphs.method.sink_window import SinkWindow
+from mesart.graphs.model.attention_operator import OPERATOR, AttentionAttributes, AttentionOperands
 
 if TYPE_CHECKING:
-    from mesart.graphs.model.rotary import Place
+    from mesart.graphs.model.rotary import Rerotation
 
 ATTENTION = "mesa"
 """The name of Mesa attention in transformers' attention interface."""
 
-AttentionForm = Literal["split", "fused", "traced"]
+AttentionForm = Literal["unfused", "sdpa", "traced"]
 """How attention over past and new keys is computed; the results are equal.
 
-``split``: scores of past and new keys apart, one softmax over both. ``fused``: keys joined, then torch's own attention;
-layers that cap their scores (Gemma 2), have sinks (gpt-oss) or a bias by position (ALiBi) take the split form in
-either case. ``traced``: not computed, only named in the graph, as the operator ``mesart::Attention``, which the export
-writes out for each kind of engine.
+``unfused``: scores of past and new keys apart, one softmax over both. ``sdpa``: keys joined, then torch's own
+attention; layers that cap their scores (Gemma 2), have sinks (gpt-oss) or a bias by position (ALiBi) take the unfused
+form in either case. ``traced``: not computed, only named in the graph, as the operator ``mesart::Attention``, which the
+export writes out for each kind of engine.
 """
 
 MASKED = -1e9
@@ -46,7 +47,7 @@ _UNSUPPORTED = ("head_mask", "position_bias", "block_mask", "indexer_mask")
 
 @dataclass
 class AttentionInputs:
-    """What attention needs besides queries, keys and values, and what it leaves behind; one for each run of a role."""
+    """What attention needs besides queries, keys and values, and what it leaves behind; one for each run of a phase."""
 
     form: AttentionForm
     past_mask: Tensor
@@ -59,15 +60,15 @@ class AttentionInputs:
     past_values: list[Tensor]
     """``[B, K, P, D]`` each, a layer each."""
     extent: int
-    """No two tokens stand as far apart."""
+    """No two positions are as far apart."""
     position_ids: Tensor | None = None
-    """Where the new tokens stand, int64 ``[B, S]``."""
+    """Positions of the new tokens, int64 ``[B, S]``."""
     past_position_ids: Tensor | None = None
-    """Where the past keys stand, int64 ``[B, P]``; only layers that look at positions need both."""
-    reach: Reach | None = None
+    """Positions of the past keys, int64 ``[B, P]``; only layers that look at positions need both."""
+    sink_window: SinkWindow | None = None
     """What queries see, where that is not all that the masks show; the first slots of the past are the first tokens."""
-    turns: Sequence[Place | None] = ()
-    """What turns the queries and keys of each layer to other positions, for ``reach``."""
+    rotations: Sequence[Rerotation | None] = ()
+    """What rotates queries and keys of each layer to other positions, for ``sink_window``."""
     new_keys: dict[int, Tensor] = field(default_factory=dict)
     new_values: dict[int, Tensor] = field(default_factory=dict)
 
@@ -102,7 +103,7 @@ def mesa_attention(
     """Attention of new queries ``[B, H, S, D]`` to the past and to new keys and values ``[B, K, S, D]``.
 
     Args:
-        attention_mask: what :func:`_stand_in` made of the model's mask; the masks themselves are inputs of the role.
+        attention_mask: what :func:`_stand_in` made of the model's mask; the masks themselves are inputs of the phase.
         sliding_window: a key is seen where its position is less than this before the query's. Positions, not tokens:
             on stairs the layer stays within the distances that it was trained on.
         softcap: scores are bent to stay within it.
@@ -136,9 +137,9 @@ def mesa_attention(
             f"layer {layer} ({type(module).__name__}) attends more than once; only one cache a layer is kept"
         )
     inputs.new_keys[layer], inputs.new_values[layer] = key, value
-    # A window as long as tokens stand apart at most hides nothing.
+    # A window as long as positions are apart at most hides nothing.
     window = sliding_window if sliding_window is not None and sliding_window < inputs.extent else None
-    by_position = window is not None or alibi_slopes is not None or inputs.reach is not None
+    by_position = window is not None or alibi_slopes is not None or inputs.sink_window is not None
     if by_position and (inputs.position_ids is None or inputs.past_position_ids is None):
         raise InputError(f"layer {layer} ({type(module).__name__}) looks at positions of keys; give past_position_ids")
 
@@ -148,29 +149,32 @@ def mesa_attention(
     scale = head_size**-0.5 if scaling is None else scaling
     query = query * (inputs.query_scale * scale).to(query.dtype)
     past_key, past_value = inputs.past_keys[layer], inputs.past_values[layer]
-    far = None if inputs.reach is None else _far(inputs, inputs.reach, layer, query, past_key)
+    far = None if inputs.sink_window is None else _far(inputs, inputs.sink_window, layer, query, past_key)
     if inputs.form == "traced":
         positions = (inputs.position_ids, inputs.past_position_ids) if by_position else (None, None)
-        attributes: dict[str, Any] = {"layer": layer, "softcap": float(softcap or 0), "window": window or 0}
-        if alibi_slopes is not None:
-            attributes["slopes"] = [float(slope) for slope in alibi_slopes]
-        if inputs.reach is not None:
-            attributes |= {f"reach_{name}": int(value) for name, value in vars(inputs.reach).items()}
+        operands = AttentionOperands(
+            query,
+            key,
+            value,
+            past_key,
+            past_value,
+            inputs.past_mask,
+            inputs.new_mask,
+            *positions,
+            s_aux,
+            *(far or ()),
+        )
+        attributes = AttentionAttributes(
+            layer,
+            float(softcap or 0),
+            window or 0,
+            tuple(float(slope) for slope in alibi_slopes or ()),
+            inputs.sink_window,
+        )
         named: Tensor = torch.onnx.ops.symbolic(
-            "mesart::Attention",
-            (
-                query,
-                key,
-                value,
-                past_key,
-                past_value,
-                inputs.past_mask,
-                inputs.new_mask,
-                *positions,
-                s_aux,
-                *(far or ()),
-            ),
-            attributes,
+            OPERATOR,
+            operands.to_inputs(),
+            attributes.to_attributes(),
             dtype=query.dtype,
             shape=(*query.shape[:3], value_size),
             version=1,
@@ -179,15 +183,15 @@ def mesa_attention(
     masks = _masks(inputs, window, alibi_slopes)
     # Grouped queries share a key: fold the group into the rows, so that no key is repeated.
     query = query.reshape(-1, kv_heads, group * new, head_size)
-    if inputs.form == "fused" and softcap is None and s_aux is None and alibi_slopes is None and far is None:
-        output = _fused(query, key, value, past_key, past_value, masks, group)
+    if inputs.form == "sdpa" and softcap is None and s_aux is None and alibi_slopes is None and far is None:
+        output = _sdpa(query, key, value, past_key, past_value, masks, group)
     else:
         parts = [(query, past_key, past_value, masks[0]), (query, key, value, masks[1])]
         if far is not None:
             far_query, far_key = far[0].reshape(query.shape), far[1]
             first_value = past_value[:, :, : far_key.shape[2]]
             parts.append((far_query, far_key, first_value, _far_mask(inputs, window, alibi_slopes)))
-        output = _split(parts, softcap, s_aux, group)
+        output = _unfused(parts, softcap, s_aux, group)
     return output.reshape(-1, kv_heads * group, new, value_size).transpose(1, 2).contiguous(), None
 
 
@@ -200,46 +204,50 @@ def _masks(inputs: AttentionInputs, window: int | None, slopes: Sequence[float] 
         keys, queries = keys[:, None, None, :], inputs.position_ids[:, None, :, None]
         if window is not None:
             mask = mask.where(queries - keys < window, MASKED)
-        if inputs.reach is not None:
-            mask = mask.where(queries - keys.clamp(min=inputs.reach.floor) < inputs.reach.window, MASKED)
+        if inputs.sink_window is not None:
+            mask = mask.where(
+                queries - keys.clamp(min=inputs.sink_window.min_position) < inputs.sink_window.window, MASKED
+            )
         if slopes is not None:
             mask = mask + torch.tensor(slopes)[None, :, None, None] * keys
         result.append(mask)
     return result[0], result[1]
 
 
-def _far(inputs: AttentionInputs, reach: Reach, layer: int, query: Tensor, past_key: Tensor) -> tuple[Tensor, Tensor]:
+def _far(
+    inputs: AttentionInputs, sink_window: SinkWindow, layer: int, query: Tensor, past_key: Tensor
+) -> tuple[Tensor, Tensor]:
     """Queries ``[B, H, S, D]`` and the keys of the first tokens ``[B, K, F, D]`` as they meet beyond the window."""
     assert inputs.position_ids is not None
     assert inputs.past_position_ids is not None
-    keys, turn = past_key[:, :, : reach.sinks], inputs.turns[layer]
-    if turn is None:
+    keys, rotate = past_key[:, :, : sink_window.sinks], inputs.rotations[layer]
+    if rotate is None:
         return query, keys
-    if reach.at_zero:
-        positions = inputs.past_position_ids[:, : reach.sinks]
-        keys = turn(keys, positions, torch.zeros_like(positions))
-    return turn(query, inputs.position_ids, torch.full_like(inputs.position_ids, reach.far)), keys
+    if sink_window.sinks_at_zero:
+        positions = inputs.past_position_ids[:, : sink_window.sinks]
+        keys = rotate(keys, positions, torch.zeros_like(positions))
+    return rotate(query, inputs.position_ids, torch.full_like(inputs.position_ids, sink_window.query_position)), keys
 
 
 def _far_mask(inputs: AttentionInputs, window: int | None, slopes: Sequence[float] | None) -> Tensor:
     """What is added to the scores of the first tokens beyond the window, ``[B, 1 or H, S, F]``."""
-    reach = inputs.reach
-    assert reach is not None
+    sink_window = inputs.sink_window
+    assert sink_window is not None
     assert inputs.position_ids is not None
     assert inputs.past_position_ids is not None
-    queries, keys = inputs.position_ids[:, None, :, None], inputs.past_position_ids[:, None, None, : reach.sinks]
-    seen = queries - keys.clamp(min=reach.floor) >= reach.window
+    queries, keys = inputs.position_ids[:, None, :, None], inputs.past_position_ids[:, None, None, : sink_window.sinks]
+    seen = queries - keys.clamp(min=sink_window.min_position) >= sink_window.window
     if window is not None:
         seen = seen & (queries - keys < window)
-    mask = inputs.past_mask[..., : reach.sinks].where(seen, MASKED)
+    mask = inputs.past_mask[..., : sink_window.sinks].where(seen, MASKED)
     if slopes is not None:
         # As far away as they seem: in the scores of the others the query's own position is left out.
-        apparent = queries - reach.far + (0 if reach.at_zero else keys)
+        apparent = queries - sink_window.query_position + (0 if sink_window.sinks_at_zero else keys)
         mask = mask + torch.tensor(slopes)[None, :, None, None] * apparent
     return mask
 
 
-def _split(
+def _unfused(
     sources: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
     softcap: float | None,
     sinks: Tensor | None,
@@ -269,7 +277,7 @@ def _split(
     return output
 
 
-def _fused(
+def _sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -298,7 +306,7 @@ class Window:
 
 
 def _stand_in(*_: Any, local_size: int | None = None, **__: Any) -> Window | None:
-    """Masks are inputs of the role; transformers need not make one, only say how far it would reach."""
+    """Masks are inputs of the phase; transformers need not make one, only say how far it would reach."""
     return None if local_size is None else Window(local_size)
 
 

@@ -17,7 +17,7 @@ from mesart.graphs.method.plan import Plan, Span
 from mesart.graphs.method.protocol import StaticMethod
 from mesart.graphs.method.stairs import ORDINARY, Stairs
 from mesart.graphs.model.attention import MASKED
-from mesart.graphs.model.role import RoleModule, RoleOutputs
+from mesart.graphs.model.phase_module import PhaseModule, PhaseOutputs
 
 TokenIds: TypeAlias = "Sequence[int] | ArrayLike | Tensor"
 
@@ -43,18 +43,18 @@ class TorchReference:
             # Never left out: transformers would ask on standard input whether to run the checkpoint's Python code.
             options = {"dtype": torch.float32, "trust_remote_code": False, **load}
             model = AutoModelForCausalLM.from_pretrained(model, **options)
-        self.role = RoleModule(model, (config or MesaConfig()).for_model(model), "fused")
-        self.config = self.role.method
-        self.dtype = next(self.role.parameters()).dtype
-        self.vocab_size: int = self.role.config.get_text_config().vocab_size
-        self._places = {spec: self.role.place(spec) for spec in self.role.layers if spec.layout}
+        self.module = PhaseModule(model, (config or MesaConfig()).for_model(model), "sdpa")
+        self.config = self.module.method
+        self.dtype = next(self.module.parameters()).dtype
+        self.vocab_size: int = self.module.config.get_text_config().vocab_size
+        self._rerotations = {spec: self.module.rerotation(spec) for spec in self.module.layers if spec.layout}
         self._clear(batch=1)
 
     def _clear(self, batch: int) -> None:
         self.stairs: Stairs = ORDINARY
         self.tokens = torch.zeros(batch, 0, dtype=torch.int64)
-        self.keys = [torch.zeros(batch, s.kv_heads, 0, s.key_size, dtype=self.dtype) for s in self.role.layers]
-        self.values = [torch.zeros(batch, s.kv_heads, 0, s.value_size, dtype=self.dtype) for s in self.role.layers]
+        self.keys = [torch.zeros(batch, s.kv_heads, 0, s.key_size, dtype=self.dtype) for s in self.module.layers]
+        self.values = [torch.zeros(batch, s.kv_heads, 0, s.value_size, dtype=self.dtype) for s in self.module.layers]
 
     def prefill(self, input_ids: TokenIds, *, all_logits: bool = False) -> Tensor:
         """Computes a prompt; what was in the cache is forgotten.
@@ -79,25 +79,25 @@ class TorchReference:
         if plan.start == 0:
             self._clear(batch=tokens.shape[0])
         self.tokens = tokens
-        standing = self.stairs.positions(0, plan.start)  # where each key of the cache stands now
+        cached = self.stairs.positions(0, plan.start)  # of each key of the cache now
 
         if plan.head is not None:
             local = np.arange(len(plan.head))
-            self._append(self._run(plan.head, local, self.keys, self.values, standing))
-            standing = local
+            self._append(self._run(plan.head, local, self.keys, self.values, cached))
+            cached = local
         if plan.chunks:
-            # A chunk sees the head at its ordinary positions, wherever the head stands in the cache.
+            # A chunk sees the head at its ordinary positions, wherever it is in the cache.
             head = slice(0, self.config.head_length)
             head_local = np.arange(head.stop)
-            head_keys = self._move([k[:, :, head] for k in self.keys], standing[head], head_local)
+            head_keys = self._move([k[:, :, head] for k in self.keys], cached[head], head_local)
             head_values = [v[:, :, head] for v in self.values]
         for chunk in plan.chunks:
             local = plan.chunk_positions(chunk)
             self._append(self._run(chunk, local, head_keys, head_values, head_local))
-            standing = np.concatenate([standing, local])
+            cached = np.concatenate([cached, local])
 
-        placed = plan.stairs.positions(0, len(standing))
-        self.keys = self._move(self.keys, standing, placed)
+        positions = plan.stairs.positions(0, len(cached))
+        self.keys = self._move(self.keys, cached, positions)
         self.stairs = plan.stairs
         logits = []
         for span in self._slices(plan.tail):
@@ -117,7 +117,7 @@ class TorchReference:
 
     def _slices(self, tail: Span) -> list[Span]:
         """The tail, in one or, where queries see the first tokens otherwise than a window, in parts within it."""
-        length = len(tail) if self.role.reach is None else self.role.reach.window
+        length = len(tail) if self.module.sink_window is None else self.module.sink_window.window
         return [Span(start, min(start + length, tail.stop)) for start in range(tail.start, tail.stop, length)]
 
     def step(self, token: int | TokenIds) -> Tensor:
@@ -133,11 +133,11 @@ class TorchReference:
         past_positions: NDArray[np.int64],
         scales: NDArray[np.float32] | None = None,
         all_logits: bool = False,
-    ) -> RoleOutputs:
+    ) -> PhaseOutputs:
         """One span of the tokens behind a past that it may see all of."""
         batch, new, past = self.tokens.shape[0], len(span), past_keys[0].shape[2]
         scale = torch.ones(new) if scales is None else torch.from_numpy(scales)
-        output: RoleOutputs = self.role(
+        output: PhaseOutputs = self.module(
             input_ids=self.tokens[:, span.start : span.stop],
             position_ids=torch.from_numpy(positions).expand(batch, new),
             past_mask=torch.zeros(batch, 1, 1, past),
@@ -150,7 +150,7 @@ class TorchReference:
         )
         return output
 
-    def _append(self, output: RoleOutputs) -> None:
+    def _append(self, output: PhaseOutputs) -> None:
         self.keys = [torch.cat(pair, dim=2) for pair in zip(self.keys, output.keys, strict=True)]
         self.values = [torch.cat(pair, dim=2) for pair in zip(self.values, output.values, strict=True)]
 
@@ -159,8 +159,8 @@ class TorchReference:
             return keys
         from_ids, to_ids = torch.from_numpy(old)[None], torch.from_numpy(new)[None]
         return [
-            key if spec.layout is None else self._places[spec](key, from_ids, to_ids)
-            for key, spec in zip(keys, self.role.layers, strict=True)
+            key if spec.layout is None else self._rerotations[spec](key, from_ids, to_ids)
+            for key, spec in zip(keys, self.module.layers, strict=True)
         ]
 
     def _ids(self, input_ids: TokenIds) -> Tensor:

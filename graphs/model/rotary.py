@@ -1,10 +1,10 @@
 """Rotary embeddings as data: tables of the trained positions, and how each layer applies them to its keys.
 
 Swapping a model's rotary module for a table of ``train_length`` rows puts Stair PE into the graph as plain integers,
-and removes what the module would decide from its data: a LongRoPE model turns short texts by other frequencies than
-long ones, so its table has a second part for them, and the plan says which part a text stands in. A key rotated to
-position p is moved to position q by a further rotation by q - p (:class:`Place`), for which the layout of the rotated
-dimensions has to be known: it is found by probing the model's own attention layer, not by a list of families.
+and removes what the module would decide from its data: a LongRoPE model rotates short texts by other frequencies than
+long ones, so its table has a second part for them, and the plan says which part a text is in. A key rotated to
+position p is moved to position q by a further rotation by q - p (:class:`Rerotation`), for which the layout of the
+rotated dimensions has to be known: it is found by probing the model's own attention layer, not by a list of families.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from mesart.graphs.errors import InputError
 from mesart.graphs.model.attention import AttentionInputs, attention_inputs
 
 SharedKeys: TypeAlias = "dict[Any, tuple[Tensor, Tensor]]"
-Turns: TypeAlias = "dict[str | None, tuple[Tensor, Tensor]]"
+CosSin: TypeAlias = "dict[str | None, tuple[Tensor, Tensor]]"
 """cos and sin by layer type, ``[S, R]`` each."""
 
 Layout = Literal["half", "interleaved"]
-"""``half``: dimension d turns with d + R/2; ``interleaved``: 2d turns with 2d + 1."""
+"""``half``: dimension d rotates with d + R/2; ``interleaved``: 2d rotates with 2d + 1."""
 
 
 class RotaryTable(nn.Module):
@@ -40,7 +40,7 @@ class RotaryTable(nn.Module):
         short_length: see :class:`~mesart.graphs.method.config.MesaConfig`; the last rows are those of short texts.
     """
 
-    def __init__(self, tables: Turns, short_length: int = 0) -> None:
+    def __init__(self, tables: CosSin, short_length: int = 0) -> None:
         super().__init__()
         self.short_length = short_length
         self.names = list(tables)
@@ -66,21 +66,21 @@ class RotaryTable(nn.Module):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The keys and values of one layer, and how it turns the keys."""
+    """The keys and values of one layer, and how it rotates the keys."""
 
     kv_heads: int
     key_size: int
     value_size: int
     layout: Layout | None
-    """``None``: the layer does not turn its keys (NoPE, ALiBi)."""
+    """``None``: the layer does not rotate its keys (NoPE, ALiBi)."""
     table: str | None
     """The layer type whose table it uses, where the model has several."""
     first: int = 0
-    """The first dimension of a key that turns."""
-    turning: int = 0
-    """R, the number of dimensions that turn."""
+    """The first dimension of a key that rotates."""
+    rotary_dim: int = 0
+    """R, the number of dimensions that rotate."""
     backwards: bool = False
-    """Whether they turn by the negative angle (nanochat)."""
+    """Whether they rotate by the negative angle (nanochat)."""
 
 
 def install_rotary_table(model: nn.Module, train_length: int) -> RotaryTable:
@@ -97,25 +97,25 @@ def install_rotary_table(model: nn.Module, train_length: int) -> RotaryTable:
             "learned positions cannot be moved)"
         )
     parent, name, rotary = found[0]
-    table = rotary_table(functools.partial(_turns, rotary), train_length, type(rotary).__name__)
+    table = rotary_table(functools.partial(_cos_sin, rotary), train_length, type(rotary).__name__)
     setattr(parent, name, table)
     return table
 
 
-def rotary_table(turns: Callable[[Tensor], Turns], train_length: int, name: str) -> RotaryTable:
-    """The table of a rotary module, with a second part if it turns short texts by other frequencies.
+def rotary_table(cos_sin: Callable[[Tensor], CosSin], train_length: int, name: str) -> RotaryTable:
+    """The table of a rotary module, with a second part if it rotates short texts by other frequencies.
 
     Args:
-        turns: what the module gives for the tokens of one text that stand at some positions, int64 ``[S]``.
+        cos_sin: what the module gives for the tokens of one text at some positions, int64 ``[S]``.
         train_length: T_r.
         name: of the module, for errors.
 
     Raises:
         MesaError: there are more than two sets of frequencies within ``train_length``.
     """
-    short, tables = _short_length(turns, train_length, name), turns(torch.arange(train_length))
+    short, tables = _short_length(cos_sin, train_length, name), cos_sin(torch.arange(train_length))
     if short:
-        of_short = turns(torch.arange(short))
+        of_short = cos_sin(torch.arange(short))
         tables = {
             kind: (torch.cat((cos, of_short[kind][0])), torch.cat((sin, of_short[kind][1])))
             for kind, (cos, sin) in tables.items()
@@ -124,19 +124,19 @@ def rotary_table(turns: Callable[[Tensor], Turns], train_length: int, name: str)
 
 
 def short_length(model: nn.Module, train_length: int) -> int:
-    """The longest text that a model turns by short frequencies of its own; 0 if all up to T_r turn alike."""
+    """The longest text that a model rotates by short frequencies of its own; 0 if all up to T_r rotate alike."""
     found = _rotary_modules(model)
     if len(found) != 1:
         return 0  # no rotary model, or none that could be traced
     rotary = found[0][2]
-    return _short_length(functools.partial(_turns, rotary), train_length, type(rotary).__name__)
+    return _short_length(functools.partial(_cos_sin, rotary), train_length, type(rotary).__name__)
 
 
-def _short_length(turns: Callable[[Tensor], Turns], train_length: int, name: str) -> int:
-    """Found by asking how a text's first two tokens turn, which follows from its last position (LongRoPE)."""
+def _short_length(cos_sin: Callable[[Tensor], CosSin], train_length: int, name: str) -> int:
+    """Found by asking how a text's first two tokens rotate, which follows from its last position (LongRoPE)."""
 
     def first_two(tokens: int) -> list[Tensor]:
-        rows = turns(torch.tensor([0, 1, tokens - 1]))
+        rows = cos_sin(torch.tensor([0, 1, tokens - 1]))
         return [x[:2] for pair in rows.values() for x in pair]
 
     def alike(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -145,13 +145,13 @@ def _short_length(turns: Callable[[Tensor], Turns], train_length: int, name: str
     shortest, longest = first_two(2), first_two(train_length)
     if alike(shortest, longest):
         return 0
-    low, high = 2, train_length  # a text of ``low`` tokens turns as the shortest, one of ``high`` does not
+    low, high = 2, train_length  # a text of ``low`` tokens rotates as the shortest, one of ``high`` does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if alike(first_two(middle), shortest) else (low, middle)
     if not alike(first_two(high), longest):
         raise InputError(
-            f"{name} turns texts of more than {low} tokens by frequencies that change with their length; export with "
+            f"{name} rotates texts of more than {low} tokens by frequencies that change with their length; export with "
             f"train_length <= {low}"
         )
     return low
@@ -167,7 +167,7 @@ def _rotary_modules(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     ]
 
 
-def _turns(rotary: nn.Module, positions: Tensor) -> Turns:
+def _cos_sin(rotary: nn.Module, positions: Tensor) -> CosSin:
     """cos and sin of a text's tokens at positions int64 ``[S]``, float32.
 
     Computed by a new module: on the meta device the original has no numbers, and some remember earlier texts.
@@ -178,7 +178,7 @@ def _turns(rotary: nn.Module, positions: Tensor) -> Turns:
     if hasattr(real, "layer_types"):
         kinds = getattr(real, "rope_type", None)  # by layer type; some types have no rotary embedding
         layer_types = [name for name in real.layer_types if not isinstance(kinds, dict) or name in kinds]
-    tables: Turns = {}
+    tables: CosSin = {}
     for layer_type in layer_types:
         arguments = () if layer_type is None else (layer_type,)
         found = real(torch.zeros(1, dtype=torch.float32), positions[None], *arguments)
@@ -193,7 +193,7 @@ def probe_layers(model: nn.Module, table: RotaryTable) -> list[LayerSpec]:
     """The layers' keys and values; found by running one attention layer of each kind with random weights.
 
     Raises:
-        MesaError: a layer cannot be run alone, or turns its keys in a way that is not known here.
+        MesaError: a layer cannot be run alone, or rotates its keys in a way that is not known here.
     """
     config: Any = model.config
     layer_types = getattr(config, "layer_types", None)
@@ -230,27 +230,27 @@ def _switches(layer: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 def _probe(layer: nn.Module, table: str | None, size: int | None, shared: tuple[SharedKeys, SharedKeys]) -> LayerSpec:
     """``size``: of a table's row; none for a layer that has no table, to which models hand no rotation."""
-    still = turn = None
+    still = quarter = None
     if size is not None:
         still = torch.ones(1, 1, size), torch.zeros(1, 1, size)
-        turn = torch.zeros(1, 1, size), torch.ones(1, 1, size)
+        quarter = torch.zeros(1, 1, size), torch.ones(1, 1, size)
     real = _with_random_weights(layer)
     plain, value = _keys(real, still, shared[0])
-    turned, _ = _keys(real, turn, shared[1])
+    rotated, _ = _keys(real, quarter, shared[1])
     kv_heads, key_size, value_size = plain.shape[1], plain.shape[3], value.shape[3]
-    differing = (plain - turned).abs().amax(dim=(0, 1, 2)).gt(1e-6).nonzero().flatten().tolist()
+    differing = (plain - rotated).abs().amax(dim=(0, 1, 2)).gt(1e-6).nonzero().flatten().tolist()
     if not differing or size is None:
         return LayerSpec(kv_heads, key_size, value_size, None, table)
-    first, turning = differing[0], len(differing)
-    if differing == list(range(first, first + turning)) and turning in (size, 2 * size):
-        part = slice(first, first + turning)
+    first, rotary_dim = differing[0], len(differing)
+    if differing == list(range(first, first + rotary_dim)) and rotary_dim in (size, 2 * size):
+        part = slice(first, first + rotary_dim)
         for layout, backwards in product(get_args(Layout), (False, True)):
-            quarter = quarter_turn(plain[..., part], layout) * (-1 if backwards else 1)
-            if torch.allclose(turned[..., part], quarter, atol=1e-5):
-                return LayerSpec(kv_heads, key_size, value_size, layout, table, first, turning, backwards)
+            expected = rotate_quarter(plain[..., part], layout) * (-1 if backwards else 1)
+            if torch.allclose(rotated[..., part], expected, atol=1e-5):
+                return LayerSpec(kv_heads, key_size, value_size, layout, table, first, rotary_dim, backwards)
     raise InputError(
-        f"{type(layer).__name__} turns its keys in a way that is not known here (neither halves nor interleaved pairs "
-        f"of {size} neighbouring dimensions)"
+        f"{type(layer).__name__} rotates its keys in a way that is not known here (neither halves nor interleaved "
+        f"pairs of {size} neighbouring dimensions)"
     )
 
 
@@ -274,7 +274,7 @@ def _keys(real: nn.Module, rotation: tuple[Tensor, Tensor] | None, shared: Share
     index = int(real.layer_idx)  # type: ignore[arg-type]
     empty = torch.zeros(1, 1, 1, 0)
     zero = torch.zeros(1, 1, dtype=torch.int64)
-    inputs = AttentionInputs("split", empty, empty, torch.ones(1, 1, 1, 1), [], [], 0, zero, zero)
+    inputs = AttentionInputs("unfused", empty, empty, torch.ones(1, 1, 1, 1), [], [], 0, zero, zero)
     known = {"position_ids": zero, "shared_kv_states": shared}
     wanted = {name: known[name] for name in inspect.signature(real.forward).parameters if name in known}
     with torch.no_grad(), attention_inputs(inputs):
@@ -284,22 +284,22 @@ def _keys(real: nn.Module, rotation: tuple[Tensor, Tensor] | None, shared: Share
                 real(hidden_states=hidden, position_embeddings=rotation, attention_mask=None, **wanted)
         except TypeError as error:
             raise InputError(
-                f"{type(real).__name__} cannot be run alone to see how it turns its keys: {error}"
+                f"{type(real).__name__} cannot be run alone to see how it rotates its keys: {error}"
             ) from error
     if index not in inputs.new_keys:
         raise InputError(f"{type(real).__name__} does not call transformers' attention interface; it cannot be traced")
     return inputs.new_keys[index], inputs.new_values[index]
 
 
-def quarter_turn(x: Tensor, layout: Layout) -> Tensor:
-    """Each pair of dimensions turned by 90 degrees, ``[..., R]``."""
+def rotate_quarter(x: Tensor, layout: Layout) -> Tensor:
+    """Each pair of dimensions rotated by 90 degrees, ``[..., R]``."""
     if layout == "half":
         first, second = x.chunk(2, dim=-1)
         return torch.cat((-second, first), dim=-1)
     return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
 
 
-class Place(nn.Module):
+class Rerotation(nn.Module):
     """Moves rotated keys from old to new positions; a rotation by the difference (rotations compose).
 
     A scale inside the table (YaRN) is divided out: it is in the key already.
@@ -308,7 +308,7 @@ class Place(nn.Module):
     def __init__(self, table: tuple[Tensor, Tensor], layer: LayerSpec) -> None:
         super().__init__()
         cos, sin = table
-        half = layer.turning // 2
+        half = layer.rotary_dim // 2
         if layer.layout == "half" and cos.shape[-1] == half:
             cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
         elif layer.layout == "interleaved" and (cos.shape[-1] == half or not torch.equal(cos[:, 0::2], cos[:, 1::2])):
@@ -327,8 +327,8 @@ class Place(nn.Module):
         cos = cos_to * cos_from + sin_to * sin_from
         sin = sin_to * cos_from - cos_to * sin_from
         assert self.layer.layout is not None
-        first, stop = self.layer.first, self.layer.first + self.layer.turning
-        turned = key[..., first:stop].float()
-        moved = (turned * cos + quarter_turn(turned, self.layer.layout) * sin).to(key.dtype)
+        first, stop = self.layer.first, self.layer.first + self.layer.rotary_dim
+        rotated = key[..., first:stop].float()
+        moved = (rotated * cos + rotate_quarter(rotated, self.layer.layout) * sin).to(key.dtype)
         parts = [part for part in (key[..., :first], moved, key[..., stop:]) if part.shape[-1]]
         return torch.cat(parts, dim=-1) if len(parts) > 1 else moved

@@ -14,9 +14,26 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.bundle.names import (
+    FROM_IDS,
+    INPUT_IDS,
+    KEY,
+    KINDS,
+    LOGITS,
+    LOGITS_AT,
+    NEW_MASK,
+    PAST_MASK,
+    PAST_POSITION_IDS,
+    POSITION_IDS,
+    QUERY_SCALE,
+    ROTATED,
+    TO_IDS,
+    past_name,
+    present_name,
+)
 from mesart.graphs.bundle.records import shown
 from mesart.graphs.errors import BundleError, InputError
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 from mesart.graphs.model.torch_weights import fill_weights
 from mesart.graphs.model_config import read_config_file
 from mesart.graphs.user_data import user_data
@@ -100,7 +117,7 @@ def _require_own_code(bundle: Path, manifest: Manifest, auto_map: Any) -> None:
             raise BundleError(f"{bundle}: {name} is none of the bundle's files, and could run; remove it")
 
 
-def open_torch(path: Path, opened: dict[str, tuple[RoleModule, Manifest]], *, trust_remote_code: bool = False) -> Run:
+def open_torch(path: Path, opened: dict[str, tuple[PhaseModule, Manifest]], *, trust_remote_code: bool = False) -> Run:
     """The function of a bundle's ONNX file, computed by PyTorch.
 
     Args:
@@ -112,44 +129,41 @@ def open_torch(path: Path, opened: dict[str, tuple[RoleModule, Manifest]], *, tr
     if str(bundle) not in opened:
         manifest = Manifest.read(bundle)
         plain = load_bundle_model(bundle, manifest, trust_remote_code=trust_remote_code)
-        opened[str(bundle)] = _role_module(bundle, plain, manifest), manifest
+        opened[str(bundle)] = _phase_module(bundle, plain, manifest), manifest
     module, manifest = opened[str(bundle)]
-    role = next(graph.role for graph in manifest.graphs if graph.file == path.name)
-    if role == "place":
-        index = next(i for i, layer in enumerate(manifest.layers) if layer.place == path.name)
-        place = module.place(module.layers[index])
+    kind = next(graph.kind for graph in manifest.graphs if graph.file == path.name)
+    if kind == "rerotate":
+        index = next(i for i, layer in enumerate(manifest.layers) if layer.rerotate == path.name)
+        rerotation = module.rerotation(module.layers[index])
 
-        def run_place(feeds: Feeds) -> dict[str, NDArray[Any]]:
-            ids = (torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in ("from_ids", "to_ids"))
+        def run_rerotation(feeds: Feeds) -> dict[str, NDArray[Any]]:
+            ids = (torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in (FROM_IDS, TO_IDS))
             with torch.no_grad():
-                return {"moved": _to_numpy(place(_to_torch(feeds["key"], manifest.dtype), *ids))}
+                return {ROTATED: _to_numpy(rerotation(_to_torch(feeds[KEY], manifest.dtype), *ids))}
 
-        return run_place
+        return run_rerotation
 
     count = range(len(module.layers))
 
     def run(feeds: Feeds) -> dict[str, NDArray[Any]]:
-        plain = ["input_ids", "position_ids", "past_mask", "new_mask", "query_scale", "logits_at"]
-        plain += ["past_position_ids"] * manifest.looks_at_positions
+        plain = [INPUT_IDS, POSITION_IDS, PAST_MASK, NEW_MASK, QUERY_SCALE, LOGITS_AT]
+        plain += [PAST_POSITION_IDS] * manifest.looks_at_positions
         arguments = {name: torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in plain}
-        past = {
-            kind: [_to_torch(feeds[f"past_key_values.{i}.{kind}"], manifest.dtype) for i in count]
-            for kind in ("key", "value")
-        }
+        past = {kind: [_to_torch(feeds[past_name(i, kind)], manifest.dtype) for i in count] for kind in KINDS}
         with torch.no_grad():
             output = module(**arguments, past_keys=past["key"], past_values=past["value"])
-        results = {"logits": _to_numpy(output.logits)}
+        results = {LOGITS: _to_numpy(output.logits)}
         for i in count:
-            results[f"present.{i}.key"] = _to_numpy(output.keys[i])
-            results[f"present.{i}.value"] = _to_numpy(output.values[i])
+            results[present_name(i, "key")] = _to_numpy(output.keys[i])
+            results[present_name(i, "value")] = _to_numpy(output.values[i])
         return results
 
     return run
 
 
-def _role_module(bundle: Path, model: nn.Module, manifest: Manifest) -> RoleModule:
+def _phase_module(bundle: Path, model: nn.Module, manifest: Manifest) -> PhaseModule:
     with user_data(f"{bundle}: its config.json makes another model than was exported", "export the model again"):
-        module = RoleModule(model, manifest.config)
+        module = PhaseModule(model, manifest.config)
     found = [(spec.kv_heads, spec.key_size, spec.value_size) for spec in module.layers]
     if found != [(layer.kv_heads, layer.key_size, layer.value_size) for layer in manifest.layers]:
         raise BundleError(f"{bundle}: config.json has other layers than the manifest; export the model again")

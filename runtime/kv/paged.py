@@ -143,7 +143,7 @@ class PagedStore:
         done: list[tuple[int, NDArray[np.int32], Positions, Positions]] = []
         try:
             for layer, info in enumerate(self._layers):
-                if info.place is not None:
+                if info.rerotate is not None:
                     for piece in self._pieces(kv, start + first, old[first:last], positions[first:last]):
                         rotated = self._rotated(layer, *piece)
                         kv.torn = True

@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.bundle.manifest import LayerInfo
-from mesart.graphs.method.reach import Reach
+from mesart.graphs.method.sink_window import SinkWindow
 from mesart.runtime.kv.slab import SlabKv, SlabStore
 from mesart.runtime.kv.store import Array, Kv, Positions, Rotate
 
 
 class RingStore(SlabStore):
-    """A slab store whose texts take no more memory as they grow; see :class:`~mesart.graphs.method.reach.Reach`.
+    """A slab store whose texts take no more memory as they grow; see ``SinkWindow``.
 
     The slots of the first tokens are theirs. The others are taken in turn: a token overwrites the one that was
     ``window`` tokens before it. Graphs see by a key's position, not by its slot, what it is.
@@ -27,28 +27,28 @@ class RingStore(SlabStore):
         rotate: Rotate,
         memory: int,
         capacity: Callable[[int, bool], int],
-        reach: Reach,
+        sink_window: SinkWindow,
     ) -> None:
         def slots(tokens: int, growing: bool) -> int:
-            return min(capacity(tokens, growing), reach.slots)
+            return min(capacity(tokens, growing), sink_window.slots)
 
         super().__init__(layers, storage, rotate, memory, slots)
-        self._reach = reach
+        self._sink_window = sink_window
 
     def bytes_missing(self, kv: Kv, tokens: int) -> int:
-        return super().bytes_missing(kv, min(tokens, self._reach.slots))
+        return super().bytes_missing(kv, min(tokens, self._sink_window.slots))
 
     def allocate(self, tokens: int) -> SlabKv:
-        return super().allocate(min(tokens, self._reach.slots))
+        return super().allocate(min(tokens, self._sink_window.slots))
 
     def reserve(self, kv: Kv, tokens: int) -> None:
-        super().reserve(kv, min(tokens, self._reach.slots))
+        super().reserve(kv, min(tokens, self._sink_window.slots))
 
     def checkpoint(self, kv: Kv, tokens: int) -> Callable[[], None]:
         assert isinstance(kv, SlabKv)
         length = kv.length
         # As many tokens as there are slots overwrite each of them once.
-        slots = self._slots(np.arange(length, length + min(tokens, self._reach.slots)))
+        slots = self._slots(np.arange(length, length + min(tokens, self._sink_window.slots)))
         slots = slots[slots < self.slots_in_use(kv)]
         kept = [array[kv.row][:, slots] for array in (*kv.slab.keys, *kv.slab.values)]
 
@@ -71,7 +71,7 @@ class RingStore(SlabStore):
         kv.torn = False
 
     def slots_in_use(self, kv: SlabKv) -> int:
-        return min(kv.length, self._reach.slots)
+        return min(kv.length, self._sink_window.slots)
 
     def slot_positions(self, kv: SlabKv, slots: int) -> Positions:
         tokens = self._kept(kv)
@@ -95,12 +95,12 @@ class RingStore(SlabStore):
 
     def _kept(self, kv: Kv) -> NDArray[np.int64]:
         """The tokens whose keys are there."""
-        first, window = self._reach.sinks, self._reach.window
+        first, window = self._sink_window.sinks, self._sink_window.window
         recent = np.arange(max(first, kv.length - window), max(first, kv.length))
         return np.concatenate([np.arange(min(first, kv.length)), recent])
 
     def _slots(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        first, window = self._reach.sinks, self._reach.window
+        first, window = self._sink_window.sinks, self._sink_window.window
         return np.where(tokens < first, tokens, first + (tokens - first) % window)
 
 

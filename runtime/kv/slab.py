@@ -186,7 +186,7 @@ class SlabStore:
         here, done = slice(start + first, start + last), []
         try:
             for layer, info in enumerate(self._layers):
-                if info.place is not None:
+                if info.rerotate is not None:
                     keys = kv.slab.keys[layer][kv.row : kv.row + 1, :, here]
                     rotated = self.rotation(layer, keys, before, after)
                     kv.torn = True
@@ -214,7 +214,7 @@ class SlabStore:
         return kv.length
 
     def slot_positions(self, kv: SlabKv, slots: int) -> Positions:
-        """Where the keys of the first ``slots`` slots stand, int64; 0 where there is none."""
+        """Positions of the keys in the first ``slots`` slots, int64; 0 where there is none."""
         found = np.zeros(slots, np.int64)
         count = min(slots, kv.length)
         found[:count] = kv.positions[:count]

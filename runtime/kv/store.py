@@ -47,7 +47,7 @@ class Kv:
 
     @property
     def positions(self) -> Positions:
-        """Where each key stands, int64 ``[length]``."""
+        """Position of each key, int64 ``[length]``."""
         return self._positions[: self.length]
 
     def append(self, positions: Positions) -> None:

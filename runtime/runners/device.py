@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mesart.graphs.bundle.manifest import Manifest, ProfileInfo, Role
+from mesart.graphs.bundle.manifest import Manifest, ProfileInfo
+from mesart.graphs.bundle.names import ATTENDED, KINDS, LOGITS, PAST_POSITION_IDS, Phase, past_name, present_name
 from mesart.graphs.errors import BundleError, InputError
 from mesart.graphs.method.plan import Span
 from mesart.runtime.cuda import Pinned, aligned
@@ -15,9 +16,7 @@ from mesart.runtime.engines import Engines
 from mesart.runtime.kv.device import DeviceKv, DeviceStore
 from mesart.runtime.run_inputs import Packing, RunInputs
 from mesart.runtime.runners.replay import Replay
-from mesart.runtime.runners.runner import Logits, Phase, Segment, require_numbers
-
-_ROLES: dict[Phase, Role] = {"prefix": "head", "chunk": "chunk", "tail": "tail", "decode": "step"}
+from mesart.runtime.runners.runner import Logits, Segment, require_numbers
 
 
 class DeviceRunner:
@@ -35,20 +34,20 @@ class DeviceRunner:
         self._buckets = DeviceBuckets(manifest, engines)
         self._layers = len(manifest.layers)
         self._logit_bytes = 4 * int(manifest.model["vocab_size"])
-        runs = [x for engine in engines.set.engines for x in engine.profiles if x.role != "place"]
-        slots = max(x.columns for x in runs)
+        runs = [x for engine in engines.set.engines for x in engine.profiles if x.phase != "rerotate"]
+        slots = max(x.kv_length for x in runs)
         self._inputs = RunInputs(self._cuda, Packing(max(x.new for x in runs)).bytes)
-        self._columns = self._cuda.allocate(aligned(8 * slots), "the numbers of slots")
+        self._attended = self._cuda.allocate(aligned(8 * slots), "the numbers of slots")
         self._logits = self._cuda.allocate(self._logit_bytes, "the logits")
-        step_bytes = max(Packing(x.new).bytes for x in runs if x.role == "step")
-        self._replay = Replay(engines, step_bytes, self._logit_bytes)
-        self._tail = min(x.new for x in runs if x.role == "tail")
+        decode_bytes = max(Packing(x.new).bytes for x in runs if x.phase == "decode")
+        self._replay = Replay(engines, decode_bytes, self._logit_bytes)
+        self._tail = min(x.new for x in runs if x.phase == "tail")
         self._count_slots(slots)
 
     def _count_slots(self, slots: int) -> None:
         counts = self._cuda.pinned(8 * slots)
         counts.bytes.view(np.int64)[:] = np.arange(slots)
-        self._cuda.upload(self._columns, counts, 8 * slots)
+        self._cuda.upload(self._attended, counts, 8 * slots)
         self._cuda.synchronize()
         self._cuda.free_pinned(counts)
 
@@ -56,7 +55,7 @@ class DeviceRunner:
         del past
         if phase == "tail":
             return self._tail
-        return 1 if phase == "decode" else self._engines.profile(_ROLES[phase]).new
+        return 1 if phase == "decode" else self._engines.profile(phase).new
 
     def run(self, segments: Sequence[Segment]) -> list[Logits]:
         if any(segment.wanted > 1 for segment in segments):
@@ -66,7 +65,7 @@ class DeviceRunner:
             self._cuda.synchronize()
         results = [self._copied(memory, segment.wanted) for memory, segment in zip(found, segments, strict=True)]
         for logits, segment in zip(results, segments, strict=True):
-            require_numbers(logits, _ROLES[segment.phase], self._manifest)
+            require_numbers(logits, segment.phase, self._manifest)
         for segment in segments:
             segment.kv.append(segment.positions)
         return results
@@ -85,12 +84,11 @@ class DeviceRunner:
         kv = _kv(segment)
         start, stop = kv.length, kv.length + len(segment)
         bucket = None if segment.phase == "chunk" else self._buckets.running(kv.room, stop)
-        role = _ROLES[segment.phase]
-        profile = self._engines.profile(role, bucket)
+        profile = self._engines.profile(segment.phase, bucket)
         _require_slots(profile, start, stop)
         kv.announce(segment.positions)
         if segment.phase == "decode":
-            return self._enqueue_step(segment, kv, profile)
+            return self._enqueue_decode(segment, kv, profile)
         self._enqueue_run(segment, kv, profile)
         if not segment.wanted:
             return None
@@ -103,7 +101,7 @@ class DeviceRunner:
         text, span = _kv(segment), Span(segment.kv.length, segment.kv.length + len(segment))
         scratch = self._store.begin_chunk(text, 0, text, span)
         try:
-            profile = self._engines.profile("head")
+            profile = self._engines.profile("prefix")
             _require_slots(profile, 0, len(segment))
             scratch.announce(segment.positions)
             self._enqueue_run(segment, scratch, profile)
@@ -116,8 +114,8 @@ class DeviceRunner:
         packing.fill(inputs, segment.ids, segment.positions, segment.scales, kv.length)
         self._enqueue_engine(kv, profile, packing, inputs)
 
-    def _enqueue_step(self, segment: Segment, kv: DeviceKv, profile: ProfileInfo) -> Pinned:
-        """One step, logits to the host included."""
+    def _enqueue_decode(self, segment: Segment, kv: DeviceKv, profile: ProfileInfo) -> Pinned:
+        """One token, logits to the host included."""
         runs = self._replay.of(kv.held)
         packing = Packing(profile.new)
         packing.fill(runs.inputs, segment.ids, segment.positions, segment.scales, kv.length)
@@ -126,25 +124,26 @@ class DeviceRunner:
             self._enqueue_engine(kv, profile, packing, runs.inputs)
             self._cuda.download(runs.logits, self._logits, self._logit_bytes)
 
-        self._replay.step(runs, profile.bucket or 0, work)
+        self._replay.decode(runs, profile.bucket or 0, work)
         return runs.logits
 
     def _enqueue_engine(self, kv: DeviceKv, profile: ProfileInfo, packing: Packing, inputs: Pinned) -> None:
         self._inputs.upload(inputs, packing.bytes)
         if kv.held.positions is not None:
             kv.held.positions.upload()
-        self._engines.enqueue(profile.role, profile.bucket, self._addresses(kv, packing))
+        self._engines.enqueue(profile.phase, profile.bucket, self._addresses(kv, packing))
 
     def _addresses(self, kv: DeviceKv, packing: Packing) -> dict[str, int]:
         """Where each input and output of an engine lies."""
         addresses = packing.addresses(self._inputs.address)
-        addresses["columns"], addresses["logits"] = self._columns, self._logits
+        addresses[ATTENDED], addresses[LOGITS] = self._attended, self._logits
         if kv.held.positions is not None:
-            addresses["past_position_ids"] = kv.held.positions.address
+            addresses[PAST_POSITION_IDS] = kv.held.positions.address
         for index, tensor in enumerate(kv.held.tensors):
-            kind, layer = ("key", index) if index < self._layers else ("value", index - self._layers)
-            addresses[f"past_key_values.{layer}.{kind}"] = tensor.address
-            addresses[f"present.{layer}.{kind}"] = tensor.address  # written in place
+            which, layer = divmod(index, self._layers)
+            kind = KINDS[which]
+            addresses[past_name(layer, kind)] = tensor.address
+            addresses[present_name(layer, kind)] = tensor.address  # written in place
         return addresses
 
     def close(self) -> None:
@@ -160,9 +159,9 @@ def _kv(segment: Segment) -> DeviceKv:
 
 def _require_slots(profile: ProfileInfo, start: int, stop: int) -> None:
     """All tokens of a run, also those that fill it up, have a slot, and the real ones can be seen."""
-    if start + profile.new > profile.slots or stop > profile.columns or stop - start > profile.new:
+    if start + profile.new > profile.slots or stop > profile.kv_length or stop - start > profile.new:
         raise BundleError(
-            f"the {profile.role} engine of {profile.bucket} chunks has {profile.slots} slots, {profile.columns} of "
+            f"the {profile.phase} engine of {profile.bucket} chunks has {profile.slots} slots, {profile.kv_length} of "
             f"them seen, too few for tokens {start} to {start + profile.new - 1}; run `mesart build` again"
         )
 

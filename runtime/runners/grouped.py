@@ -8,10 +8,22 @@ from typing import Protocol
 import numpy as np
 
 from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.bundle.names import (
+    INPUT_IDS,
+    KINDS,
+    LOGITS,
+    LOGITS_AT,
+    POSITION_IDS,
+    QUERY_SCALE,
+    SEQLENS_K,
+    TOTAL_SEQUENCE_LENGTH,
+    Phase,
+    past_name,
+)
 from mesart.runtime.graphs import GRANULE
 from mesart.runtime.kv.store import Array
 from mesart.runtime.runners.rows import Rows, in_rows
-from mesart.runtime.runners.runner import Logits, Phase, Segment, of_shape, require_keys, require_numbers
+from mesart.runtime.runners.runner import Logits, Segment, of_shape, require_keys, require_numbers
 
 _TOKENS = 512
 """New tokens that fill a CPU."""
@@ -69,18 +81,18 @@ class GroupedRunner:
         totals = rows.lengths() + np.int32(size)
         # A row that runs along writes behind its text, where nothing looks.
         feeds: dict[str, Array] = {
-            "input_ids": rows.ids(),
-            "position_ids": rows.positions(),
-            "query_scale": rows.scales()[:, None, :, None],
-            "logits_at": np.arange(size - wanted, size, dtype=np.int64),
-            "seqlens_k": totals - np.int32(1),
-            "total_sequence_length": totals.max(),
+            INPUT_IDS: rows.ids(),
+            POSITION_IDS: rows.positions(),
+            QUERY_SCALE: rows.scales()[:, None, :, None],
+            LOGITS_AT: np.arange(size - wanted, size, dtype=np.int64),
+            SEQLENS_K: totals - np.int32(1),
+            TOTAL_SEQUENCE_LENGTH: totals.max(),
         }
         caches = {}
-        for kind, arrays in (("key", rows.slab.keys), ("value", rows.slab.values)):
-            caches.update({f"{layer}.{kind}": array[rows.part] for layer, array in enumerate(arrays)})
+        for kind, arrays in zip(KINDS, (rows.slab.keys, rows.slab.values), strict=True):
+            caches.update({past_name(layer, kind): array[rows.part] for layer, array in enumerate(arrays)})
         outputs = self._graph(feeds, caches)
-        logits = of_shape(outputs.get("logits"), (len(rows.segments), wanted, self._vocabulary), "logits", phase)
+        logits = of_shape(outputs.get(LOGITS), (len(rows.segments), wanted, self._vocabulary), LOGITS, phase)
         results = []
         for row, segment in enumerate(rows.segments):
             if segment is not None:

@@ -7,10 +7,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from mesart.graphs.bundle.manifest import Manifest
-from mesart.graphs.bundle.names import BLOCK
+from mesart.graphs.bundle.names import (
+    BLOCK,
+    BLOCK_INDICES,
+    BLOCK_INDICES_BEGINS,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_AT,
+    MAX_CONTEXT_LEN,
+    PAST_LENS,
+    POSITION_IDS,
+    QUERY_SCALE,
+    SUBSEQUENCE_BEGINS,
+    Phase,
+)
 from mesart.runtime.kv.paged import PagedKv, PagedStore
 from mesart.runtime.kv.store import Array
-from mesart.runtime.runners.runner import Logits, Phase, Segment, of_shape, require_keys, require_numbers
+from mesart.runtime.runners.runner import Logits, Segment, of_shape, require_keys, require_numbers
 
 _TOKENS = 1024
 """New tokens that fill a CPU; the operator holds no scores of them all, so more would cost activations only."""
@@ -47,7 +60,7 @@ class PagedRunner:
         phase = segments[0].phase
         wanted = _wanted(segments)
         logits = of_shape(
-            self._graph(_feeds(segments, wanted)).get("logits"), (1, len(wanted), self._vocabulary), "logits", phase
+            self._graph(_feeds(segments, wanted)).get(LOGITS), (1, len(wanted), self._vocabulary), LOGITS, phase
         )[0]
         for segment in segments:
             start = segment.kv.length
@@ -84,15 +97,15 @@ def _feeds(segments: Sequence[Segment], wanted: Array) -> dict[str, Array]:
         assert isinstance(segment.kv, PagedKv)
         blocks.append(segment.kv.blocks[: -(-length // BLOCK)])
     return {
-        "input_ids": np.concatenate([segment.ids for segment in segments])[None],
-        "position_ids": np.concatenate([segment.positions for segment in segments])[None],
-        "query_scale": np.concatenate([segment.scales for segment in segments])[None, None, :, None],
-        "logits_at": wanted,
-        "past_lens": np.array([segment.kv.length for segment in segments], np.int32),
-        "subsequence_begins": _edges(map(len, segments)),
-        "block_indices": np.concatenate(blocks),
-        "block_indices_begins": _edges(map(len, blocks)),
-        "max_context_len": np.array(max(lengths), np.int32),
+        INPUT_IDS: np.concatenate([segment.ids for segment in segments])[None],
+        POSITION_IDS: np.concatenate([segment.positions for segment in segments])[None],
+        QUERY_SCALE: np.concatenate([segment.scales for segment in segments])[None, None, :, None],
+        LOGITS_AT: wanted,
+        PAST_LENS: np.array([segment.kv.length for segment in segments], np.int32),
+        SUBSEQUENCE_BEGINS: _edges(map(len, segments)),
+        BLOCK_INDICES: np.concatenate(blocks),
+        BLOCK_INDICES_BEGINS: _edges(map(len, blocks)),
+        MAX_CONTEXT_LEN: np.array(max(lengths), np.int32),
     }
 
 

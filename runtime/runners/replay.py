@@ -19,7 +19,7 @@ class BufferRuns:
     """Of a decoding step."""
     logits: Pinned
     graphs: dict[int, tuple[int, Any]] = field(default_factory=dict)
-    """The decoding step of each bucket, and the number of moves of the activations when it was captured."""
+    """The decoding step of each bucket, and the generation of the activations when it was captured."""
 
     def free(self, cuda: Cuda) -> None:
         for _, graph in self.graphs.values():
@@ -36,7 +36,7 @@ class Replay:
         self._input_bytes, self._logit_bytes = input_bytes, logit_bytes
         self._runs: dict[DeviceBuffer, BufferRuns] = {}
         self._warm: set[int] = set()
-        self._moves = engines.moves
+        self._generation = engines.generation
 
     def of(self, buffer: DeviceBuffer) -> BufferRuns:
         """What runs on a buffer need."""
@@ -46,22 +46,22 @@ class Replay:
             self._runs[buffer] = BufferRuns(*memory)
         return self._runs[buffer]
 
-    def step(self, runs: BufferRuns, bucket: int, work: Callable[[], None]) -> None:
+    def decode(self, runs: BufferRuns, bucket: int, work: Callable[[], None]) -> None:
         """Enqueues ``work``, a decoding step of a bucket: the same each time but for what lies in memory."""
-        self._engines.prepare("step", bucket)
-        moves = self._engines.moves
-        if self._moves != moves:  # graphs hold the address that activations had
-            self._warm, self._moves = set(), moves
+        self._engines.prepare("decode", bucket)
+        generation = self._engines.generation
+        if self._generation != generation:  # graphs hold the address that activations had
+            self._warm, self._generation = set(), generation
         for known, (captured, graph) in list(runs.graphs.items()):
-            if captured != moves:
+            if captured != generation:
                 del runs.graphs[known]
                 self._cuda.free_graph(graph)
-        if bucket not in self._warm or not self._engines.capturable("step", bucket):
+        if bucket not in self._warm or not self._engines.capturable("decode", bucket):
             work()  # the first run may allocate, which a capture may not
             self._warm.add(bucket)
             return
         if bucket not in runs.graphs:
-            runs.graphs[bucket] = (moves, self._cuda.capture(work))
+            runs.graphs[bucket] = (generation, self._cuda.capture(work))
         self._cuda.launch(runs.graphs[bucket][1])
 
     def _drop_freed(self) -> None:

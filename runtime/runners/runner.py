@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.bundle.names import Phase
 from mesart.graphs.errors import BundleError, EngineError, MesaError
 from mesart.runtime.kv.store import Array, Kv, Positions
 
-Phase = Literal["prefix", "chunk", "tail", "decode"]
 Logits: TypeAlias = NDArray[np.float32]
 
 _INFINITE_FLOAT16, _HUGE_BFLOAT16 = 0x7C00, 0x5F80
@@ -31,7 +31,7 @@ class Segment:
     ids: NDArray[np.int64]
     """``[S]``."""
     positions: Positions
-    """Where they stand, int64 ``[S]``."""
+    """Of the tokens, int64 ``[S]``."""
     scales: NDArray[np.float32]
     """Of their queries (log-n scaling), ``[S]``."""
     wanted: int
@@ -115,4 +115,4 @@ def of_shape(array: Array | None, shape: tuple[int, ...], name: str, phase: str)
     return array
 
 
-__all__ = ["Logits", "Phase", "Runner", "Segment", "broken_numbers", "of_shape", "require_keys", "require_numbers"]
+__all__ = ["Logits", "Runner", "Segment", "broken_numbers", "of_shape", "require_keys", "require_numbers"]

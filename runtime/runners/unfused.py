@@ -6,17 +6,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mesart.graphs.bundle.manifest import Manifest, Role
-from mesart.runtime.graphs import RoleGraphs
+from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.bundle.names import (
+    INPUT_IDS,
+    KINDS,
+    LOGITS,
+    LOGITS_AT,
+    NEW_MASK,
+    PAST_MASK,
+    PAST_POSITION_IDS,
+    POSITION_IDS,
+    QUERY_SCALE,
+    Phase,
+    past_name,
+    present_name,
+)
+from mesart.runtime.graphs import PhaseGraphs
 from mesart.runtime.kv.slab import SlabKv, SlabStore
 from mesart.runtime.kv.store import Array
 from mesart.runtime.runners.rows import Rows, in_rows
-from mesart.runtime.runners.runner import Logits, Phase, Segment, of_shape, require_keys, require_numbers
+from mesart.runtime.runners.runner import Logits, Segment, of_shape, require_keys, require_numbers
 
 MASKED = np.float32(-1e9)
 """Added to the scores of empty slots: far below any score, and finite, so that no row becomes NaN."""
-
-_ROLES: dict[Phase, Role] = {"prefix": "head", "chunk": "chunk", "tail": "tail", "decode": "step"}
 
 _RING_ROWS = 256
 """Tokens of a slice that products with weights need to be fast."""
@@ -25,15 +37,16 @@ _RING_ROWS = 256
 class UnfusedRunner:
     """Runs the symbolic graph, or those of fixed shapes; see :class:`~mesart.runtime.runners.runner.Runner`."""
 
-    def __init__(self, manifest: Manifest, store: SlabStore, graphs: RoleGraphs) -> None:
+    def __init__(self, manifest: Manifest, store: SlabStore, graphs: PhaseGraphs) -> None:
         self._manifest, self._store, self._graphs = manifest, store, graphs
         self.last_logits_only = self.whole_slices = graphs.is_static
         self._vocabulary = int(manifest.model["vocab_size"])
         self._past = {
-            kind: [(f"present.{i}.{kind}", x.kv_heads, size) for i, (x, size) in enumerate(sizes)]
-            for kind, sizes in (
-                ("key", [(x, x.key_size) for x in manifest.layers]),
-                ("value", [(x, x.value_size) for x in manifest.layers]),
+            kind: [(present_name(i, kind), x.kv_heads, size) for i, (x, size) in enumerate(sizes)]
+            for kind, sizes in zip(
+                KINDS,
+                ([(x, x.key_size) for x in manifest.layers], [(x, x.value_size) for x in manifest.layers]),
+                strict=True,
             )
         }
         """Name, heads and size of the outputs that hold new keys and values."""
@@ -42,18 +55,18 @@ class UnfusedRunner:
         config = self._manifest.config
         if phase in ("prefix", "chunk"):
             return self._graphs.chunk_slice(config.head_length if phase == "prefix" else config.chunk_length)
-        reach = self._manifest.config.reach
+        sink_window = self._manifest.config.sink_window
         length = self._graphs.slice_length(past)
-        if reach is None:
+        if sink_window is None:
             return length
         # What it writes may drop nothing that it has to see. Each of its tokens has scores with a window and with the
         # slice, of which those of a window are needed: short slices waste less.
-        return min(length, reach.window, max(reach.window // 4, _RING_ROWS))
+        return min(length, sink_window.window, max(sink_window.window // 4, _RING_ROWS))
 
     def run(self, segments: Sequence[Segment]) -> list[Logits]:
         results: list[Logits | None] = [None] * len(segments)
         written: list[tuple[Segment, list[Array], list[Array]]] = []
-        groups = list(in_rows(segments, self._graphs.step_batch))
+        groups = list(in_rows(segments, self._graphs.decode_batch))
         # All are computed before any is written: a text may lose a key to its new one.
         for rows in groups:
             logits, keys, values = self._run(rows)
@@ -72,11 +85,10 @@ class UnfusedRunner:
         return [logits for logits in results if logits is not None]
 
     def _run(self, rows: Rows) -> tuple[Array, list[Array], list[Array]]:
-        """Runs a role on ``[B, S]`` new tokens, filled up at the end to what the graph takes."""
+        """Runs a phase on ``[B, S]`` new tokens, filled up at the end to what the graph takes."""
         phase, new, batch = rows.given[0].phase, rows.size, len(rows.segments)
-        role = _ROLES[phase]
         ids, positions, scales = rows.ids(), rows.positions(), rows.scales()
-        size = self._graphs.padded(role, new)
+        size = self._graphs.padded(phase, new)
         if size > new:
             padding = ((0, 0), (0, size - new))
             ids, positions = np.pad(ids, padding), np.pad(positions, padding)
@@ -84,30 +96,30 @@ class UnfusedRunner:
         wanted = max(1, *(segment.wanted for segment in rows.given))
         past = self._past_slots(rows, phase)
         feeds: dict[str, Array] = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "past_mask": self._mask(rows, past),
-            "past_position_ids": self._past_positions(rows, past),
-            "new_mask": _causal(batch, size),
-            "query_scale": scales[:, None, :, None],
-            "logits_at": np.arange(new - wanted, new, dtype=np.int64),
+            INPUT_IDS: ids,
+            POSITION_IDS: positions,
+            PAST_MASK: self._mask(rows, past),
+            PAST_POSITION_IDS: self._past_positions(rows, past),
+            NEW_MASK: _causal(batch, size),
+            QUERY_SCALE: scales[:, None, :, None],
+            LOGITS_AT: np.arange(new - wanted, new, dtype=np.int64),
         }
-        for kind, arrays in (("key", rows.slab.keys), ("value", rows.slab.values)):
-            feeds.update({f"past_key_values.{i}.{kind}": array[rows.part, :, :past] for i, array in enumerate(arrays)})
-        outputs = self._graphs.run(role, self._bucket(rows.slab.capacity), feeds)
-        logits, keys, values = self._outputs(outputs, role, batch, size, wanted)
+        for kind, arrays in zip(KINDS, (rows.slab.keys, rows.slab.values), strict=True):
+            feeds.update({past_name(i, kind): array[rows.part, :, :past] for i, array in enumerate(arrays)})
+        outputs = self._graphs.run(phase, self._bucket(rows.slab.capacity), feeds)
+        logits, keys, values = self._outputs(outputs, phase, batch, size, wanted)
         live = [row for row, segment in enumerate(rows.segments) if segment is not None]
-        require_numbers(logits[live], role, self._manifest)
+        require_numbers(logits[live], phase, self._manifest)
         keys, values = ([array[:, :, :new] for array in arrays] for arrays in (keys, values))
         for arrays in (keys, values):
-            require_keys(arrays if len(live) == batch else [x[live] for x in arrays], role, self._manifest)
+            require_keys(arrays if len(live) == batch else [x[live] for x in arrays], phase, self._manifest)
         return logits, keys, values
 
     def _past_slots(self, rows: Rows, phase: Phase) -> int:
         used = max(self._in_use(text) for text in rows.slab.texts[rows.part] if text is not None)
         if phase in ("prefix", "chunk"):
             return used
-        if phase == "decode" or self._manifest.config.reach is not None:
+        if phase == "decode" or self._manifest.config.sink_window is not None:
             # All of them, for they lie as they are. And in a ring the graph looks for the first tokens in the first.
             return rows.slab.capacity
         return self._graphs.past_slots(used, rows.slab.capacity)
@@ -130,16 +142,16 @@ class UnfusedRunner:
         return self._store.slots_in_use(kv)
 
     def _outputs(
-        self, outputs: dict[str, Array], role: Role, batch: int, new: int, wanted: int
+        self, outputs: dict[str, Array], phase: Phase, batch: int, new: int, wanted: int
     ) -> tuple[Array, list[Array], list[Array]]:
         """Logits, keys and values, if they are what was asked for."""
-        logits = of_shape(outputs.get("logits"), (batch, wanted, self._vocabulary), "logits", role)
+        logits = of_shape(outputs.get(LOGITS), (batch, wanted, self._vocabulary), LOGITS, phase)
         keys, values = (
             [
-                of_shape(outputs.get(name), (batch, heads, new, size), name, role)
+                of_shape(outputs.get(name), (batch, heads, new, size), name, phase)
                 for name, heads, size in self._past[kind]
             ]
-            for kind in ("key", "value")
+            for kind in KINDS
         )
         return logits, keys, values
 

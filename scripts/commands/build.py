@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         help="such as sm89,rtx5090 (default: this machine's); only tensorrt-rtx can choose",
     )
     parser.add_argument(
-        "--layout", choices=("bucket", "profile"), default="bucket", help="an engine a role and bucket, or a role"
+        "--layout", choices=("bucket", "profile"), default="bucket", help="an engine a phase and bucket, or a phase"
     )
     parser.add_argument(
         "--weights", choices=("shared", "embedded"), default="shared", help="one copy for all engines, or one in each"

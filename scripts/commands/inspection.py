@@ -47,7 +47,7 @@ def summary(bundle: Path, manifest: Manifest) -> str:
         f"  {len(manifest.layers)} layers, {layer.kv_heads} key-value heads of {layer.key_size}, "
         f"vocabulary {manifest.model['vocab_size']:,}",
         f"  {config.described()}",
-        f"  {len(manifest.graphs)} graphs: " + ", ".join(sorted({graph.role for graph in manifest.graphs})),
+        f"  {len(manifest.graphs)} graphs: " + ", ".join(sorted({graph.kind for graph in manifest.graphs})),
         "",
         f"  {'chunks':>6}  {'up to tokens':>12}" + "  stair width" * stairs,
     ]

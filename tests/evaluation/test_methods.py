@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from mesart.evaluation.methods import METHODS, attention, execution, make_method, open_method, rotation, system
-from mesart.evaluation.systems import Origin
+from mesart.evaluation.systems import PlainModel
 from mesart.graphs import MesaConfig, MesaError, TorchReference
 
 TRAINED = 64
@@ -569,7 +569,7 @@ def test_a_longrope_model_is_the_plain_model_while_its_text_outgrows_the_short_f
 
 def test_transformers_itself_is_run_again_when_a_text_outgrows_the_short_frequencies(make_model):
     model, ids = make_model("longrope"), tokens(36)
-    origin = Origin(model, TRAINED)
+    origin = PlainModel(model, TRAINED)
     origin.prefill(ids[:30], 1)
     for length in range(31, 37):
         with torch.no_grad():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mesart.evaluation.methods.attention import Merged, attend
-from mesart.evaluation.methods.cache import LayerCache, Rows
+from mesart.evaluation.methods.cache import CacheRows, LayerCache
 from mesart.evaluation.methods.rotation import angles_of, turn
 from mesart.graphs.model.rotary import LayerSpec
 
@@ -119,7 +119,7 @@ class TestRows:
         pinned = draw.draw(st.integers(0, 5))
         window = draw.draw(st.integers(1, 30))
         dropping = draw.draw(st.booleans())
-        rows, cache = Rows(), LayerCache()
+        rows, cache = CacheRows(), LayerCache()
         for new in draw.draw(st.lists(st.integers(1, 90), min_size=1, max_size=12)):
             start = rows.tokens
             first = max(pinned, start - window + 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mesart.evaluation import threshold
-from mesart.evaluation.threshold import PasskeyRate, Runner, ThresholdResult, probe_threshold
+from mesart.evaluation.threshold import PasskeyRate, ProbedModel, ThresholdResult, probe_threshold
 from mesart.graphs import MesaConfig, MesaError
 
 WINDOW, VOCABULARY, HIDDEN = 64, 50, 6
@@ -73,7 +73,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(fails: int | None, **options: Any) -> ThresholdResult:
         healthy = Failing(None)
-        mesa = Runner(healthy, lambda ids, last: healthy(ids, False, last).logits)
+        mesa = ProbedModel(healthy, lambda ids, last: healthy(ids, False, last).logits)
         monkeypatch.setattr(threshold, "_mesa", lambda model, config: (mesa, config))
         stream = torch.randint(VOCABULARY, (4000,), generator=seeded()).tolist()
         options = {"places": 16, "tokens": 4, "progress": False, **options}
@@ -159,7 +159,7 @@ def test_of_transformers_models(make_model, family: str) -> None:
         assert not np.allclose(ours[within:], theirs[within:], atol=1e-3)
 
     texts = threshold._Texts(stream, [400, 500], [0])
-    plain = Runner(model, lambda ids, last: model(input_ids=ids, use_cache=False, logits_to_keep=last).logits)
+    plain = ProbedModel(model, lambda ids, last: model(input_ids=ids, use_cache=False, logits_to_keep=last).logits)
     states, losses = threshold._watch(plain, texts, [20, 30], [1, 2], 5, tqdm(disable=True))
     with torch.no_grad():
         ids = torch.tensor(texts.of(30))

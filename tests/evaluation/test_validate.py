@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from mesart.evaluation.validate import Validation, validate
 from mesart.graphs import MesaError
-from mesart.graphs.bundle.manifest import FileInfo, Manifest, Role, sha256
+from mesart.graphs.bundle.manifest import FileInfo, Manifest, sha256
+from mesart.graphs.bundle.names import Phase
 from mesart.runtime import MesaModel, present_backends
 from mesart.runtime.graphs import SymbolicGraphs
-from mesart.runtime.runners.runner import Logits, Phase, Runner, Segment
+from mesart.runtime.runners.runner import Logits, Runner, Segment
 from tests.runtime.faults import Watched
 
 BUCKETS = [0, 3]
@@ -28,12 +29,12 @@ LAYER = 1
 def test_a_right_bundle_passes(bundle: Callable[..., Path], checkpoint: Callable[..., Path], backend: str) -> None:
     result = validate(bundle(), checkpoint("llama"), backend=backend, buckets=BUCKETS, progress=False)
     assert result.passed, result.table()
-    # Every role of every bucket, of both kinds of graphs; keys and values of each, logits of tail and step.
-    assert {(c.graphs, c.bucket, c.role) for c in result.checks} == {
-        (graphs, bucket, role)
+    # Every phase of every bucket, of both kinds of graphs; keys and values of each, logits of tail and step.
+    assert {(c.graphs, c.bucket, c.phase) for c in result.checks} == {
+        (graphs, bucket, phase)
         for graphs in ("symbolic", "specialised")
-        for bucket, roles in ((0, ("tail", "step")), (3, ("head", "chunk", "tail", "step")))
-        for role in roles
+        for bucket, phases in ((0, ("tail", "decode")), (3, ("prefix", "chunk", "tail", "decode")))
+        for phase in phases
     }
     assert all(c.top1 == 1.0 and c.kl is not None and c.kl < 1e-9 for c in result.checks if c.quantity == "logits")
     fields = json.loads(result.to_json())
@@ -106,16 +107,16 @@ def test_a_wrong_head_is_seen_behind_the_last_layer(bundle_copy: Path, checkpoin
 def _patch_feeds(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, dict[str, Any]], None]) -> None:
     plain = SymbolicGraphs.run
 
-    def changed(self: SymbolicGraphs, role: Role, bucket: int | None, feeds: Mapping[str, Any]) -> Any:
+    def changed(self: SymbolicGraphs, phase: Phase, bucket: int | None, feeds: Mapping[str, Any]) -> Any:
         altered = dict(feeds)
-        change(role, altered)
-        return plain(self, role, bucket, altered)
+        change(phase, altered)
+        return plain(self, phase, bucket, altered)
 
     monkeypatch.setattr(SymbolicGraphs, "run", changed)
 
 
 class _Displaced(Watched):
-    """Computes a role's new tokens one position further; where they are said to stand stays."""
+    """Computes a phase's new tokens one position further; their positions in the store are the right ones."""
 
     def __init__(self, inner: Runner, phase: Phase, by: int) -> None:
         super().__init__(inner)
@@ -132,42 +133,39 @@ class _Displaced(Watched):
 def test_a_mask_that_shows_one_token_of_the_future_is_seen(
     bundle: Callable[..., Path], checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def change(role: str, feeds: dict[str, Any]) -> None:
-        if role == "chunk":
+    def change(phase: str, feeds: dict[str, Any]) -> None:
+        if phase == "chunk":
             feeds["new_mask"] = feeds["new_mask"].copy()
             feeds["new_mask"][..., 3, 4] = 0
 
     _patch_feeds(monkeypatch, change)
     result = _check(bundle(), checkpoint("llama"), "torch")
     assert not result.passed
-    assert "chunk" in {c.role for c in result.checks if not c.passed}
-    assert "head" not in {c.role for c in result.checks if not c.passed}
+    assert "chunk" in {c.phase for c in result.checks if not c.passed}
+    assert "prefix" not in {c.phase for c in result.checks if not c.passed}
 
 
 @pytest.mark.parametrize("backend", present_backends())
-@pytest.mark.parametrize(
-    ("wrong", "phase"), [("head", "prefix"), ("chunk", "chunk"), ("tail", "tail"), ("step", "decode")]
-)
-def test_a_position_off_by_one_is_seen_in_its_role(
+@pytest.mark.parametrize("phase", ["prefix", "chunk", "tail", "decode"])
+def test_a_position_off_by_one_is_seen_in_its_phase(
     bundle: Callable[..., Path],
     checkpoint: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     backend: str,
-    wrong: str,
     phase: Phase,
 ) -> None:
     load = MesaModel.load
 
     def displaced(*arguments: Any, **options: Any) -> MesaModel:
         model = load(*arguments, **options)
-        # Downwards for steps: the last of them stands at the last trained position.
+        # Downwards for steps: the last of them is at the last trained position.
         model.engine.runner = _Displaced(model.engine.runner, phase, -1 if phase == "decode" else 1)
         return model
 
     monkeypatch.setattr(MesaModel, "load", displaced)
     result = _check(bundle(), checkpoint("llama"), backend)
     assert not result.passed
-    assert next(c.role for c in result.checks if not c.passed and c.bucket == BUCKETS[1]) == wrong
+    assert next(c.phase for c in result.checks if not c.passed and c.bucket == BUCKETS[1]) == phase
 
 
 def test_a_bucket_that_is_not_there(bundle: Callable[..., Path]) -> None:

@@ -22,7 +22,7 @@ from mesart.export import bundle as bundle_module
 from mesart.export import export_model
 from mesart.graphs import MesaConfig, MesaError
 from mesart.graphs.bundle.manifest import MANIFEST_FILE, Manifest, sha256
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ class TestOutput:
 def no_graphs(monkeypatch):
     """Exports without the ten seconds that tracing takes: a bundle with no graphs."""
     monkeypatch.setattr(
-        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(RoleModule(model, config))
+        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(PhaseModule(model, config))
     )
 
 
@@ -302,8 +302,8 @@ def test_a_killed_export_leaves_nothing_that_loads(work, checkpoint, monkeypatch
     code = """
 import os, signal, sys
 from mesart.export import bundle
-from mesart.graphs.model.role import RoleModule
-bundle._trace = lambda model, config, *_: bundle._Graphs(RoleModule(model, config))
+from mesart.graphs.model.phase_module import PhaseModule
+bundle._trace = lambda model, config, *_: bundle._Graphs(PhaseModule(model, config))
 bundle.sha256 = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 bundle.export_model(sys.argv[1], sys.argv[2])
 """

@@ -23,12 +23,12 @@ from mesart.export import build_engines, export_model, export_triton_repository
 from mesart.export.engine_graphs import engine_shapes
 from mesart.export.engine_memory import estimate
 from mesart.export.forms import with_attention
-from mesart.export.trace import trace_roles
+from mesart.export.trace import trace_phases
 from mesart.graphs import MesaConfig, MesaError, TorchReference
 from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.method.all_tail import AllTail
 from mesart.graphs.method.registry import STATIC_METHODS
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 from mesart.runtime import MesaModel
 from mesart.runtime.backends import present_backends
 from mesart.scripts.cli import main
@@ -132,12 +132,12 @@ def test_the_graph_is_the_module(make_model, family, name):
     onnxruntime = pytest.importorskip("onnxruntime")
     changes = {"gemma2": {"sliding_window": 30}, "gpt_oss": {"sliding_window": 30}}.get(family, {})
     model, config = make_model(family, **changes), config_of(name, window=20)
-    module, past, new = RoleModule(model, config), 34, 5
+    module, past, new = PhaseModule(model, config), 34, 5
     generator = torch.Generator().manual_seed(0)
     keys = [torch.randn(1, x.kv_heads, past, x.key_size, generator=generator) for x in module.layers]
     values = [torch.randn(1, x.kv_heads, past, x.value_size, generator=generator) for x in module.layers]
-    assert config.reach is not None
-    first = config.reach.sinks
+    assert config.sink_window is not None
+    first = config.sink_window.sinks
     standing = torch.cat([torch.arange(first), torch.arange(first, past).roll(7)])[None]  # a ring
     feeds = {
         "input_ids": torch.arange(new)[None] + 7,
@@ -150,10 +150,10 @@ def test_the_graph_is_the_module(make_model, family, name):
     }
     with torch.no_grad():
         expected = module(**feeds, past_keys=keys, past_values=values).logits.numpy()
-        without = RoleModule(model, config_of(name, 1200, window=1000))(
+        without = PhaseModule(model, config_of(name, 1200, window=1000))(
             **feeds, past_keys=keys, past_values=values
         ).logits.numpy()
-        graph = with_attention(trace_roles(RoleModule(model, config, "traced")), "split")
+        graph = with_attention(trace_phases(PhaseModule(model, config, "traced")), "unfused")
     assert np.abs(expected - without).max() > 1e-3, "the window changes nothing here"
     for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
         feeds |= {f"past_key_values.{layer}.key": key, f"past_key_values.{layer}.value": value}
@@ -224,11 +224,11 @@ class TestBundle:
 class TestDroppedKeys:
     def test_the_cache_does_not_grow_with_the_text(self, baseline_bundle, name):
         with MesaModel.load(baseline_bundle(name), "torch", verify=False) as model:
-            reach = model.manifest.config.reach
-            assert reach is not None
+            sink_window = model.manifest.config.sink_window
+            assert sink_window is not None
             model.prefill(tokens(100))
             (text,) = model.texts
-            assert text.require_kv().room == reach.slots
+            assert text.require_kv().room == sink_window.slots
             taken = model.engine.store.bytes_in_use
             model.extend(tokens(200))
             assert model.engine.store.bytes_in_use == taken
@@ -290,26 +290,28 @@ def test_engine_shapes_of_a_method_without_chunks(baseline_bundle):
     folder = baseline_bundle("dynamic-ntk")
     manifest = Manifest.read(folder)
     shapes = engine_shapes(manifest, "bucket", manifest.buckets)
-    new = {profile.role: profile.new for engine in shapes for profile in engine.profiles}
-    assert new == {"tail": TRAINED, "step": 1, "place": MesaConfig(TRAINED).chunk_length}
+    new = {profile.phase: profile.new for engine in shapes for profile in engine.profiles}
+    assert new == {"tail": TRAINED, "decode": 1, "rerotate": MesaConfig(TRAINED).chunk_length}
     keys = sum(layer.kv_heads * layer.key_size for layer in manifest.layers)
-    assert {memory.scratch for memory in estimate(folder, manifest, shapes, "shared")} == {2 * new["place"] * 2 * keys}
+    assert {memory.scratch for memory in estimate(folder, manifest, shapes, "shared")} == {
+        2 * new["rerotate"] * 2 * keys
+    }
 
 
 def test_engines_of_a_method_whose_cache_grows(checkpoint, tmp_path):
-    """Dynamic-NTK: no head and no chunks; its keys turn, so there is a place."""
+    """Dynamic-NTK: no head and no chunks; its keys rotate, so there is an engine for that."""
     pytest.importorskip("tensorrt_rtx")
     config = make_method("dynamic-ntk", TRAINED, LONGEST).static()
     folder = export_model(checkpoint("wide_llama"), tmp_path / "bundle", config, max_tokens=LONGEST, dtype="bfloat16")
     made = build_engines(folder, gpus="sm89", progress=False, max_tokens=TRAINED)
-    roles = {profile.role for info in made.engines for profile in info.profiles}
-    assert roles == {"tail", "step", "place"}
+    phases = {profile.phase for info in made.engines for profile in info.profiles}
+    assert phases == {"tail", "decode", "rerotate"}
 
 
 def test_origin_and_mesa_have_the_same_buckets(baseline_bundle, checkpoint, tmp_path):
     with MesaModel.load(baseline_bundle("origin"), "torch", verify=False) as model:
         lengths = [bucket.max_tokens for bucket in model.manifest.buckets]
-        assert not [graph.file for graph in model.manifest.graphs if graph.role in ("head", "chunk", "place")]
+        assert not [graph.file for graph in model.manifest.graphs if graph.kind in ("prefix", "chunk", "rerotate")]
     export_model(checkpoint("tied_llama"), tmp_path / "mesa", MesaConfig(TRAINED), max_tokens=LONGEST)
     with MesaModel.load(tmp_path / "mesa", "torch", verify=False) as model:
         assert [bucket.max_tokens for bucket in model.manifest.buckets] == lengths

@@ -12,7 +12,8 @@ import onnx
 import pytest
 
 from mesart.export.safetensors_file import read_header
-from mesart.graphs.bundle.manifest import MANIFEST_FILE, Manifest, Role, sha256
+from mesart.graphs.bundle.manifest import MANIFEST_FILE, Manifest, sha256
+from mesart.graphs.bundle.names import GraphKind
 
 BUNDLES = [("llama", "float32"), ("tied_llama", "bfloat16")]
 
@@ -54,7 +55,7 @@ def test_weights_are_stored_once_for_all_graphs(folder):
     width = 4 if manifest.dtype == "float32" else 2
     parameters = manifest.model["parameters"] * width
     rotary = 2 * 2 * 4 * manifest.config.train_length * max(layer.key_size for layer in manifest.layers)
-    assert parameters <= stored <= parameters + rotary  # cos and sin, for the roles and for moving keys
+    assert parameters <= stored <= parameters + rotary  # cos and sin, for the phases and for rotating keys
     for name, model in graphs(folder).items():
         inside = sum(tensor.ByteSize() for tensor in model.graph.initializer)
         assert inside <= 0.1 * parameters, name  # a weight would be more
@@ -99,32 +100,32 @@ def test_the_manifest_names_inputs_and_outputs(folder):
 
 def test_every_axis_has_a_size_or_a_name(folder):
     axes = {
-        "any": {"B", "S", "P", "M"},
+        "symbolic": {"B", "S", "P", "M"},
         "onnxruntime": {"B", "S", "P", "M"},
         "paged": {"S", "M", "N", "texts", "text_edges", "blocks"},
         "grouped": {"B", "S", "P", "M"},
         "engine": {"B", "S", "P", "M", "A"},
-        "place": {"B", "S"},
-        "engine_place": {"B", "S"},
+        "rerotate": {"B", "S"},
+        "engine_rerotate": {"B", "S"},
     }
     for graph in Manifest.read(folder).graphs:
         for tensor in [*graph.inputs, *graph.outputs]:
             for dim in tensor.shape:
-                assert isinstance(dim, int) or dim in axes.get(graph.role, set()), (graph.file, tensor)
+                assert isinstance(dim, int) or dim in axes.get(graph.kind, set()), (graph.file, tensor)
 
 
-def test_every_role_and_bucket_has_a_graph_of_fixed_shapes(folder):
+def test_every_phase_and_bucket_has_a_graph_of_fixed_shapes(folder):
     manifest = Manifest.read(folder)
     config = manifest.config
-    expected: dict[tuple[Role, int | None], tuple[int, int]] = {
-        ("head", None): (config.head_length, 0),
+    expected: dict[tuple[GraphKind, int | None], tuple[int, int]] = {
+        ("prefix", None): (config.head_length, 0),
         ("chunk", None): (config.chunk_length, config.head_length),
     }
     for bucket in manifest.buckets:
         expected["tail", bucket.chunks] = (config.train_length, bucket.max_tokens)
-        expected["step", bucket.chunks] = (1, bucket.max_tokens)
-    symbolic = ("any", "onnxruntime", "paged", "grouped", "place", "engine", "engine_place")
-    specialised = {(g.role, g.bucket): g for g in manifest.graphs if g.role not in symbolic}
+        expected["decode", bucket.chunks] = (1, bucket.max_tokens)
+    symbolic = ("symbolic", "onnxruntime", "paged", "grouped", "rerotate", "engine", "engine_rerotate")
+    specialised = {(g.kind, g.bucket): g for g in manifest.graphs if g.kind not in symbolic}
     assert set(specialised) == set(expected)
     for key, (new, past) in expected.items():
         graph = specialised[key]

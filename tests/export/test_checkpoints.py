@@ -23,7 +23,7 @@ from mesart.export.quantised_checkpoint import read_scheme
 from mesart.export.safetensors_file import read_header
 from mesart.graphs import MesaError
 from mesart.graphs.bundle.manifest import Manifest
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 from mesart.graphs.model.torch_graph import load_bundle_model
 from mesart.graphs.user_data import user_data
 
@@ -35,7 +35,7 @@ UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.we
 def no_graphs(monkeypatch):
     """Exports without the seconds that tracing takes."""
     monkeypatch.setattr(
-        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(RoleModule(model, config))
+        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(PhaseModule(model, config))
     )
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mesart.export import trace
-from mesart.export.trace import trace_place, trace_roles
+from mesart.export.trace import trace_phases, trace_rerotation
 from mesart.graphs import MesaConfig
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -53,12 +53,12 @@ def by_torch(monkeypatch) -> list[ExportedProgram]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_the_graph_is_that_of_torch(make_model, monkeypatch, by_torch, family, dtype):
-    module = RoleModule(make_model(family).to(dtype), MesaConfig(64), "traced")
+    module = PhaseModule(make_model(family).to(dtype), MesaConfig(64), "traced")
     with torch.no_grad():
-        ours = trace_roles(module)
+        ours = trace_phases(module)
         assert by_torch == []
         monkeypatch.setattr(trace, "decomposed_one_by_one", lambda program: program)
-        theirs = trace_roles(module)
+        theirs = trace_phases(module)
     assert len(by_torch) == 1
     assert expressions(ours) == expressions(theirs)
 
@@ -80,7 +80,7 @@ KEYS = torch.randn(3, 2, 7, 6, generator=torch.Generator().manual_seed(0))
 def run(function: Callable[[Tensor], Tensor]) -> np.ndarray:
     """What onnxruntime makes of a function of keys ``[B, 2, S, 6]``."""
     with torch.no_grad():
-        graph = trace_place(_Place(function), 2, 6, torch.float32)
+        graph = trace_rerotation(_Place(function), 2, 6, torch.float32)
     session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
     ids = np.zeros((3, 7), dtype=np.int64)
     feeds = {"key": KEYS.numpy(), "from_ids": ids, "to_ids": ids}

@@ -64,21 +64,21 @@ def copy(bundle, tmp_path) -> Path:
     return Path(shutil.copytree(bundle("wide_llama", "bfloat16"), tmp_path / "bundle"))
 
 
-def test_every_role_and_bucket_has_an_engine(built):
+def test_every_phase_and_bucket_has_an_engine(built):
     folder, made = built
     manifest = Manifest.read(folder)
     assert manifest.engines == [made]
     assert made.flavour == "tensorrt-rtx"
     assert made.compute_capabilities == ["sm89", "sm120"]
-    for role in ("head", "chunk", "place"):
-        made.find(role)
+    for phase in ("prefix", "chunk", "rerotate"):
+        made.find(phase)
     for bucket in manifest.buckets:
-        for role in ("tail", "step"):
-            info, index = made.find(role, bucket.chunks)
+        for phase in ("tail", "decode"):
+            info, index = made.find(phase, bucket.chunks)
             profile = info.profiles[index]
             tail = min(256, manifest.config.train_length)
-            assert profile.columns >= bucket.max_tokens + tail - 1, "a whole slice fits behind the last token"
-            assert profile.columns <= bucket.max_tokens + tail + 64
+            assert profile.kv_length >= bucket.max_tokens + tail - 1, "a whole slice fits behind the last token"
+            assert profile.kv_length <= bucket.max_tokens + tail + 64
     count = 5 if made.layout == "profile" else 3 + 2 * len(manifest.buckets)
     assert len(made.engines) == count
     for info in made.engines:
@@ -89,10 +89,10 @@ def test_inputs_and_outputs(built):
     folder, made = built
     manifest = Manifest.read(folder)
     config, dtype = manifest.config, manifest.dtype
-    for role, bucket in [("head", None), ("chunk", None), ("tail", 0), ("tail", 2), ("step", 0), ("step", 2)]:
-        info, index = made.find(role, bucket)
+    for phase, bucket in [("prefix", None), ("chunk", None), ("tail", 0), ("tail", 2), ("decode", 0), ("decode", 2)]:
+        info, index = made.find(phase, bucket)
         profile = info.profiles[index]
-        new = {"head": config.head_length, "chunk": config.chunk_length, "step": 1}.get(role, config.train_length)
+        new = {"prefix": config.head_length, "chunk": config.chunk_length, "decode": 1}.get(phase, config.train_length)
         assert profile.new == min(new, 256)
         inputs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in info.inputs}
         outputs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in info.outputs}
@@ -102,11 +102,11 @@ def test_inputs_and_outputs(built):
             "query_scale": ("float32", [1, 1, profile.new, 1]),
             "write_at": ("int64", [1]),
         }
-        if role in ("tail", "step"):
+        if phase in ("tail", "decode"):
             expected["logits_at"] = ("int64", [1])
             assert outputs.pop("logits") == ("float32", [1, 1, manifest.model["vocab_size"]])
-        if made.layout == "profile" and role in ("tail", "step"):
-            expected["columns"] = ("int64", [info.profiles[0].columns])
+        if made.layout == "profile" and phase in ("tail", "decode"):
+            expected["attended"] = ("int64", [info.profiles[0].kv_length])
         for number, layer in enumerate(manifest.layers):
             for kind, size in (("key", layer.key_size), ("value", layer.value_size)):
                 cache = (dtype, [1, layer.kv_heads, profile.slots, size])
@@ -115,10 +115,10 @@ def test_inputs_and_outputs(built):
         # The last layer of a head or chunk leaves keys and values only, so its queries may be gone.
         assert {name: value for name, value in expected.items() if name in inputs or name != "query_scale"} == inputs
         assert not outputs
-    place, _ = made.find("place")
-    turned = [i for i, layer in enumerate(manifest.layers) if layer.place]
-    assert [t.name for t in place.inputs] == [*(f"key.{i}" for i in turned), "from_ids", "to_ids"]
-    assert [t.name for t in place.outputs] == [f"moved.{i}" for i in turned]
+    rerotate, _ = made.find("rerotate")
+    turned = [i for i, layer in enumerate(manifest.layers) if layer.rerotate]
+    assert [t.name for t in rerotate.inputs] == [*(f"key.{i}" for i in turned), "from_ids", "to_ids"]
+    assert [t.name for t in rerotate.outputs] == [f"rotated.{i}" for i in turned]
 
 
 def test_weights_are_not_in_the_engines(built):
@@ -126,7 +126,7 @@ def test_weights_are_not_in_the_engines(built):
     folder, made = built
     manifest = Manifest.read(folder)
     stored = manifest.weight_bytes
-    step, _ = made.find("step", 0)
+    step, _ = made.find("decode", 0)
     assert sum(weight.bytes for weight in step.weights) > 0.9 * stored - 2**17
     for info in made.engines:
         for weight in info.weights:
@@ -146,7 +146,7 @@ def test_the_graphs_that_engines_are_built_from_equal_the_symbolic_one(bundle, l
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     for shapes in engine_shapes(manifest, layout, manifest.buckets):
-        if shapes.name == "place":
+        if shapes.name == "rerotate":
             continue
         model, _ = engine_graph(folder, shapes, "embedded")
         path = folder / f"test-{layout}-{shapes.name}.onnx"
@@ -154,7 +154,7 @@ def test_the_graphs_that_engines_are_built_from_equal_the_symbolic_one(bundle, l
         session = onnxruntime.InferenceSession(path, options)
         path.unlink()
         for profile in shapes.profiles:
-            new, start = profile.new, min(8, profile.columns - profile.new)
+            new, start = profile.new, min(8, profile.kv_length - profile.new)
             shape = (1, layer.kv_heads, profile.slots, layer.key_size)
             key, value = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
             feeds = {
@@ -173,14 +173,14 @@ def test_the_graphs_that_engines_are_built_from_equal_the_symbolic_one(bundle, l
             own = {
                 **feeds,
                 "write_at": np.array([start]),
-                "columns": np.arange(profile.columns),
+                "attended": np.arange(profile.kv_length),
                 "past_key_values.0.key": key,
                 "past_key_values.0.value": value,
             }
             known = {entry.name for entry in session.get_inputs()}
             outputs = [entry.name for entry in session.get_outputs()]
             got = dict(zip(outputs, session.run(outputs, {n: v for n, v in own.items() if n in known}), strict=True))
-            assert ("logits" in got) == (profile.role in ("tail", "step"))
+            assert ("logits" in got) == (profile.phase in ("tail", "decode"))
             if "logits" in got:
                 assert np.abs(got["logits"] - logits).max() < 1e-4
             for name, old, written in (("key", key, new_key), ("value", value, new_value)):
@@ -240,7 +240,7 @@ class TestBuildingAgain:
 
     def test_only_the_buckets_that_are_needed(self, copy):
         made = build_engines(copy, gpus="sm89", progress=False, max_tokens=10)
-        assert {p.bucket for info in made.engines for p in info.profiles if p.role == "step"} == {0}
+        assert {p.bucket for info in made.engines for p in info.profiles if p.phase == "decode"} == {0}
 
 
 def test_progress_is_reported_phase_by_phase(copy):
@@ -265,8 +265,8 @@ def test_embedded_weights_are_paid_for_in_every_engine(demo, tmp_path):
     shared = build_engines(folder, gpus="sm89", progress=False, max_tokens=10)
     embedded = build_engines(folder, gpus="sm89", progress=False, max_tokens=10, weights="embedded")
     assert all(not info.weights for info in embedded.engines)
-    for role in ("tail", "step"):
-        assert embedded.find(role, 0)[0].bytes > shared.find(role, 0)[0].bytes
+    for phase in ("tail", "decode"):
+        assert embedded.find(phase, 0)[0].bytes > shared.find(phase, 0)[0].bytes
 
 
 def test_memory_grows_by_the_cache(bundle):
@@ -286,7 +286,7 @@ def test_a_step_behind_a_long_cache_is_computed_with_a_second_token(copy, monkey
     manifest = Manifest.read(copy)
     *_, step = engine_shapes(manifest, layout, manifest.buckets[:1])
     assert step.profiles[0].new == 1
-    longer = tuple(replace(profile, slots=2**15, columns=2**15) for profile in step.profiles)
+    longer = tuple(replace(profile, slots=2**15, kv_length=2**15) for profile in step.profiles)
     monkeypatch.setattr("mesart.export.engines.engine_shapes", lambda *_: [replace(step, profiles=longer)])
     made = build_engines(copy, gpus="sm89", layout=layout, progress=False)
     (info,) = made.engines
@@ -435,7 +435,7 @@ class TestLog:
     @pytest.fixture
     def info(self) -> EngineInfo:
         return EngineInfo(
-            "engines/a/head.plan.gz", 1, "0" * 64, 1, "0" * 64, [], [], [], [ProfileInfo("head", None, 8, 8, 8)], 0.1
+            "engines/a/head.plan.gz", 1, "0" * 64, 1, "0" * 64, [], [], [], [ProfileInfo("prefix", None, 8, 8, 8)], 0.1
         )
 
     def test_torn_lines(self, tmp_path, info):

@@ -716,7 +716,7 @@ class TestBundles:
     def test_names_of_weight_files(self):
         files = ["model.safetensors", "a/model.safetensors", "b/MODEL.safetensors", "weights.safetensors"]
         files += ["checkpoint-weights.safetensors", "model.onnx", "manifest.json", "config.json.safetensors"]
-        files += ["engines", ".hidden.safetensors", "a" * 240 + ".safetensors", "\ud800é.safetensors", "place.onnx"]
+        files += ["engines", ".hidden.safetensors", "a" * 240 + ".safetensors", "\ud800é.safetensors", "rerotate.onnx"]
         named = name_files(map(Path, files))
         names = list(named.values())
         assert names[:2] == ["model.safetensors", "checkpoint-model.safetensors"]

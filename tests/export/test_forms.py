@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mesart.export.forms import Form, with_attention
-from mesart.export.trace import trace_roles
+from mesart.export.trace import trace_phases
 from mesart.graphs import MesaConfig
-from mesart.graphs.model.role import RoleModule, RoleOutputs
+from mesart.graphs.model.phase_module import PhaseModule, PhaseOutputs
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -30,9 +30,9 @@ class Case:
     """A traced model, and new tokens behind random keys and values that stand on stairs."""
 
     def __init__(self, model: Any) -> None:
-        module = RoleModule(model, MesaConfig(64))
+        module = PhaseModule(model, MesaConfig(64))
         with torch.no_grad():
-            self.graph = trace_roles(RoleModule(model, MesaConfig(64), "traced"))
+            self.graph = trace_phases(PhaseModule(model, MesaConfig(64), "traced"))
         generator = torch.Generator().manual_seed(0)
         self.keys = [torch.randn(1, x.kv_heads, PAST, x.key_size, generator=generator) for x in module.layers]
         self.values = [torch.randn(1, x.kv_heads, PAST, x.value_size, generator=generator) for x in module.layers]
@@ -48,7 +48,7 @@ class Case:
             "new_mask": torch.full((NEW, NEW), -1e9).triu(1)[None, None],
         }
         with torch.no_grad():
-            self.expected: RoleOutputs = module(
+            self.expected: PhaseOutputs = module(
                 **self.inputs,
                 **self.masks,
                 past_keys=self.keys,
@@ -60,9 +60,9 @@ class Case:
         """The graph's outputs; those of the in-place form are whole caches."""
         graph = with_attention(self.graph, form)
         feeds = dict(self.inputs)
-        slots = SLOTS if form == "in_place" else PAST
-        if form == "in_place":
-            feeds |= {"write_at": torch.tensor([PAST]), "columns": torch.arange(SLOTS - 4)}
+        slots = SLOTS if form == "kv_in_place" else PAST
+        if form == "kv_in_place":
+            feeds |= {"write_at": torch.tensor([PAST]), "attended": torch.arange(SLOTS - 4)}
             positions = torch.cat([self.past_positions, self.inputs["position_ids"]], dim=1)
             feeds["past_position_ids"] = torch.nn.functional.pad(positions, (0, SLOTS - PAST - NEW))
         else:
@@ -85,11 +85,11 @@ def case(request, make_model) -> Case:
     return Case(make_model(request.param, **CHANGES[request.param]))
 
 
-@pytest.mark.parametrize("form", ["split", "heads", "fused", "in_place"])
+@pytest.mark.parametrize("form", ["unfused", "unfused_per_head", "attention_op", "kv_in_place"])
 def test_equals_pytorch(case, form):
     got = case.run(form)
     assert np.abs(got["logits"] - case.expected.logits.numpy()).max() < 1e-5
-    new = slice(PAST, PAST + NEW) if form == "in_place" else slice(None)
+    new = slice(PAST, PAST + NEW) if form == "kv_in_place" else slice(None)
     for layer, key in enumerate(case.expected.keys):
         assert np.abs(got[f"present.{layer}.key"][:, :, new] - key.numpy()).max() < 1e-5
 
@@ -97,11 +97,11 @@ def test_equals_pytorch(case, form):
 def test_positions_are_an_input_where_they_matter(case, make_model):
     assert "past_position_ids" in {value.name for value in case.graph.graph.inputs}
     with torch.no_grad():
-        plain = trace_roles(RoleModule(make_model("tied_llama"), MesaConfig(64), "traced"))
+        plain = trace_phases(PhaseModule(make_model("tied_llama"), MesaConfig(64), "traced"))
     assert "past_position_ids" not in {value.name for value in plain.graph.inputs}
 
 
-@pytest.mark.parametrize("form", ["split", "heads", "fused", "in_place"])
+@pytest.mark.parametrize("form", ["unfused", "unfused_per_head", "attention_op", "kv_in_place"])
 def test_positions_change_the_result(case, form):
     right = case.run(form)["logits"]
     case.past_positions = case.past_positions.flip(1)

@@ -219,7 +219,7 @@ class TestEngines:
         bundle = fp8_bundle("wide_llama", "bfloat16")
         built = build_engines(bundle, "tensorrt-rtx", "sm89", max_tokens=64, progress=False, report=lines.append)
         told = {line.split(":")[0]: line for line in lines}
-        for name in ("tail-0", "step-0"):
+        for name in ("tail-0", "decode-0"):
             assert told[name].endswith("8 of 8 products in fp8"), told[name]
         shared = {weight.name for engine in built.engines for weight in engine.weights}
         assert any(name.endswith(".quantised") for name in shared)
@@ -229,7 +229,7 @@ class TestEngines:
         """Of a step, where TensorRT would copy them; nothing but products reads a weight of 8 bits."""
         bundle = fp8_bundle("wide_llama", "bfloat16")
         manifest = Manifest.read(bundle)
-        step = next(x for x in engine_shapes(manifest, "bucket", manifest.buckets) if x.name == "step-2")
+        step = next(x for x in engine_shapes(manifest, "bucket", manifest.buckets) if x.name == "decode-2")
         model, _ = engine_graph(bundle, step, weights)
         graph = ir.to_proto(model).SerializeToString()
         builder = TensorRtBuilder("tensorrt-rtx", ["sm120"], tmp_path / "timing")

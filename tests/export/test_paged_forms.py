@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mesart.export.paged_forms import with_grouped_attention, with_paged_attention
-from mesart.export.trace import trace_roles
+from mesart.export.trace import trace_phases
 from mesart.graphs import MesaConfig
 from mesart.graphs.bundle.names import BLOCK, PAGED_INPUTS
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 
 # Grouped queries, one key a query, normed queries, partial and interleaved rotary, a layer without positions, experts.
 PLAIN = ("llama", "qwen3", "gpt_neox", "cohere", "glm", "smollm3", "gptj", "mixtral")
@@ -26,7 +26,7 @@ OTHERS = {
 
 def traced(model: Any) -> ir.Model:
     with torch.no_grad():
-        return trace_roles(RoleModule(model, MesaConfig(64), "traced"))
+        return trace_phases(PhaseModule(model, MesaConfig(64), "traced"))
 
 
 @pytest.mark.parametrize("family", OTHERS)

@@ -290,7 +290,7 @@ def test_tensorrt_builds(quantised, family, scheme, group_size):
     bundle = quantised(family, "bfloat16", scheme, group_size)
     built = build_engines(bundle, "tensorrt-rtx", "sm89", max_tokens=64, progress=False)
     assert all(not any("quantised" in weight.name for weight in engine.weights) for engine in built.engines)
-    assert {profile.role for engine in built.engines for profile in engine.profiles} >= {"tail", "step"}
+    assert {profile.phase for engine in built.engines for profile in engine.profiles} >= {"tail", "decode"}
 
 
 def test_group_sizes_hold_whole_bytes():

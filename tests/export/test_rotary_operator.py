@@ -9,9 +9,9 @@ import torch
 
 from mesart.export.forms import with_attention
 from mesart.export.rotary_operator import with_rotary_operator
-from mesart.export.trace import trace_roles
+from mesart.export.trace import trace_phases
 from mesart.graphs import MesaConfig
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -25,9 +25,9 @@ def _operators(graph: ir.Model) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_where_the_model_rotates_halves(family, make_model):
-    module = RoleModule(make_model(family), MesaConfig(64), "traced")
+    module = PhaseModule(make_model(family), MesaConfig(64), "traced")
     with torch.no_grad():
-        plain = with_attention(trace_roles(module), "heads")
+        plain = with_attention(trace_phases(module), "unfused_per_head")
     fused = plain.clone()
     with_rotary_operator(fused)
     assert _operators(fused) == FAMILIES[family] * len(module.layers)
@@ -38,7 +38,9 @@ def test_where_the_model_rotates_halves(family, make_model):
 
 def test_unequal_halves_stay(make_model):
     with torch.no_grad():
-        graph = with_attention(trace_roles(RoleModule(make_model("tied_llama"), MesaConfig(64), "traced")), "heads")
+        graph = with_attention(
+            trace_phases(PhaseModule(make_model("tied_llama"), MesaConfig(64), "traced")), "unfused_per_head"
+        )
     table = next(value for name, value in graph.graph.initializers.items() if "cos" in name)
     assert table.const_value is not None
     numbers = table.const_value.numpy().copy()
@@ -51,7 +53,9 @@ def test_unequal_halves_stay(make_model):
 def test_other_sums_of_products_stay(make_model):
     """The sign on the other half is a turn in the other direction."""
     with torch.no_grad():
-        graph = with_attention(trace_roles(RoleModule(make_model("tied_llama"), MesaConfig(64), "traced")), "heads")
+        graph = with_attention(
+            trace_phases(PhaseModule(make_model("tied_llama"), MesaConfig(64), "traced")), "unfused_per_head"
+        )
     for node in graph.graph:
         if node.op_type == "Concat" and node.inputs[0] is not None:
             producer = node.inputs[0].producer()

@@ -1,4 +1,4 @@
-"""What is traced does not follow from the numbers of the weights; the place of all layers is that of each layer."""
+"""What is traced does not follow from the weights; the rotation of all layers' keys is that of each layer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from mesart.export.forms import with_attention
-from mesart.export.places import place_of_layers
-from mesart.export.trace import trace_place, trace_roles
+from mesart.export.rerotation import rerotation_of_layers
+from mesart.export.trace import trace_phases, trace_rerotation
 from mesart.graphs import MesaConfig
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 
 
 def described(graph: ir.Model) -> list[Any]:
@@ -34,8 +34,8 @@ def test_weights_are_neither_folded_nor_merged(make_model, family):
                 torch.nn.init.constant_(parameter, number)
         # Parameters of a model's copy are the model's own.
         with torch.no_grad():
-            traced = trace_roles(RoleModule(model, MesaConfig(64), "traced"))
-        graphs.append([described(traced), described(with_attention(traced, "split"))])
+            traced = trace_phases(PhaseModule(model, MesaConfig(64), "traced"))
+        graphs.append([described(traced), described(with_attention(traced, "unfused"))])
         names = {name.removesuffix(".weight") for name, _ in model.named_parameters()}
         assert names <= {name.removesuffix(".weight") for name in traced.graph.initializers}
     assert graphs[0] == graphs[1] == graphs[2]
@@ -51,29 +51,29 @@ def test_weights_are_neither_folded_nor_merged(make_model, family):
 )
 def test_place_of_layers(make_model, family, changes):
     onnxruntime = pytest.importorskip("onnxruntime")
-    module = RoleModule(make_model(family, **changes), MesaConfig(64), "traced")
-    turning = {layer: spec for layer, spec in enumerate(module.layers) if spec.layout is not None}
+    module = PhaseModule(make_model(family, **changes), MesaConfig(64), "traced")
+    rotary = {layer: spec for layer, spec in enumerate(module.layers) if spec.layout is not None}
     with torch.no_grad():
-        places = {
-            spec: trace_place(module.place(spec), spec.kv_heads, spec.key_size, torch.float32)
-            for spec in turning.values()
+        rerotations = {
+            spec: trace_rerotation(module.rerotation(spec), spec.kv_heads, spec.key_size, torch.float32)
+            for spec in rotary.values()
         }
-    graph = place_of_layers({layer: places[spec] for layer, spec in turning.items()})
+    graph = rerotation_of_layers({layer: rerotations[spec] for layer, spec in rotary.items()})
     tables = [value for value in graph.graph.initializers.values() if value.shape is not None and len(value.shape) == 2]
-    assert len(tables) == 2 * len(places)
-    assert [value.name for value in graph.graph.inputs] == [*(f"key.{i}" for i in turning), "from_ids", "to_ids"]
-    assert [value.name for value in graph.graph.outputs] == [f"moved.{i}" for i in turning]
+    assert len(tables) == 2 * len(rerotations)
+    assert [value.name for value in graph.graph.inputs] == [*(f"key.{i}" for i in rotary), "from_ids", "to_ids"]
+    assert [value.name for value in graph.graph.outputs] == [f"rotated.{i}" for i in rotary]
 
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(64, (3, 7), generator=generator) for _ in range(2)]
     keys = {
-        layer: torch.randn(3, spec.kv_heads, 7, spec.key_size, generator=generator) for layer, spec in turning.items()
+        layer: torch.randn(3, spec.kv_heads, 7, spec.key_size, generator=generator) for layer, spec in rotary.items()
     }
     feeds = {f"key.{layer}": key.numpy() for layer, key in keys.items()}
     feeds |= {"from_ids": ids[0].numpy(), "to_ids": ids[1].numpy()}
     session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
-    for moved, (layer, spec) in zip(session.run(None, feeds), turning.items(), strict=True):
+    for rotated, (layer, spec) in zip(session.run(None, feeds), rotary.items(), strict=True):
         with torch.no_grad():
-            expected = module.place(spec)(keys[layer], *ids)
-        assert np.abs(moved - expected.numpy()).max() < 1e-5
-        assert np.abs(moved - keys[layer].numpy()).max() > 0.1
+            expected = module.rerotation(spec)(keys[layer], *ids)
+        assert np.abs(rotated - expected.numpy()).max() < 1e-5
+        assert np.abs(rotated - keys[layer].numpy()).max() > 0.1

@@ -34,7 +34,7 @@ TYPES = {  # of ONNX, and how Triton calls them
 ONNXRUNTIME_TYPES = {"TYPE_INT64": "tensor(int64)", "TYPE_FP32": "tensor(float)"}
 SIZES = {"B": 1, "S": 40}  # of a place in a plan: one row, a chunk
 MAX_TOKENS = 80  # takes two buckets, of 0 and 2 chunks
-GRAPHS = ["head", "chunk", "place", "tail-0", "tail-2", "step-0", "step-2"]
+GRAPHS = ["prefix", "chunk", "rerotate", "tail-0", "tail-2", "decode-0", "decode-2"]
 
 
 @pytest.fixture(scope="session")
@@ -109,13 +109,13 @@ def tensors(schema: Any, found: Any) -> list[tuple[str, str, list[int]]]:
 
 
 class TestPlans:
-    def test_there_is_one_for_each_role_and_bucket(self, plans, wide):
+    def test_there_is_one_for_each_phase_and_bucket(self, plans, wide):
         assert names(plans) == {"wide", *(model_name(graph, "wide") for graph in GRAPHS)}
         assert not (plans / "timing").exists()
         weights = Manifest.read(wide).files[WEIGHTS_FILE].bytes
         for graph in GRAPHS:
             size = (plans / model_name(graph, "wide") / "1" / "model.plan").stat().st_size
-            assert size > (0 if graph == "place" else 0.8 * weights), "the weights are in it"
+            assert size > (0 if graph == "rerotate" else 0.8 * weights), "the weights are in it"
 
     @pytest.mark.parametrize("graph", GRAPHS)
     def test_the_config_is_the_graph(self, plans, wide, config, schema, graph):
@@ -151,16 +151,16 @@ class TestPlans:
             raise MesaError("enough")
 
         monkeypatch.setattr(TensorRtBuilder, "build", build)
-        with pytest.raises(MesaError, match="mesart_place: enough"):
+        with pytest.raises(MesaError, match="mesart_rerotate: enough"):
             export(wide, tmp_path / "out", "tensorrt-rtx", gpus="sm89")
-        monkeypatch.setattr("mesart.export.triton._graphs", lambda manifest, _: [manifest.graph("step", 2)])
-        with pytest.raises(MesaError, match="mesart_step_2: enough"):
+        monkeypatch.setattr("mesart.export.triton._graphs", lambda manifest, _: [manifest.graph("decode", 2)])
+        with pytest.raises(MesaError, match="mesart_decode_2: enough"):
             export(wide, tmp_path / "out", "tensorrt-rtx", gpus="sm89")
         assert built == [0, 1]
 
 
 class TestGraphs:
-    def test_there_is_one_for_each_role_and_bucket(self, graphs):
+    def test_there_is_one_for_each_phase_and_bucket(self, graphs):
         assert names(graphs) == {"mesart", *map(model_name, GRAPHS)}
 
     @pytest.mark.parametrize("graph", GRAPHS)
@@ -179,7 +179,7 @@ class TestGraphs:
 
     def test_a_head_computes_what_the_bundle_does(self, graphs, bundle, config):
         onnxruntime = pytest.importorskip("onnxruntime")
-        model = graphs / model_name("head")
+        model = graphs / model_name("prefix")
         sizes = {value.name: list(value.dims) for value in config(model).input}
         new = sizes["input_ids"][1]
         feeds = {
@@ -205,7 +205,7 @@ class TestGraphs:
 
         monkeypatch.setattr(os, "link", refuse)
         made = export(bundle(), tmp_path / "out", max_tokens=10)
-        assert names(made) == {"mesart", "mesart_place", "mesart_tail_0", "mesart_step_0"}
+        assert names(made) == {"mesart", "mesart_rerotate", "mesart_tail_0", "mesart_decode_0"}
         Manifest.read(made / "mesart" / "1" / "bundle").verify(made / "mesart" / "1" / "bundle")
         assert (made / "mesart_tail_0" / "1" / WEIGHTS_FILE).stat().st_nlink == 1
 
@@ -463,9 +463,9 @@ class TestRefusals:
             raise NoKernelError("no kernel")
 
         monkeypatch.setattr(TensorRtBuilder, "build", build)
-        monkeypatch.setattr("mesart.export.triton._graphs", lambda manifest, _: [manifest.graph("step", 2)])
+        monkeypatch.setattr("mesart.export.triton._graphs", lambda manifest, _: [manifest.graph("decode", 2)])
         text = self.refused(wide, tmp_path, "tensorrt-rtx", gpus="sm89")
-        assert "mesart_step_2: " in text
+        assert "mesart_decode_2: " in text
         assert "one query behind 104 tokens" in text
         assert "smaller --max-tokens" in text
 

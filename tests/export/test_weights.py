@@ -19,7 +19,7 @@ from mesart.export.safetensors_file import Pending, read_header, write_file
 from mesart.export.weights import WeightFiles
 from mesart.graphs.bundle.manifest import WEIGHTS_FILE, Manifest
 from mesart.graphs.errors import MesaError
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 from mesart.graphs.model.torch_graph import load_bundle_model
 
 
@@ -27,7 +27,7 @@ from mesart.graphs.model.torch_graph import load_bundle_model
 def no_graphs(monkeypatch):
     """Exports without the seconds that tracing takes."""
     monkeypatch.setattr(
-        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(RoleModule(model, config))
+        bundle_module, "_trace", lambda model, config, *_: bundle_module._Graphs(PhaseModule(model, config))
     )
 
 

@@ -231,7 +231,7 @@ class Bundles:
         return moved, set(kinds) == {"whole"}
 
     def _graph(self, case: Case, bundle: Path, uses: Uses) -> str:
-        used = [SYMBOLIC[self.backend], *sorted(name for name in self.bytes if name.startswith("place"))]
+        used = [SYMBOLIC[self.backend], *sorted(name for name in self.bytes if name.startswith("rerotate"))]
         if uses.specialised:
             used = sorted(name for name in self.bytes if name.endswith(".onnx") and not name.startswith("model"))
         said, leaves = mutate_graph(case.rng, bundle, case.rng.choice(used))
@@ -326,7 +326,7 @@ def _mutate_manifest(case: Case, manifest: dict[str, Any], sealed: bool) -> str:
         if way < 0.25:
             layer = rng.choice(manifest["layers"])
             field = rng.choice(list(layer))
-            layer[field] = rng.choice((odd_value(rng), rng.randrange(64), 2**40, None, -1, "place.onnx"))
+            layer[field] = rng.choice((odd_value(rng), rng.randrange(64), 2**40, None, -1, "rerotate.onnx"))
             return f"a layer's {field} -> {str(layer[field])[:40]!a}"
         if way < 0.3:
             rng.shuffle(manifest[rng.choice(("buckets", "layers", "graphs", "weight_files"))])
@@ -348,13 +348,13 @@ def _rename(case: Case, manifest: dict[str, Any], sealed: bool) -> str:
     if way == 0:
         graph = rng.choice(manifest["graphs"])
         graph["file"] = name
-        said = f"graph {graph['role']}: file {name[:60]!a}"
+        said = f"graph {graph['kind']}: file {name[:60]!a}"
     elif way == 1:
         manifest["weight_files"][0] = name
         said = f"weight file {name[:60]!a}"
     elif way == 2:
-        manifest["layers"][0]["place"] = name
-        said = f"place {name[:60]!a}"
+        manifest["layers"][0]["rerotate"] = name
+        said = f"rerotate {name[:60]!a}"
     elif way == 3:
         manifest["files"][name] = {"bytes": rng.choice((0, 1, 5)), "sha256": hashlib.sha256(b"").hexdigest()}
         said = f"files: one more, {name[:60]!a}"

@@ -53,7 +53,7 @@ SHARD_NAMES = (
         "engines/x.safetensors",
         "pytorch_model.bin",
         "model",
-        "place.onnx.safetensors",
+        "rerotate.onnx.safetensors",
     ),
 )
 TEXT_WEIGHTS = {"tokenizer.json": 5, "tokenizer_config.json": 4, "generation_config.json": 4, "chat_template.jinja": 2}

@@ -67,11 +67,11 @@ def with_engines(bundle: Path, copy: Path) -> Path:
     """A copy of the bundle with records of engines, which no TensorRT would run: loading and inspecting reads them."""
     shutil.copytree(bundle, copy)
     manifest = Manifest.read(copy)
-    if manifest.config.reach is not None or manifest.engines:
+    if manifest.config.sink_window is not None or manifest.engines:
         return copy
     place = "engines/tensorrt-rtx-1.7.1.116-sm89-bucket-shared"
     (copy / place).mkdir(parents=True)
-    graph = next(graph for graph in manifest.graphs if graph.role == "engine")
+    graph = next(graph for graph in manifest.graphs if graph.kind == "engine")
     weight = _first_weight(copy, manifest.weight_files[0])
     engines = []
     for bucket in manifest.buckets[:2]:
@@ -110,7 +110,7 @@ def _fixed(tensors: list[TensorInfo], new: int, slots: int) -> list[TensorInfo]:
             [axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape],
         )
         for tensor in tensors
-        if tensor.name != "columns"
+        if tensor.name != "attended"
     ]
 
 

@@ -84,7 +84,7 @@ def import_ahead() -> None:
 def leave_out_tracing() -> None:
     """From now on exports of this process hold no graphs: checkpoints, folders and weights only, in 0.3 s."""
     from mesart.export import bundle
-    from mesart.graphs.model.role import RoleModule
+    from mesart.graphs.model.phase_module import PhaseModule
 
     assert callable(bundle._trace)
-    bundle._trace = lambda network, config, *_: bundle._Graphs(RoleModule(network, config, "traced"))
+    bundle._trace = lambda network, config, *_: bundle._Graphs(PhaseModule(network, config, "traced"))

@@ -76,8 +76,8 @@ class FakeGpu:
         capability: compute capability, such as ``(8, 9)``.
         version: of TensorRT.
         counts: how often each function of the CUDA runtime was called, ``execute`` and ``launch`` among them.
-        refuse: called with the role of each run before it is enqueued; true makes TensorRT fail.
-        poison: roles of the next runs whose outputs become NaN, one each.
+        refuse: called with the phase of each run before it is enqueued; true makes TensorRT fail.
+        poison: phases of the next runs whose outputs become NaN, one each.
         aliases, location: what engines say of their caches and of their tensors.
         broken: set it to an error that every later call returns, as after a kernel that has crashed.
     """
@@ -93,7 +93,7 @@ class FakeGpu:
         self.streams = 0
         self.counts: dict[str, int] = {}
         self.log: list[str] = []
-        self.refuse: Callable[[str], bool] = lambda role: False
+        self.refuse: Callable[[str], bool] = lambda phase: False
         self.poison: list[str] = []
         self.broken: Status | None = None
         self.allows_nan = False
@@ -394,11 +394,11 @@ class Engine:
         self.num_io_tensors = len(self.names)
 
     @property
-    def role(self) -> str:
+    def phase(self) -> str:
         if "from_ids" in self.inputs:
-            return "place"
+            return "rerotate"
         few = self.inputs["input_ids"][1][1] <= 2
-        return ("step" if few else "tail") if "logits" in self.outputs else "head or chunk"
+        return ("decode" if few else "tail") if "logits" in self.outputs else "prefix or chunk"
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -472,7 +472,7 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         gpu, engine = self.engine.gpu, self.engine
         gpu.counts["execute"] = gpu.counts.get("execute", 0) + 1
-        if gpu.refuse(engine.role):
+        if gpu.refuse(engine.phase):
             engine.logger.log(1, "the kernel gave up\nand went home")
             return False
         missing = set(engine.names) - set(self.addresses)
@@ -504,9 +504,9 @@ def engine_run(
         if name.startswith(("past_key_values", "key.")) and not gpu.allows_nan and not np.isfinite(feeds[name]).all():
             raise Fault(f"{name} holds what is no number: 0 times NaN is NaN")
     results = engine.session.run(list(engine.outputs), feeds)
-    poisoned = engine.role in gpu.poison
+    poisoned = engine.phase in gpu.poison
     if poisoned:
-        gpu.poison.remove(engine.role)
+        gpu.poison.remove(engine.phase)
     for name, result in zip(engine.outputs, results, strict=True):
         if poisoned:
             first = int(feeds["write_at"][0])
@@ -551,7 +551,7 @@ class FakeBuilder:
         self._activations = 10_000  # another size for each engine, so that the memory has to grow
 
     def build(self, graph: bytes, folder: Path, profiles: list[dict[str, list[int]]], *_: Any) -> Any:
-        from mesart.export.tensorrt_builder import NoKernelError, Plan
+        from mesart.export.tensorrt_builder import BuiltPlan, NoKernelError
         from mesart.graphs.bundle.manifest import TensorInfo
 
         self._activations += 1_000
@@ -565,7 +565,7 @@ class FakeBuilder:
             return [TensorInfo(value.name, _dtype(value), _shape(value, profiles)) for value in values]
 
         data = MAGIC + json.dumps(header).encode() + b"\0" + graph
-        return Plan(data, tensors(model.graph.input), tensors(model.graph.output))
+        return BuiltPlan(data, tensors(model.graph.input), tensors(model.graph.output))
 
 
 def _dtype(value: Any) -> str:

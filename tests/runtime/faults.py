@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import Any, cast
 
 from mesart.graphs import MesaError
+from mesart.graphs.bundle.names import Phase
 from mesart.runtime import MesaModel
 from mesart.runtime.kv.store import Array, Positions
-from mesart.runtime.runners.runner import Logits, Phase, Runner, Segment
+from mesart.runtime.runners.runner import Logits, Runner, Segment
 
 
 class Interruption(BaseException):

@@ -1,4 +1,4 @@
-"""Every backend, on every role and bucket, computes what the PyTorch reference computes."""
+"""Every backend, on every phase and bucket, computes what the PyTorch reference computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mesart.graphs import MesaError, TorchReference
-from mesart.graphs.bundle.manifest import Manifest, Role
+from mesart.graphs.bundle.manifest import Manifest
+from mesart.graphs.bundle.names import GraphKind
 from mesart.runtime import MesaModel, backend_names, present_backends
 from mesart.runtime.backends import OnnxRuntimeBackend, OpenVinoBackend
 from mesart.runtime.engines import PACKAGES
@@ -241,21 +242,22 @@ def test_a_graph_that_the_engine_cannot_load(bundle_copy, engine):
     backend, specialised = engine
     if backend == "torch":
         pytest.skip("runs the model's code, not the file")
-    symbolic: tuple[Role, ...] = ("grouped",) if backend == "onnxruntime" else ("paged", "any")
+    symbolic: tuple[GraphKind, ...] = ("grouped",) if backend == "onnxruntime" else ("paged", "symbolic")
     manifest = Manifest.read(bundle_copy)
-    for role in ("head",) if specialised else symbolic:
-        name = manifest.graph(role).file
+    kinds: tuple[GraphKind, ...] = ("prefix",) if specialised else symbolic
+    for kind in kinds:
+        name = manifest.graph(kind).file
         (bundle_copy / name).write_bytes(b"\x08" * (bundle_copy / name).stat().st_size)
     with pytest.raises(MesaError, match=name) as error:
         MesaModel.load(bundle_copy, backend, specialised=specialised, verify=False).prefill(tokens(100))
     assert "\n" not in str(error.value)
 
 
-def without_graphs(bundle: Path, *roles: Role) -> None:
+def without_graphs(bundle: Path, *kinds: GraphKind) -> None:
     """Makes a bundle one of an earlier version, which had no such graphs."""
     manifest = Manifest.read(bundle)
-    gone = {graph.file for graph in manifest.graphs if graph.role in roles}
-    assert len(gone) == len(roles)
+    gone = {graph.file for graph in manifest.graphs if graph.kind in kinds}
+    assert len(gone) == len(kinds)
     graphs = [graph for graph in manifest.graphs if graph.file not in gone]
     files = {name: info for name, info in manifest.files.items() if name not in gone}
     dataclasses.replace(manifest, graphs=graphs, files=files).write(bundle)
@@ -292,7 +294,7 @@ class TestFormsOfAttention:
             monkeypatch.setattr(kind, name, noted)
         MesaModel.load(bundle(), backend, verify=False).close()
         assert sorted(opened) == sorted(
-            ["place.onnx", f"model-{'grouped' if backend == 'onnxruntime' else 'paged'}.onnx"]
+            ["rerotate.onnx", f"model-{'grouped' if backend == 'onnxruntime' else 'paged'}.onnx"]
         )
 
     def test_a_paged_graph_that_openvino_cannot_load(self, bundle_copy):

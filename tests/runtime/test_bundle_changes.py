@@ -36,7 +36,7 @@ class TestChanges:
 
     def test_a_graph_that_is_opened_late(self, bundle_copy):
         with MesaModel.load(bundle_copy, "onnxruntime", threads=1, specialised=True) as model:
-            (bundle_copy / "chunk.onnx").write_bytes((bundle_copy / "head.onnx").read_bytes())
+            (bundle_copy / "chunk.onnx").write_bytes((bundle_copy / "prefix.onnx").read_bytes())
             with pytest.raises(MesaError, match=r"chunk\.onnx has changed since the bundle was loaded; load it again"):
                 model.prefill(PROMPT)
 

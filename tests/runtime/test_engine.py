@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mesart.graphs.bundle.names import Phase
 from mesart.graphs.errors import CapacityError, EngineError, InputError
 from mesart.runtime import MesaModel, SamplingConfig, present_backends
 from mesart.runtime.engine import Engine, Turn
-from mesart.runtime.runners.runner import Logits, Phase, Segment
+from mesart.runtime.runners.runner import Logits, Segment
 from mesart.runtime.sampling import Sampler
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mesart.graphs import MesaError
-from mesart.graphs.bundle.manifest import Role
+from mesart.graphs.bundle.names import Phase
 from mesart.runtime import MesaModel, present_backends
 from mesart.runtime.backends import OnnxRuntimeBackend, OpenVinoBackend, TorchBackend
 from mesart.runtime.graphs import SymbolicGraphs
@@ -37,8 +37,8 @@ def answer(monkeypatch):
     run = SymbolicGraphs.run
 
     def patch(name: str, change: Any) -> None:
-        def changed(self: SymbolicGraphs, role: Role, bucket: int | None, feeds: Any) -> dict[str, Any]:
-            outputs: dict[str, Any] = dict(run(self, role, bucket, feeds))
+        def changed(self: SymbolicGraphs, phase: Phase, bucket: int | None, feeds: Any) -> dict[str, Any]:
+            outputs: dict[str, Any] = dict(run(self, phase, bucket, feeds))
             outputs[name] = change(np.array(outputs[name]))
             return {key: value for key, value in outputs.items() if value is not None}
 
@@ -112,7 +112,7 @@ class Liar:
                 last = int(feeds["max_context_len"]) - 1
                 keys = self.caches["past_key_values.0.key"][feeds["block_indices"][last // 32], :, last % 32]
             else:
-                keys = caches["0.key"][0, :, int(feeds["seqlens_k"][0])]
+                keys = caches["past_key_values.0.key"][0, :, int(feeds["seqlens_k"][0])]
             self.lie(outputs, keys)
         return outputs
 
@@ -179,7 +179,7 @@ def test_rotated_keys_have_their_shape(bundle, monkeypatch, backend):
 
         def opened(self: Any, path: Path, info: Any = None, *, opens: Any = opens) -> Any:
             graph = opens(self, path, info)
-            return (lambda feeds: {"moved": feeds["key"][:, :, :1]}) if path.name == "place.onnx" else graph
+            return (lambda feeds: {"rotated": feeds["key"][:, :, :1]}) if path.name == "rerotate.onnx" else graph
 
         monkeypatch.setattr(one, "open", opened)
     with MesaModel.load(bundle(), backend, verify=False) as model:
@@ -203,23 +203,23 @@ class TestKeys:
         bits[0, 1, 2, 7] = number
         for array in (bits, (bits.astype(np.uint32) << 16).view(np.float32)):
             if fine:
-                require_keys([array], "step", model.manifest)
+                require_keys([array], "decode", model.manifest)
             else:
-                refused(lambda array=array: require_keys([array], "step", model.manifest))
+                refused(lambda array=array: require_keys([array], "decode", model.manifest))
 
     @pytest.mark.parametrize(("value", "fine"), [(65504, True), (-65504, True), (np.inf, False), (np.nan, False)])
     def test_float16(self, model, value, fine):
         array = np.zeros((1, 2, 4, 8), np.float16)[:, :, :3]  # not contiguous
         array[0, 1, 2, 7] = value
         if fine:
-            require_keys([array], "step", model.manifest)
+            require_keys([array], "decode", model.manifest)
         else:
-            refused(lambda: require_keys([array], "step", model.manifest))
+            refused(lambda: require_keys([array], "decode", model.manifest))
 
 
 def places(model: MesaModel) -> int:
     """The number of graphs that rotate keys, which are opened first."""
-    return len({layer.place for layer in model.manifest.layers})
+    return len({layer.rerotate for layer in model.manifest.layers})
 
 
 class TestOpenVinoThatComputesNothing:
@@ -256,7 +256,7 @@ class TestOpenVinoThatComputesNothing:
         expected = model.extend(IDS)
         model.prefill(IDS)
         idle |= set(range(places(model)))
-        assert "OpenVINO computed nothing in place.onnx" in refused(lambda: model.extend(IDS))
+        assert "OpenVINO computed nothing in rerotate.onnx" in refused(lambda: model.extend(IDS))
         idle.clear()
         assert np.abs(model.extend(IDS) - expected).max() < 1e-4
 

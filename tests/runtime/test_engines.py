@@ -105,7 +105,7 @@ def test_validation_judges_engines_by_the_noise_floor(engine_bundle, gpu):
     )
     assert result.passed, result.table()
     assert {check.graphs for check in result.checks} == {"engines"}
-    assert {check.role for check in result.checks} == {"head", "chunk", "tail", "step"}
+    assert {check.phase for check in result.checks} == {"prefix", "chunk", "tail", "decode"}
 
 
 class TestEqualsTheReference:
@@ -243,7 +243,7 @@ class TestEqualsTheReference:
     def test_layers_that_do_not_turn_their_keys(self, engine_bundle, gpu, checkpoint, mesa_config):
         reference = TorchReference(checkpoint("smollm3"), mesa_config)
         with MesaModel.load(engine_bundle("profile", "shared", "smollm3"), "tensorrt-rtx") as model:
-            assert [layer.place is None for layer in model.manifest.layers].count(True) == 1
+            assert [layer.rerotate is None for layer in model.manifest.layers].count(True) == 1
             for count in (20, 100):
                 assert difference(model.prefill(tokens(count)), reference.prefill(tokens(count))) < CLOSE
             model.prefill(tokens(66))
@@ -275,10 +275,10 @@ class TestEqualsTheReference:
             for token in (3, 4, 5):
                 rows = [[*row, token] for row in rows]
                 if len(rows[0]) == 33:
-                    gpu.refuse = lambda role: role == "tail"
+                    gpu.refuse = lambda phase: phase == "tail"
                     with pytest.raises(MesaError, match="the kernel gave up"):
                         model.step([token, token])
-                    gpu.refuse = lambda role: False
+                    gpu.refuse = lambda phase: False
                 logits = model.step([token, token])
                 for row, text in enumerate(rows):
                     assert difference(logits[row : row + 1], reference.prefill(text)) < CLOSE
@@ -373,18 +373,18 @@ class TestWork:
 class TestFailures:
     @pytest.mark.parametrize("cached", [100, 5])  # 5 are fewer than the head: the turn starts again at the first token
     @pytest.mark.parametrize(
-        ("role", "nth"),
+        ("phase", "nth"),
         [
-            ("head or chunk", 1),
-            ("head or chunk", 2),
-            ("place", 1),
-            ("place", 2),
-            ("place", 3),
+            ("prefix or chunk", 1),
+            ("prefix or chunk", 2),
+            ("rerotate", 1),
+            ("rerotate", 2),
+            ("rerotate", 3),
             ("tail", 1),
             ("tail", 2),
         ],
     )
-    def test_a_turn_that_fails_leaves_the_cache(self, one, gpu, role, cached, nth):
+    def test_a_turn_that_fails_leaves_the_cache(self, one, gpu, phase, cached, nth):
         turn = tokens(150, seed=1)
         one.prefill(tokens(cached))
         expected = one.extend(turn)
@@ -393,7 +393,7 @@ class TestFailures:
 
         def refuse(found: str) -> bool:
             seen.append(found)
-            return seen.count(role) == nth and found == role
+            return seen.count(phase) == nth and found == phase
 
         gpu.refuse = refuse
         with pytest.raises(MesaError, match="TensorRT failed in the .*: the kernel gave up$") as error:
@@ -403,14 +403,14 @@ class TestFailures:
         assert one.lengths == [cached]
         assert difference(one.extend(turn), expected) < CLOSE
 
-    @pytest.mark.parametrize("role", ["head or chunk", "tail"])
-    def test_nan_is_said_and_does_not_stay(self, one, gpu, role):
+    @pytest.mark.parametrize("phase", ["prefix or chunk", "tail"])
+    def test_nan_is_said_and_does_not_stay(self, one, gpu, phase):
         """A slot that is not seen has weight 0, and 0 times NaN is NaN."""
         turn = tokens(150, seed=1)
         one.prefill(tokens(100))
         expected = one.extend(turn)
         one.prefill(tokens(100))
-        gpu.poison, gpu.allows_nan = [role], True
+        gpu.poison, gpu.allows_nan = [phase], True
         with pytest.raises(MesaError, match="NaN in the logits of the tail: .*float16 overflows.*`mesart validate`"):
             one.extend(turn)
         gpu.allows_nan = False
@@ -419,7 +419,7 @@ class TestFailures:
 
     def test_nan_in_a_first_prompt_does_not_reach_the_next(self, one, gpu):
         expected = one.prefill(tokens(150))
-        gpu.poison, gpu.allows_nan = ["head or chunk"], True
+        gpu.poison, gpu.allows_nan = ["prefix or chunk"], True
         with pytest.raises(MesaError, match="NaN in the logits of the tail"):
             one.prefill(tokens(150))
         gpu.allows_nan = False
@@ -436,7 +436,7 @@ class TestFailures:
 
         def refuse(found: str) -> bool:
             seen.append(found)
-            return len(seen) >= nth and found != "place"  # which brings keys back
+            return len(seen) >= nth and found != "rerotate"  # which brings keys back
 
         gpu.refuse = refuse
         with pytest.raises(MesaError, match="the kernel gave up$"):
@@ -462,7 +462,7 @@ class TestFailures:
         one.prefill(prompts)
         expected = one.step([3, 4])
         one.prefill(prompts)
-        gpu.poison = ["step"]
+        gpu.poison = ["decode"]
         assert difference(one.step([3, 4]), expected) < CLOSE
 
     def test_a_step_that_fails_changes_no_row(self, one, gpu):
@@ -470,7 +470,7 @@ class TestFailures:
         one.prefill(prompts)
         expected = one.step([3, 4])
         one.prefill(prompts)
-        gpu.poison = ["step"] * 4  # together, and each text on its own
+        gpu.poison = ["decode"] * 4  # together, and each text on its own
         with pytest.raises(MesaError, match="NaN in the logits of the step"):
             one.step([3, 4])
         assert one.lengths == [70, 30]
@@ -597,7 +597,7 @@ def with_slots(info: EngineInfo, slots: int) -> EngineInfo:
         info,
         inputs=[cut(tensor) for tensor in info.inputs],
         outputs=[cut(tensor) for tensor in info.outputs],
-        profiles=[dataclasses.replace(x, slots=slots, columns=min(slots, x.columns)) for x in info.profiles],
+        profiles=[dataclasses.replace(x, slots=slots, kv_length=min(slots, x.kv_length)) for x in info.profiles],
     )
 
 
@@ -716,16 +716,18 @@ class TestRefusals:
         ):
             model.prefill([3, 4])
 
-    @pytest.mark.parametrize(("role", "cached", "message"), [("tail", 0, "tokens 0 to 23"), ("step", 20, "20 to 21")])
-    def test_too_few_slots(self, copied, gpu, role, cached, message):
+    @pytest.mark.parametrize(
+        ("phase", "cached", "message"), [("tail", 0, "tokens 0 to 23"), ("decode", 20, "20 to 21")]
+    )
+    def test_too_few_slots(self, copied, gpu, phase, cached, message):
         """Never written by the builder: an engine that would write behind its cache."""
         infos = [
-            with_slots(x, 20) if x.profiles[0].role == role else x for x in Manifest.read(copied).engines[0].engines
+            with_slots(x, 20) if x.profiles[0].phase == phase else x for x in Manifest.read(copied).engines[0].engines
         ]
         change(copied, engines=infos)
         with MesaModel.load(copied, "tensorrt-rtx", verify=False) as model:
             with pytest.raises(
-                MesaError, match=f"the {role} engine of 0 chunks has 20 slots, .*{message}; run"
+                MesaError, match=f"the {phase} engine of 0 chunks has 20 slots, .*{message}; run"
             ) as error:
                 model.prefill(tokens(cached or 1))
                 model.step(3)

@@ -148,4 +148,4 @@ def test_a_turn_that_fails_loses_nothing(longrope, plain, backend, cached, turn)
 def test_validation_compares_short_texts_too(longrope):
     result = validate(longrope, backend="torch", graphs=["symbolic"], buckets=[0], steps=4, progress=False)
     assert result.passed, result.table()
-    assert [check.role for check in result.checks] == ["tail"] * 3 + ["step"] * 3 + ["tail"] * 3 + ["step"] * 3
+    assert [check.phase for check in result.checks] == ["tail"] * 3 + ["decode"] * 3 + ["tail"] * 3 + ["decode"] * 3

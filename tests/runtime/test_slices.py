@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mesart.graphs import TorchReference
-from mesart.graphs.bundle.manifest import Role
+from mesart.graphs.bundle.names import Phase
 from mesart.runtime import MesaModel, graphs, present_backends
 from mesart.runtime.backends import Array
 from mesart.runtime.graphs import SymbolicGraphs
-from mesart.runtime.runners.runner import Logits, Phase, Segment
+from mesart.runtime.runners.runner import Logits, Segment
 from tests.runtime.faults import Watched
 
 
@@ -60,9 +60,9 @@ def test_a_prompt_in_the_window_looks_at_no_empty_slots(bundle, monkeypatch):
     shapes = []
     run = SymbolicGraphs.run
 
-    def noted(self: SymbolicGraphs, role: Role, bucket: int | None, feeds: Mapping[str, Array]) -> object:
-        shapes.append((role, *feeds["input_ids"].shape, feeds["past_mask"].shape[-1]))
-        return run(self, role, bucket, feeds)
+    def noted(self: SymbolicGraphs, phase: Phase, bucket: int | None, feeds: Mapping[str, Array]) -> object:
+        shapes.append((phase, *feeds["input_ids"].shape, feeds["past_mask"].shape[-1]))
+        return run(self, phase, bucket, feeds)
 
     monkeypatch.setattr(SymbolicGraphs, "run", noted)
     for name, value in {"_ROWS": 32, "GRANULE": 8}.items():

@@ -1,7 +1,7 @@
 """Models that do not use transformers' attention interface, or not as ONNX can say it: an adapter for each.
 
 An adapter is a module of this folder named after the model type. Its ``install(model, train_length)`` changes the given
-model only (which is the role module's own copy) and returns the table of its rotary embeddings, without entries if it
+model only (which is the phase module's own copy) and returns the table of its rotary embeddings, without entries if it
 has none (ALiBi).
 """
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.models.codegen.modeling_codegen import CodeGenAttention
 
 from mesart.graphs.model.adapters import become
-from mesart.graphs.model.adapters.gptj import pair_table, turn_pairs
+from mesart.graphs.model.adapters.gptj import pair_table, rotate_pairs
 from mesart.graphs.model.attention import mesa_attention
 from mesart.graphs.model.rotary import RotaryTable
 
@@ -31,7 +31,7 @@ class MesaCodeGenAttention(CodeGenAttention):
         parts = self.qkv_proj(hidden_states).unflatten(-1, (_PARTS, 3, -1, self.head_dim))
         query, value, key = (x.flatten(2, 3).transpose(1, 2) for x in parts.unbind(3))
         cos, sin = position_embeddings or self.table(hidden_states, position_ids)
-        query, key = turn_pairs(query, cos, sin), turn_pairs(key, cos, sin)
+        query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
         output, _no_weights = mesa_attention(self, query, key, value)
         result: Tensor = self.out_proj(output.flatten(2))
         return result, None

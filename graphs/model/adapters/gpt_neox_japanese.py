@@ -27,8 +27,8 @@ class MesaGPTNeoXJapaneseAttention(GPTNeoXJapaneseAttention):
         query, key, value = (x.transpose(1, 2) for x in mixed.chunk(3, dim=-1))
         size = self.rotary_ndims
         parts = (query[..., :size], key[..., :size])
-        turned = apply_rotary_pos_emb(*parts, *position_embeddings)  # type: ignore[no-untyped-call]
-        query, key = (torch.cat((t, x[..., size:]), dim=-1) for t, x in zip(turned, (query, key), strict=True))
+        rotated = apply_rotary_pos_emb(*parts, *position_embeddings)  # type: ignore[no-untyped-call]
+        query, key = (torch.cat((t, x[..., size:]), dim=-1) for t, x in zip(rotated, (query, key), strict=True))
         output, _no_weights = mesa_attention(self, query, key, value)
         return self.dense(output.flatten(2)), None, self.dense_bias
 

@@ -1,4 +1,4 @@
-"""GPT-J: each layer turns neighbouring pairs of dimensions by angles from a buffer of its own."""
+"""GPT-J: each layer rotates neighbouring pairs of dimensions by angles from a buffer of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention, create_sinusoi
 
 from mesart.graphs.model.adapters import become
 from mesart.graphs.model.attention import mesa_attention
-from mesart.graphs.model.rotary import RotaryTable, quarter_turn
+from mesart.graphs.model.rotary import RotaryTable, rotate_quarter
 
 
 class MesaGPTJAttention(GPTJAttention):
@@ -30,18 +30,18 @@ class MesaGPTJAttention(GPTJAttention):
         heads = (self.num_attention_heads, self.head_dim)
         query, key, value = (p(hidden_states).unflatten(-1, heads).transpose(1, 2) for p in projections)
         cos, sin = position_embeddings or self.table(hidden_states, position_ids)
-        query, key = turn_pairs(query, cos, sin), turn_pairs(key, cos, sin)
+        query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
         output, _no_weights = mesa_attention(self, query, key, value)
         result: Tensor = self.out_proj(output.flatten(2))
         return result, None
 
 
-def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``[B, H, S, D]``, of which the first R dimensions turn, by ``[B, S, R]``."""
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``[B, H, S, D]``, of which the first R dimensions rotate, by ``[B, S, R]``."""
     size = cos.shape[-1]
-    turned, rest = x[..., :size], x[..., size:]
-    turned = turned * cos.unsqueeze(1) + quarter_turn(turned, "interleaved") * sin.unsqueeze(1)
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    rotated, rest = x[..., :size], x[..., size:]
+    rotated = rotated * cos.unsqueeze(1) + rotate_quarter(rotated, "interleaved") * sin.unsqueeze(1)
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 def pair_table(rotary_dim: int, train_length: int) -> RotaryTable:

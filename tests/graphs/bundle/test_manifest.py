@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     """A bundle without graphs: whatever can be said of types, files and the configuration can be said of it."""
     folder = tmp_path / "bundle"
     folder.mkdir()
-    for name in ("place.onnx", "weights.safetensors"):
+    for name in ("rerotate.onnx", "weights.safetensors"):
         (folder / name).write_bytes(name[:7].encode())
     manifest = Manifest(
         model={"architecture": "LlamaForCausalLM", "model_type": "llama", "vocab_size": 320, "parameters": 1},
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
         config=CONFIG,
         max_tokens=80,
         buckets=list(buckets_up_to(CONFIG, 80)),
-        layers=[LayerInfo(2, 8, 8, "place.onnx"), LayerInfo(2, 8, 8, None)],
+        layers=[LayerInfo(2, 8, 8, "rerotate.onnx"), LayerInfo(2, 8, 8, None)],
         graphs=[],
         tools={"mesart": "0"},
         files={path.name: FileInfo(path.stat().st_size, sha256(path)) for path in sorted(folder.iterdir())},
@@ -106,7 +106,7 @@ def test_a_graph_that_is_not_there(folder):
 
 
 def test_sha256_is_that_of_the_content(folder):
-    assert sha256(folder / "place.onnx") == hashlib.sha256(b"place.o").hexdigest()
+    assert sha256(folder / "rerotate.onnx") == hashlib.sha256(b"rerotat").hexdigest()
 
 
 @pytest.mark.parametrize("larger_than_memory", [False, True])
@@ -192,9 +192,15 @@ HASH = {"bytes": 0, "sha256": "0" * 64}
         ({"buckets": []}, "buckets is a list of 0, expected a list that is not empty"),
         ({"buckets": [{"chunks": 0, "max_tokens": 64, "stair_width": True}]}, "buckets[0].stair_width is true"),
         ({"buckets": [{"chunks": 0, "max_tokens": 64, "stair_width": 1}]}, "buckets are 1, the configuration gives 2"),
-        ({"layers": [{"kv_heads": 0, "key_size": 8, "value_size": 8, "place": None}]}, "layers[0].kv_heads is 0, exp"),
-        ({"layers": [{"kv_heads": 2**63, "key_size": 8, "value_size": 8, "place": None}]}, "layers[0].kv_heads is 92"),
-        ({"layers": [{"kv_heads": 2, "key_size": 8, "value_size": 8}]}, "layers[0] lacks the field 'place'"),
+        (
+            {"layers": [{"kv_heads": 0, "key_size": 8, "value_size": 8, "rerotate": None}]},
+            "layers[0].kv_heads is 0, exp",
+        ),
+        (
+            {"layers": [{"kv_heads": 2**63, "key_size": 8, "value_size": 8, "rerotate": None}]},
+            "layers[0].kv_heads is 92",
+        ),
+        ({"layers": [{"kv_heads": 2, "key_size": 8, "value_size": 8}]}, "layers[0] lacks the field 'rerotate'"),
         ({"wings": 2}, "has the unknown field 'wings'"),
         ({"model": {"architecture": "", "model_type": "", "vocab_size": 3, "parameters": 1}}, "model.architecture is"),
         ({"tools": {"mesart": "\x1b[2J"}}, r"tools['mesart'] is '\x1b[2J', expected a printable string"),
@@ -283,8 +289,8 @@ class TestVerify:
 
     def test_links_are_followed(self, folder, tmp_path):
         """As huggingface_hub keeps its files."""
-        (folder / "place.onnx").rename(tmp_path / "blob")
-        (folder / "place.onnx").symlink_to("../blob")
+        (folder / "rerotate.onnx").rename(tmp_path / "blob")
+        (folder / "rerotate.onnx").symlink_to("../blob")
         Manifest.read(folder).verify(folder)
 
     @pytest.mark.parametrize("contents", [True, False])
@@ -294,9 +300,9 @@ class TestVerify:
         ids=["fifo", "folder", "device", "loop"],
     )
     def test_no_regular_file(self, folder, make, contents):
-        (folder / "place.onnx").unlink()
-        make(folder / "place.onnx")
-        with pytest.raises(MesaError, match=r"place\.onnx (is no regular file|cannot be read)"):
+        (folder / "rerotate.onnx").unlink()
+        make(folder / "rerotate.onnx")
+        with pytest.raises(MesaError, match=r"rerotate\.onnx (is no regular file|cannot be read)"):
             Manifest.read(folder).verify(folder, contents=contents)
 
     @pytest.mark.parametrize(
@@ -314,31 +320,31 @@ class TestLaterOpening:
     @pytest.fixture
     def files(self, folder) -> BundleFiles:
         files = Manifest.read(folder).open_files(folder)
-        files.verify(keep=["place.onnx"])
+        files.verify(keep=["rerotate.onnx"])
         return files
 
     def test_unchanged(self, files):
-        with files.unchanged("place.onnx", "weights.safetensors"):
+        with files.unchanged("rerotate.onnx", "weights.safetensors"):
             pass
-        assert files.read("place.onnx") == b"place.o"
+        assert files.read("rerotate.onnx") == b"rerotat"
         files.require_not_overwritten(["weights.safetensors"])
 
     @pytest.mark.parametrize("how", ["overwritten", "replaced", "gone"])
     def test_changed(self, folder, files, how):
-        path = folder / "place.onnx"
+        path = folder / "rerotate.onnx"
         if how == "overwritten":
-            path.write_bytes(b"PLACE.o")
+            path.write_bytes(b"REROTAT")
         else:
             path.unlink()
         if how == "replaced":
-            path.write_bytes(b"place.o")
-        with pytest.raises(MesaError, match=r"place\.onnx has changed since the bundle was loaded; load it again"):
-            files.unchanged("weights.safetensors", "place.onnx").__enter__()
-        assert files.read("place.onnx") == b"place.o"  # what was verified
+            path.write_bytes(b"rerotat")
+        with pytest.raises(MesaError, match=r"rerotate\.onnx has changed since the bundle was loaded; load it again"):
+            files.unchanged("weights.safetensors", "rerotate.onnx").__enter__()
+        assert files.read("rerotate.onnx") == b"rerotat"  # what was verified
 
     def test_changed_while_it_is_opened(self, folder, files):
-        with pytest.raises(MesaError, match="has changed"), files.unchanged("place.onnx"):
-            (folder / "place.onnx").write_bytes(b"PLACE.o")
+        with pytest.raises(MesaError, match="has changed"), files.unchanged("rerotate.onnx"):
+            (folder / "rerotate.onnx").write_bytes(b"REROTAT")
 
     def test_no_file_of_the_bundle(self, folder, files):
         (folder / "other.onnx").write_bytes(b"")

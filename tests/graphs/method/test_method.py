@@ -99,7 +99,7 @@ def test_every_token_is_planned_at_a_position_of_the_table(method, data):
 def test_the_buckets_are_as_long_as_mesas_unless_keys_are_dropped(method):
     lengths = [bucket.max_tokens for bucket in buckets_up_to(fitted(method), LONGEST)]
     expected = [bucket.max_tokens for bucket in buckets_up_to(MesaConfig(TRAINED), LONGEST)]
-    assert lengths == ([LONGEST] if method.reach else expected)
+    assert lengths == ([LONGEST] if method.sink_window else expected)
 
 
 @ALL

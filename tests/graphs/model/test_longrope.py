@@ -14,7 +14,7 @@ from mesart.graphs.method.origin import OriginConfig
 from mesart.graphs.method.stairs import ORDINARY, Stairs
 from mesart.graphs.method.streaming_llm import StreamingLLMConfig
 from mesart.graphs.method.yarn import YarnConfig
-from mesart.graphs.model.role import RoleModule
+from mesart.graphs.model.phase_module import PhaseModule
 
 SHORT, WINDOW = 32, 64  # of the family longrope: the original length, and T_r
 FACTORS = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.5, 2.0, 5.0, 9.0]}
@@ -163,15 +163,15 @@ def test_what_cannot_be_equal_is_refused(make_model):
     model = make_model("longrope")
     for method in (LMInfiniteConfig(WINDOW, 40, 4), StreamingLLMConfig(WINDOW, 4, 40)):
         with pytest.raises(MesaError, match="a method that drops keys could not; use origin or mesa on it"):
-            RoleModule(model, method.up_to(150))
+            PhaseModule(model, method.up_to(150))
     with pytest.raises(MesaError, match="short_length is 20, but that of Phi3ForCausalLM is 32; leave it out"):
-        RoleModule(model, MesaConfig(WINDOW, short_length=20))
+        PhaseModule(model, MesaConfig(WINDOW, short_length=20))
     dynamic = make_model("llama", **rope("dynamic", factor=2.0))
     with pytest.raises(MesaError, match="frequencies that change with their length; export with train_length <= 64"):
-        RoleModule(dynamic, MesaConfig(2 * WINDOW))
+        PhaseModule(dynamic, MesaConfig(2 * WINDOW))
     scaled = rope("longrope", **{**LONGROPE, "llama_4_scaling_beta": 0.1, "factor": 2.0})
     with pytest.raises(MesaError, match="scales its queries by their positions; export with train_length <= 32"):
-        RoleModule(make_model("ministral3", head_dim=8, **scaled), MesaConfig(WINDOW))
+        PhaseModule(make_model("ministral3", head_dim=8, **scaled), MesaConfig(WINDOW))
 
 
 def test_a_window_of_the_short_frequencies_has_one_set(make_model):

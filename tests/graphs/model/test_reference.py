@@ -73,7 +73,7 @@ def test_the_users_model_is_left_as_it_was(make_model, mesa_config):
     assert model.model.rotary_emb is rotary
     assert model.config._attn_implementation == implementation
     assert {name: id(p) for name, p in model.named_parameters()} == {
-        name.removeprefix("model."): id(p) for name, p in reference.role.named_parameters()
+        name.removeprefix("model."): id(p) for name, p in reference.module.named_parameters()
     }  # nor are its weights held twice
     with torch.no_grad():
         assert torch.equal(model(tokens(30)).logits, before)

@@ -16,7 +16,7 @@ from mesart.runtime.kv.store import Array, Kv, Positions
 from tests.runtime.faults import Interruption
 
 # Keys of the second layer are not rotated.
-LAYERS = [LayerInfo(2, 4, 6, "place.onnx"), LayerInfo(1, 2, 2, None), LayerInfo(1, 8, 4, "place-1.onnx")]
+LAYERS = [LayerInfo(2, 4, 6, "rerotate.onnx"), LayerInfo(1, 2, 2, None), LayerInfo(1, 8, 4, "rerotate-1.onnx")]
 BYTES = 4 * sum(layer.kv_heads * (layer.key_size + layer.value_size) for layer in LAYERS)
 """Of a token, in float32."""
 
@@ -33,7 +33,7 @@ class Rotation:
         self.error: type[BaseException] = MesaError
 
     def __call__(self, layer: int, keys: Array, old: Positions, new: Positions) -> Array:
-        assert LAYERS[layer].place is not None
+        assert LAYERS[layer].rerotate is not None
         assert keys.ndim == 4
         assert old.shape == new.shape == (keys.shape[0], keys.shape[2])
         self.calls += 1
@@ -66,7 +66,7 @@ class Tokens:
     def standing(self, positions: Positions) -> list[Array]:
         """The keys at positions."""
         return [
-            key if info.place is None else key + Rotation.added(layer, positions)[None, :, None]
+            key if info.rerotate is None else key + Rotation.added(layer, positions)[None, :, None]
             for layer, (key, info) in enumerate(zip(self.keys, LAYERS, strict=True))
         ]
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesart.graphs.bundle.manifest import LayerInfo
+from mesart.graphs.bundle.names import Phase
 from mesart.runtime.kv.slab import SlabKv, SlabStore
 from mesart.runtime.runners.rows import in_rows
-from mesart.runtime.runners.runner import Phase, Segment
+from mesart.runtime.runners.runner import Segment
 
 LAYERS = [LayerInfo(1, 2, 2, None)]
 # What each text of a slab does in a run: nothing, it is gone, or so many tokens of a phase.

@@ -1,7 +1,7 @@
-"""A model as a function of data: one module that computes every role (head, chunk, tail, step).
+"""A model as a function of data: one module that computes every phase (prefix, chunk, tail, decode).
 
-The roles differ only in their inputs: which positions, which masks, which past. This module is what is traced, and what
-the reference runs.
+The phases differ only in their inputs: which positions, which masks, which past. This module is what is traced, and
+what the reference runs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mesart.graphs.errors import InputError
 from mesart.graphs.method.protocol import StaticMethod
 from mesart.graphs.model.adapters import prepare
 from mesart.graphs.model.attention import AttentionForm, AttentionInputs, attention_inputs
-from mesart.graphs.model.rotary import LayerSpec, Place, probe_layers
+from mesart.graphs.model.rotary import LayerSpec, Rerotation, probe_layers
 
 
-class RoleOutputs(NamedTuple):
-    """What a role computes."""
+class PhaseOutputs(NamedTuple):
+    """What a phase computes."""
 
     logits: Tensor
     """float32 ``[B, M, V]``, of the tokens that ``logits_at`` names."""
@@ -31,7 +31,7 @@ class RoleOutputs(NamedTuple):
     """New keys and values, ``[B, K, S, D]``, a layer each, keys rotated to ``position_ids``."""
 
 
-class RoleModule(nn.Module):
+class PhaseModule(nn.Module):
     """Wraps a transformers causal language model; shares its weights and leaves the model itself as it was.
 
     Args:
@@ -46,7 +46,7 @@ class RoleModule(nn.Module):
     model: Any
     config: Any
 
-    def __init__(self, model: nn.Module, method: StaticMethod, form: AttentionForm = "split") -> None:
+    def __init__(self, model: nn.Module, method: StaticMethod, form: AttentionForm = "unfused") -> None:
         super().__init__()
         shared: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
         self.model = copy.deepcopy(model, shared).eval()
@@ -67,7 +67,7 @@ class RoleModule(nn.Module):
                 "interface; all must"
             )
         device = next(self.model.parameters()).device
-        self.reach = method.reach
+        self.sink_window = method.sink_window
         if method.rotary_only and all(spec.layout is None for spec in self.layers):
             raise InputError(
                 f"{method.name} changes rotary positions, and {type(model).__name__} has none (ALiBi or NoPE); "
@@ -80,20 +80,24 @@ class RoleModule(nn.Module):
 
         table.replace(change)
         self._table = table.to(device)
-        turning = {spec: self.place(spec).to(device) for spec in self.layers if self.reach and spec.layout is not None}
-        self._turning = nn.ModuleList(turning.values())  # known to torch, in the order of their first layers
-        self._turns = [turning.get(spec) for spec in self.layers]
+        rotations = {
+            spec: self.rerotation(spec).to(device)
+            for spec in self.layers
+            if self.sink_window and spec.layout is not None
+        }
+        self._rotary_layers = nn.ModuleList(rotations.values())  # known to torch, in the order of their first layers
+        self._rotations = [rotations.get(spec) for spec in self.layers]
 
     @property
     def tables(self) -> dict[str | None, tuple[Tensor, Tensor]]:
         """cos and sin of each layer type, float32 ``[positions, R]``, with numbers even if the model has none."""
         return self._table.values
 
-    def place(self, layer: LayerSpec) -> Place:
-        """The module that moves the keys of such a layer."""
+    def rerotation(self, layer: LayerSpec) -> Rerotation:
+        """The module that rotates the keys of such a layer to other positions."""
         if layer.layout is None:
-            raise ValueError("a layer that does not turn its keys has nothing to move")
-        return Place(self.tables[layer.table], layer)
+            raise ValueError("a layer that does not rotate its keys has nothing to rotate anew")
+        return Rerotation(self.tables[layer.table], layer)
 
     def forward(
         self,
@@ -106,7 +110,7 @@ class RoleModule(nn.Module):
         past_keys: list[Tensor],
         past_values: list[Tensor],
         past_position_ids: Tensor | None = None,
-    ) -> RoleOutputs:
+    ) -> PhaseOutputs:
         """Runs the model on new tokens.
 
         Args:
@@ -118,7 +122,7 @@ class RoleModule(nn.Module):
             logits_at: int64 ``[M]``, indices of the new tokens whose logits are wanted.
             past_keys: a layer each ``[B, K, P, D]``.
             past_values: a layer each ``[B, K, P, D]``.
-            past_position_ids: int64 ``[B, P]``, where the past keys stand; only some models need it.
+            past_position_ids: int64 ``[B, P]``, the positions of the past keys; only some models need it.
         """
         inputs = AttentionInputs(
             self.form,
@@ -130,8 +134,8 @@ class RoleModule(nn.Module):
             self.method.extent,
             position_ids,
             past_position_ids,
-            self.reach,
-            self._turns,
+            self.sink_window,
+            self._rotations,
         )
         with attention_inputs(inputs):
             output = self.model(
@@ -141,7 +145,7 @@ class RoleModule(nn.Module):
         if missing:
             raise InputError(f"layer {min(missing)} computed no keys through transformers' attention interface")
         order = range(len(self.layers))
-        return RoleOutputs(
+        return PhaseOutputs(
             output.logits.float(), [inputs.new_keys[i] for i in order], [inputs.new_values[i] for i in order]
         )
 
@@ -153,14 +157,14 @@ def _with_short_length(method: StaticMethod, found: int, model: Any) -> StaticMe
         raise InputError(f"short_length is {method.short_length}, but that of {name} is {found}; leave it out")
     if not found:
         return method
-    if method.reach is not None:
+    if method.sink_window is not None:
         raise InputError(
-            f"{name} turns texts of up to {found} tokens by frequencies of their own (LongRoPE), so longer ones are "
+            f"{name} rotates texts of up to {found} tokens by frequencies of their own (LongRoPE), so longer ones are "
             "computed again from their start, and a method that drops keys could not; use origin or mesa on it"
         )
     if scaled_by_position(model.config):
         raise InputError(
-            f"{name} turns texts of up to {found} tokens by frequencies of their own (LongRoPE), and scales its "
+            f"{name} rotates texts of up to {found} tokens by frequencies of their own (LongRoPE), and scales its "
             f"queries by their positions; export with train_length <= {found}"
         )
     return dataclasses.replace(method, short_length=found)

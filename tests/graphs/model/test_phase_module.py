@@ -1,4 +1,4 @@
-"""The role module: what can be traced, and what is refused with the part that is in the way, never computed wrongly."""
+"""The phase module: what can be traced; what cannot is refused with the part in the way, never computed wrongly."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 
 from mesart.graphs import MesaConfig, MesaError
 from mesart.graphs.model.attention import AttentionForm
-from mesart.graphs.model.role import RoleModule, RoleOutputs
+from mesart.graphs.model.phase_module import PhaseModule, PhaseOutputs
 
 
-def run(module: RoleModule, past: int = 0, new: int = 3, batch: int = 1) -> RoleOutputs:
+def run(module: PhaseModule, past: int = 0, new: int = 3, batch: int = 1) -> PhaseOutputs:
     """New tokens behind random keys and values, the second of which is masked."""
     generator = torch.Generator().manual_seed(0)
     past_mask = torch.zeros(batch, 1, 1, past)
@@ -34,8 +34,8 @@ def run(module: RoleModule, past: int = 0, new: int = 3, batch: int = 1) -> Role
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "glm", "qwen3", "mistral", "gpt_oss", "falcon"])
 def test_both_forms_of_attention_are_equal(make_model, family):
     model = make_model(family, **{"sliding_window": 3} if family == "mistral" else {})
-    forms: tuple[AttentionForm, ...] = ("split", "fused")
-    split, fused = (run(RoleModule(model, MesaConfig(64), form), past=7, new=5, batch=2) for form in forms)
+    forms: tuple[AttentionForm, ...] = ("unfused", "sdpa")
+    split, fused = (run(PhaseModule(model, MesaConfig(64), form), past=7, new=5, batch=2) for form in forms)
     assert (split.logits - fused.logits).abs().max() < 1e-5
     for ours, theirs in zip([*split.keys, *split.values], [*fused.keys, *fused.values], strict=True):
         assert (ours - theirs).abs().max() < 1e-5
@@ -56,7 +56,7 @@ def test_both_forms_of_attention_are_equal(make_model, family):
     ],
 )
 def test_layouts_are_found_by_probing(make_model, family, layouts):
-    assert [spec.layout for spec in RoleModule(make_model(family), MesaConfig(64)).layers] == layouts
+    assert [spec.layout for spec in PhaseModule(make_model(family), MesaConfig(64)).layers] == layouts
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_layouts_are_found_by_probing(make_model, family, layouts):
 def test_what_cannot_be_traced_is_refused(make_model, family, changes, says):
     model = make_model(family, **changes)
     with pytest.raises(MesaError) as error:
-        run(RoleModule(model, MesaConfig(64)))
+        run(PhaseModule(model, MesaConfig(64)))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_layer_that_looks_at_positions_wants_them(make_model):
-    module = RoleModule(make_model("mpt"), MesaConfig(64))
+    module = PhaseModule(make_model("mpt"), MesaConfig(64))
     empty = [torch.zeros(1, x.kv_heads, 0, x.key_size) for x in module.layers]
     masks = (torch.zeros(1, 1, 1, 0), torch.zeros(1, 1, 1, 1))
     one = torch.zeros(1, 1, dtype=torch.int64)
@@ -92,7 +92,7 @@ def test_a_layer_that_looks_at_positions_wants_them(make_model):
 def test_adapters_leave_the_users_model_alone(make_model, family):
     model, ids = make_model(family), torch.arange(9)[None]
     before, classes = model(ids).logits, [type(module) for module in model.modules()]
-    RoleModule(model, MesaConfig(64))
+    PhaseModule(model, MesaConfig(64))
     assert [type(module) for module in model.modules()] == classes
     assert torch.equal(model(ids).logits, before)
 
@@ -102,4 +102,4 @@ def test_an_encoder_decoder_is_refused():
 
     config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, vocab_size=32)
     with pytest.raises(MesaError, match="T5ForConditionalGeneration is no causal language model"):
-        RoleModule(T5ForConditionalGeneration(config), MesaConfig(64))
+        PhaseModule(T5ForConditionalGeneration(config), MesaConfig(64))

@@ -1,4 +1,4 @@
-"""The place of all layers as one graph, made of the graphs that place single layers."""
+"""The rotation of all layers' keys as one graph, made of the graphs that rotate those of single layers."""
 
 from __future__ import annotations
 
@@ -7,50 +7,52 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from mesart.export.trace import IR_VERSION, OPSET, merge_equal, tidy_names
+from mesart.graphs.bundle.names import key_name, rotated_name
 
 
-def place_of_layers(places: Mapping[int, ir.Model]) -> ir.Model:
-    """The place of all layers at once, for engines that keep the cache on a device.
+def rerotation_of_layers(rerotations: Mapping[int, ir.Model]) -> ir.Model:
+    """The rotation of all layers' keys at once, for engines that keep the cache on a device.
 
     Args:
-        places: what :func:`trace_place` gave for each layer that turns its keys, by its number; equal layers share one.
+        rerotations: what :func:`trace_rerotation` gave for each layer that rotates its keys, by its number; equal
+            layers share one.
 
     Returns:
         A graph with inputs ``key.N`` ``[B, K, S, D]`` of each layer N, ``from_ids`` and ``to_ids``, int64 ``[B, S]``;
-        outputs ``moved.N``.
+        outputs ``rotated.N``.
     """
     keys: list[ir.Value] = []
     ids: list[ir.Value] = []
-    moved: list[ir.Value] = []
+    rotated: list[ir.Value] = []
     nodes: list[ir.Node] = []
     tables: dict[tuple[int, str], ir.Value] = {}
-    for layer, place in places.items():
-        graph = place.clone().graph
+    for layer, rerotation in rerotations.items():
+        graph = rerotation.clone().graph
         key, *own_ids = graph.inputs
         own_tables, output, parts = dict(graph.initializers), graph.outputs[0], list(graph)
         for ends in (graph.inputs, graph.outputs, graph.initializers):
             ends.clear()
         graph.remove(parts)
-        key.name, output.name = f"key.{layer}", f"moved.{layer}"
+        key.name, output.name = key_name(layer), rotated_name(layer)
         keys.append(key)
         for node, index in list(key.uses()):
             start, end = (node.attributes.get_int(name, -1) for name in ("start", "end"))
             if node.op_type == "Shape" and (start, end) in ((0, 1), (2, 3)):  # B and S, which all keys share
                 node.replace_input_with(index, keys[0])
-        moved.append(output)
+        rotated.append(output)
         nodes += parts
         ids = ids or own_ids
         shared = [*zip(own_ids, ids, strict=True)]
         for name, table in own_tables.items():
-            table.name = f"places.{layer}.{name}"
-            shared.append((table, tables.setdefault((id(place), name), table)))
+            table.name = f"rerotations.{layer}.{name}"
+            shared.append((table, tables.setdefault((id(rerotation), name), table)))
         for own, common in shared:
             if own is not common:
                 ir.convenience.replace_all_uses_with(own, common)
     model = ir.Model(
         ir.Graph(
             [*keys, *ids],
-            moved,
+            rotated,
             nodes=nodes,
             initializers=list(tables.values()),
             opset_imports={"": OPSET},
@@ -65,4 +67,4 @@ def place_of_layers(places: Mapping[int, ir.Model]) -> ir.Model:
     return model
 
 
-__all__ = ["place_of_layers"]
+__all__ = ["rerotation_of_layers"]
