@@ -50,8 +50,8 @@ class WarmReport:
     """Those of chunks that were in the store already."""
     document_tokens: int
     """Tokens of the documents, and of whatever stands between two of them."""
-    head_key: str
-    chunk_keys: tuple[str, ...]
+    head_key: str = field(repr=False)
+    chunk_keys: tuple[str, ...] = field(repr=False)
     """Keys of the chunks of the documents, and of those of the lead behind the head; each once."""
 
 

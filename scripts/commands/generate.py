@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
         "--reuse",
         choices=("auto", "always", "off"),
         default="auto",
-        help="documents as chunks of their own: beyond the trained length, always, or that without the store",
+        help="auto: chunks of documents beyond the trained length; always: of shorter prompts too; off: compute all",
     )
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="say which backend is used, and which tokens were computed"
