@@ -67,6 +67,7 @@ class MesaModel:
     Attributes:
         backend: the backend's name, ``device`` where it runs and ``choice`` why it was chosen.
         manifest: what the bundle holds.
+        fingerprint: names what computes keys and values; only models of the same find each other's chunks in a store.
         engine: runs any number of texts side by side; the model's own texts are some of them.
         usage: what became of the last prompt's tokens, of all rows together; ``None`` before the first.
     """
@@ -75,6 +76,7 @@ class MesaModel:
         self.bundle, self.manifest = files.folder, loaded.manifest
         self._texts = read_texts(files)  # now: the folder may be another bundle's by the time that they are needed
         self.backend, self.device, self.choice = loaded.backend, loaded.device, loaded.choice
+        self.fingerprint = loaded.fingerprint
         self.engine = Engine(loaded.manifest, loaded.store, loaded.runner, Scheduler())
         self._process = os.getpid()
         self._live: list[Sequence] = []

@@ -43,11 +43,16 @@ class Usage:
 
 @dataclass(frozen=True)
 class WarmReport:
-    """What it took to have documents in a store."""
+    """What it took to have documents in a store, and under which keys they are there."""
 
     computed_tokens: int
     reused_tokens: int
     """Those of chunks that were in the store already."""
+    document_tokens: int
+    """Tokens of the documents, and of whatever stands between two of them."""
+    head_key: str = field(repr=False)
+    chunk_keys: tuple[str, ...] = field(repr=False)
+    """Keys of the chunks of the documents, and of those of the lead behind the head; each once."""
 
 
 __all__ = ["CachedTokens", "Usage", "WarmReport"]

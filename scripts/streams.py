@@ -63,10 +63,10 @@ def flush() -> None:
         sys.stdout.flush()
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Writes a line for people to standard error; a message that nobody can get is no reason to stop."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(text, end=end, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         _silence(sys.stderr)
 

@@ -24,7 +24,7 @@ PUBLIC = {
         *("ThresholdResult", "TuneResult", "open_systems", "run_cost", "run_passkey", "run_perplexity", "run_suite"),
         *("run_threshold", "sensitivity", "tune"),
     },
-    "mesart.runtime": {"MesaModel", "SamplingConfig", "backend_names", "present_backends"},
+    "mesart.runtime": {"ChunkStore", "MesaModel", "SamplingConfig", "backend_names", "present_backends"},
 }
 
 

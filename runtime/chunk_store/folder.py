@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ class StoredFile:
     used: float
     """When it was written, or read last, in seconds since the epoch."""
 
+    @property
+    def key(self) -> str:
+        return self.path.name.partition(".")[0]
+
 
 class ChunkFolder:
     """Files of chunks in a folder, at most ``limit`` bytes of them: the one that was used longest ago goes first.
@@ -42,29 +47,42 @@ class ChunkFolder:
     Args:
         path: the folder; made if it is not there.
         limit: bytes.
+        make: without it, a folder that is not there, or no store, is an error.
 
     Raises:
         InputError: it is a folder of something else, or cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], limit: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], limit: int, *, make: bool = True) -> None:
         self.path, self.limit = Path(path), limit
         self._chunks = self.path / "chunks"
         try:
-            self._open()
+            self._open(make=make)
         except OSError as error:
             raise InputError(f"the store {self.path} cannot be used: {error.strerror or error}") from error
 
-    def _open(self) -> None:
+    @classmethod
+    def existing(cls, path: str | os.PathLike[str]) -> ChunkFolder:
+        """A store that is there, to be looked through; it may be one that cannot be written.
+
+        Raises:
+            InputError: there is none.
+        """
+        return cls(path, sys.maxsize, make=False)
+
+    def _open(self, *, make: bool) -> None:
         marker = self.path / MARKER
         if not marker.exists():
+            if not make:
+                reason = f"it holds no {MARKER}" if self.path.exists() else "there is nothing of that name"
+                raise InputError(f"{self.path} is no store of chunks: {reason}")
             own = ("lock", f".{MARKER}.")  # of a process that makes the store now
             if self.path.is_dir() and not all(entry.name.startswith(own) for entry in self.path.iterdir()):
                 raise InputError(
                     f"{self.path} is no store of chunks: it holds other files and no {MARKER}; give a new folder"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
-            with self._lock():
+            with self.lock():
                 partial = self.path / f".{MARKER}.{secrets.token_hex(4)}"
                 partial.write_text(json.dumps(_FORMAT), encoding="utf-8")
                 partial.replace(marker)
@@ -75,8 +93,9 @@ class ChunkFolder:
         if found != _FORMAT:
             raise InputError(f"{self.path} is a store of another version of mesart, or damaged; give a new folder")
         self._chunks.mkdir(exist_ok=True)
-        with self._lock():
-            self._clear_partial()
+        if make:
+            with self.lock():
+                self._clear_partial()
 
     def read(self, key: str, layout: BlockLayout, tokens: int) -> KvBlock | None:
         """The block of a key; ``None`` if it is not there. A file that is damaged is removed."""
@@ -113,7 +132,7 @@ class ChunkFolder:
         header = header_of(block, key)
         size = len(header) + block.bytes
         partial = self._chunks / f".{key}.{secrets.token_hex(4)}.partial"
-        with self._lock():
+        with self.lock():
             self._clear_partial()
             if not self._make_room(size):
                 return
@@ -147,7 +166,7 @@ class ChunkFolder:
         """Reads all files; how many are whole, and the keys of those that were damaged and have been removed."""
         whole, damaged = 0, []
         for stored in self.files():
-            key = stored.path.name.partition(".")[0]
+            key = stored.key
             try:
                 file = os.open(stored.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             except OSError:
@@ -209,7 +228,7 @@ class ChunkFolder:
                 os.close(file)
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """No other process counts, or makes room, meanwhile; held for moments only."""
         file = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:

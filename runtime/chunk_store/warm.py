@@ -12,6 +12,7 @@ from mesart.graphs.errors import InputError
 from mesart.runtime.chunk_store.stored import StoredChunks
 from mesart.runtime.documents import DocumentPrompt
 from mesart.runtime.engine import Engine, Turn
+from mesart.runtime.reading import plan_of_turn
 from mesart.runtime.usage import WarmReport
 
 Part: TypeAlias = "Tokens[int]"
@@ -44,6 +45,8 @@ def warm(
     parts = [*behind, *prompt.documents]
     done, total = 0, sum(map(len, parts))
     computed = reused = 0
+    chunks = stored.behind(np.array(lead[:head], np.int64))
+    keys: list[str] = []
     most = min(_TOGETHER * config.chunk_length, manifest.buckets[-1].max_tokens - head - 1)
     for group in _groups(parts, most):
         turn = _turn(engine, stored, lead[:head], group)
@@ -54,6 +57,8 @@ def warm(
                     progress(min(total, done + max(0, turn.progress[0] - head)), total)
             if turn.error is not None:
                 raise turn.error
+            plan = plan_of_turn(manifest, None, len(turn.ids), turn.edges)
+            keys += (chunks.chunk_key(turn.ids[chunk.start : chunk.stop]) for chunk in plan.chunks)
         finally:
             engine.close_text(turn.text)
         done += sum(map(len, group))
@@ -61,7 +66,8 @@ def warm(
         cached = turn.usage.cached_tokens
         computed += turn.usage.computed_tokens
         reused += cached.memory + cached.disk
-    return WarmReport(computed, reused)
+    tokens = sum(map(len, prompt.documents))
+    return WarmReport(computed, reused, tokens, chunks.head_key(), tuple(dict.fromkeys(keys)))
 
 
 def _groups(parts: Tokens[Part], most: int) -> Iterator[list[Part]]:

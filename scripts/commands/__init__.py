@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 from mesart import __version__
 from mesart.graphs.errors import InputError
-from mesart.scripts.commands import bench, build, evaluate, export, generate, inspection, tune, validation
+from mesart.scripts.commands import (
+    bench,
+    build,
+    documents,
+    evaluate,
+    export,
+    generate,
+    inspection,
+    tune,
+    validation,
+)
 from mesart.scripts.options import Parser
 
 
@@ -34,7 +44,7 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action="version", version=f"mesart {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for verb in (export, build, inspection, validation, generate, bench, evaluate, tune):
+    for verb in (export, build, inspection, validation, generate, documents, bench, evaluate, tune):
         verb.add(commands)
     return top
 

@@ -1,47 +1,36 @@
-"""`mesart generate`: a prompt continued, or an answer in a chat."""
+"""`mesart generate`: a prompt continued, a question about documents, or an answer in a chat."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from mesart.graphs.errors import InputError
 from mesart.graphs.text_file import decode_text, read_text
 from mesart.scripts import streams
-from mesart.scripts.options import (
-    add_backend,
-    add_command,
-    add_trust,
-    filled,
-    memory,
-    number,
-    seed,
-    share,
-    threads,
-    whole,
-)
+from mesart.scripts.commands.loading import add_loading, add_store_sizes, load, open_store
+from mesart.scripts.commands.texts import document, messages, unicode_text
+from mesart.scripts.options import add_command, filled, number, seed, share, whole
+from mesart.scripts.reading_line import ReadingLine
+
+if TYPE_CHECKING:
+    from mesart.runtime import MesaModel
+    from mesart.runtime.usage import Usage
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 def add(commands: Any) -> None:
-    parser = add_command(commands, "generate", _run, "Continue a prompt, or answer in a chat.")
+    parser = add_command(commands, "generate", _run, "Continue a prompt, or answer about documents or in a chat.")
     parser.add_argument("bundle", type=filled)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("-p", "--prompt", help="text, or - to read it from standard input")
     source.add_argument("-f", "--file", type=filled, help="a file with the prompt")
     source.add_argument("--chat", metavar="JSON", help='messages, such as \'[{"role": "user", "content": "Hi"}]\'')
     parser.add_argument("-n", "--max-new-tokens", type=whole(), default=256)
-    add_backend(parser)
-    parser.add_argument("--threads", type=threads)
-    parser.add_argument(
-        "--activations", choices=("int8",), help="round them before quantised weights: docs/decoding.md"
-    )
-    parser.add_argument(
-        "--kv-memory",
-        type=memory,
-        metavar="SIZE",
-        help="that keys and values may take, such as 2GiB; 3/4 of what is free",
-    )
+    add_loading(parser)
     parser.add_argument("--temperature", type=number(0))
     parser.add_argument("--top-k", type=whole(0))
     parser.add_argument("--top-p", type=share)
@@ -52,42 +41,76 @@ def add(commands: Any) -> None:
         "--stop", type=filled, action="append", default=[], help="text that ends the answer; may be repeated"
     )
     parser.add_argument(
-        "--digest", type=filled, metavar="SHA256", help="refuse any other bundle; see `mesart inspect --digest`"
+        "--documents",
+        type=filled,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="texts that the prompt is about: docs/documents.md",
     )
-    add_trust(parser, "the bundle, with --backend torch")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say which backend and bucket are used")
+    parser.add_argument("--lead", type=filled, metavar="TEXT", help="what stands before the documents")
+    parser.add_argument("--store", type=filled, metavar="DIR", help="keep what is computed, and find what was")
+    add_store_sizes(parser)
+    parser.add_argument(
+        "--reuse",
+        choices=("auto", "always", "off"),
+        default="auto",
+        help="auto: chunks of documents beyond the trained length; always: of shorter prompts too; off: compute all",
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="say which backend is used, and which tokens were computed"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
-    given = _messages(options.chat) if options.chat is not None else _prompt(options)
-    from mesart.runtime import MesaModel  # noqa: PLC0415  (an engine is slow to import)
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    sampling = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    with MesaModel.load(
-        options.bundle,
-        options.backend,
-        threads=options.threads,
-        digest=options.digest,
-        trust_remote_code=options.trust_remote_code,
-        activations=options.activations,
-        kv_memory=options.kv_memory,
-    ) as model:
+    _require_use(options)
+    given = messages(options.chat) if options.chat is not None else _prompt(options)
+    documents = [document(path) for path in options.documents]
+    lead = unicode_text("--lead", options.lead or "")
+    salt = unicode_text("--cache-salt", options.cache_salt or "")
+    with (
+        nullcontext() if options.store is None else open_store(options, options.store) as store,
+        load(options, store) as model,
+        ReadingLine() as reading,
+    ):
         if options.verbose:
             streams.say(f"backend {model.backend} on {model.device}: {model.choice}")
-        if isinstance(given, list):
-            pieces = model.chat(given, options.max_new_tokens, stop=options.stop, **sampling)
-        else:
-            prompt = model.tokenizer.encode(given)
-            if options.verbose and prompt:
-                streams.say(f"prompt of {len(prompt)} tokens, {model.bucket(len(prompt))} chunks")
-            pieces = model.stream(prompt, options.max_new_tokens, stop=options.stop, **sampling)
-        for piece in pieces:
+        settings = {name: getattr(options, name) for name in _SAMPLING if getattr(options, name) is not None}
+        settings |= {"documents": documents, "reuse": options.reuse, "cache_salt": salt, "progress": reading}
+        for piece in _pieces(model, given, options, lead, settings):
+            reading.clear()
             streams.write(piece, flush=True)
         streams.write("\n", flush=True)
+        if options.verbose and model.usage is not None:
+            streams.say(_told(model.usage))
         if options.verbose and model.device_memory is not None:
             streams.say(str(model.device_memory))
     return 0
+
+
+def _require_use(options: argparse.Namespace) -> None:
+    """Raises an :class:`InputError` for an option that would change nothing."""
+    for name in ("store_memory", "store_disk", "cache_salt"):
+        if options.store is None and getattr(options, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} is of a store: give --store too")
+    if options.chat is not None and options.lead is not None:
+        raise InputError('--lead with --chat: put it into the messages, as {"role": "system", ...}')
+
+
+def _pieces(
+    model: MesaModel, given: str | list[dict[str, Any]], options: argparse.Namespace, lead: str, settings: Any
+) -> Iterator[str]:
+    if isinstance(given, list):
+        return model.chat(given, options.max_new_tokens, stop=options.stop, **settings)
+    return model.stream(given, options.max_new_tokens, stop=options.stop, lead=lead, **settings)
+
+
+def _told(usage: Usage) -> str:
+    cached = usage.cached_tokens
+    return (
+        f"prompt of {usage.prompt_tokens:,} tokens: {usage.computed_tokens:,} computed, {cached.total:,} cached "
+        f"({cached.memory:,} in memory, {cached.disk:,} on disk)"
+    )
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -100,32 +123,7 @@ def _prompt(options: argparse.Namespace) -> str:
     except OSError as error:
         name = "standard input" if options.file is None else options.file
         raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
-    return _unicode("the prompt", str(options.prompt))
-
-
-def _messages(text: str) -> list[dict[str, Any]]:
-    try:
-        messages = json.loads(_unicode("--chat", text))
-    except json.JSONDecodeError as error:
-        raise InputError(f"--chat is not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise InputError("--chat is not a chat: its JSON is nested too deeply") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise InputError(f"--chat cannot be read: {error}") from error
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise InputError('--chat must be a list of messages, such as [{"role": "user", "content": "Hi"}]')
-    for message in messages:
-        if not isinstance(message.get("role"), str):
-            raise InputError('each message of --chat needs a "role" that is a text, such as {"role": "user", ...}')
-    return messages
-
-
-def _unicode(name: str, text: str) -> str:
-    """An argument, in which Python keeps bytes that the locale has no characters for as lone surrogates."""
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8")
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise InputError(f"{name} is no UTF-8 text: {error.reason}") from error
+    return unicode_text("the prompt", str(options.prompt))
 
 
 __all__ = ["add"]

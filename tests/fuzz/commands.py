@@ -17,6 +17,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from tests.fuzz.golden import make_checkpoint
 from tests.fuzz.mesart_command import import_ahead, leave_out_tracing, run_command
 from tests.fuzz.values import STRINGS
@@ -30,6 +32,10 @@ SMALL: dict[tuple[str, ...], tuple[str, ...]] = {
     ("inspect",): (),
     ("validate",): ("--buckets", "0", "--graphs", "symbolic", "--steps", "1", "--backend", "onnxruntime"),
     ("generate",): ("-n", "3", "--backend", "onnxruntime"),
+    ("documents", "add"): ("--backend", "onnxruntime"),
+    ("documents", "list"): (),
+    ("documents", "drop"): (),
+    ("documents", "verify"): (),
     ("bench",): ("--lengths", "40", "--new-tokens", "2", "--no-transformers", "--backends", "onnxruntime"),
     ("eval", "passkey"): ("--lengths", "64", "--prompts", "1", "--backend", "onnxruntime", "--fillers", "random"),
     ("eval", "perplexity"): ("--lengths", "64", "--places", "1", "--tokens", "2", "--backend", "onnxruntime"),
@@ -179,6 +185,8 @@ class Commands:
         (case.work / "link").symlink_to("folder")
         (case.work / "loop").symlink_to("loop")
         (case.work / "text.txt").write_text("The grass is green. " * 400)
+        (case.work / "short.txt").write_text("The sky is blue. " * 20)
+        _make_store(case.work / "store")
         verbs = list(self.verbs)
         verb = rng.choices(verbs, [OFTEN.get(verb, 1) for verb in verbs])[0]
         arguments = [*verb, *self._arguments(rng, verb)]
@@ -188,7 +196,7 @@ class Commands:
         leave_out_tracing()
         case.limit = 10.0 if verb[0] in ("generate", "inspect", "export", "build") else 60.0
         case.said([repr(arguments)[:500]])
-        statuses = (0, 1, 2, 130) if verb == ("validate",) else (0, 2, 130)
+        statuses = (0, 1, 2, 130) if verb[-1] in ("validate", "verify") else (0, 2, 130)
         done = case.attempt(" ".join(verb), lambda: run_command(arguments, statuses=statuses))
         return REFUSED if done is None else SAME
 
@@ -204,7 +212,9 @@ class Commands:
             if not action.option_strings:
                 right = rng.random() < 0.85
                 behind.append(
-                    self._input(rng, verb) if right else rng.choice((*PATHS[2:], "nobody/nothing", *self._inputs()))
+                    self._input(rng, verb, action.dest)
+                    if right
+                    else rng.choice((*PATHS[2:], "nobody/nothing", *self._inputs()))
                 )
             elif action.required or (group is not None and group.required and id(group) not in served):
                 if group is not None:
@@ -228,8 +238,10 @@ class Commands:
             "../inputs/checkpoint/config.json",
         ]
 
-    def _input(self, rng: Random, verb: Verb) -> str:
+    def _input(self, rng: Random, verb: Verb, dest: str) -> str:
         bundle, checkpoint = self._inputs()[:2]
+        if dest in ("store", "files", "names"):
+            return {"store": rng.choice(("out", "store")), "files": "short.txt", "names": "text.txt"}[dest]
         if verb in (("export",), ("eval", "suite"), ("eval", "cost"), ("eval", "threshold")):
             return checkpoint
         return rng.choice((bundle, checkpoint)) if verb[0] in ("eval", "tune") else bundle
@@ -246,17 +258,31 @@ class Commands:
         kind = _number(action)
         if action.choices is not None and rng.random() < 0.85:
             return str(rng.choice(list(action.choices)))
-        if dest in ("output", "json", "plot", "journal"):
+        if dest in ("output", "json", "plot", "journal", "store"):
             return "out" if right else rng.choice(PATHS)
-        if dest in ("text", "file", "calibration_text"):
+        if dest == "documents" and right:
+            return "short.txt"
+        if dest in ("text", "file", "calibration_text", "documents"):
             return "text.txt" if right else rng.choice(PATHS)
-        if dest in ("prompt", "chat", "stop"):
+        if dest in ("prompt", "chat", "stop", "lead", "cache_salt"):
             return rng.choice(TEXTS[1:3]) if right and dest != "chat" else rng.choice(TEXTS)
         if kind is int:
             return rng.choice(INTEGERS if dest in WORK or right else (*INTEGERS, *LARGE))
         if kind is float:
             return rng.choice(FLOATS)
         return rng.choice((*NAMES, *STRINGS[:12]))
+
+
+def _make_store(path: Path) -> None:
+    """A store that has a document of one chunk, which no bundle would find."""
+    from mesart.runtime.chunk_store.folder import ChunkFolder
+    from mesart.runtime.chunk_store.records import DocumentRecord, DocumentRecords
+    from mesart.runtime.kv.block import BlockLayout, KvBlock
+
+    folder, key = ChunkFolder(path, 1 << 20), "0" * 64
+    folder.write(key, KvBlock(BlockLayout(((1, 2), (1, 2)), np.dtype(np.float32)), 4, np.zeros(64, np.uint8)))
+    added = "2026-11-28T04:00:00+00:00"
+    DocumentRecords(folder).put(DocumentRecord("text.txt", key, 4, key, (key,), f"sha256:{key}", key, added))
 
 
 def _number(action: argparse.Action) -> type | None:
