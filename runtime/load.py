@@ -9,7 +9,7 @@ from typing import get_args
 
 from mesart.graphs.bundle.files import BundleFiles
 from mesart.graphs.bundle.manifest import Flavour, Manifest
-from mesart.graphs.bundle.names import past_name
+from mesart.graphs.bundle.names import GraphKind, past_name
 from mesart.graphs.errors import BundleError, EngineError, InputError
 from mesart.graphs.memory_size import parse_memory
 from mesart.runtime.backends import (
@@ -42,8 +42,8 @@ _MEMORY_SHARE = 0.75
 
 _LEAST_MEMORY = 256 << 20
 
-_COMPUTING = {"any", "onnxruntime", "paged", "grouped"}
-"""Roles of the graphs that compute heads and chunks of any length."""
+_COMPUTING: frozenset[GraphKind] = frozenset(("symbolic", "onnxruntime", "paged", "grouped"))
+"""Kinds of the graphs that compute heads and chunks of any length."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def load_runner(
     store, runner, form = _open_runner(graph_files, memory, specialised=specialised)
     choice += f"; the bundle's engines do not run here: {reason}" if reason else ""
     choice += f"; {form}" if form else ""
-    roles = _COMPUTING | ({"head", "chunk"} if specialised else set())
-    graphs = [files.infos[graph.file].sha256 for graph in manifest.graphs if graph.role in roles]
+    kinds = _COMPUTING | ({"prefix", "chunk"} if specialised else set())
+    graphs = [files.infos[graph.file].sha256 for graph in manifest.graphs if graph.kind in kinds]
     computed_by = (engine.name, engine.device, type(runner).__name__, activations or "")
     named = fingerprint(manifest, graphs, computed_by)
     return Loaded(store, runner, manifest, engine.name, engine.device, choice, named)
@@ -212,9 +212,8 @@ def _load_engines(files: BundleFiles, manifest: Manifest, flavour: Flavour, choi
         engines.close()
         raise
     built = engines.set
-    plans = [
-        engine.key for engine in built.engines if {profile.role for profile in engine.profiles} & {"head", "chunk"}
-    ]
+    phases = {"prefix", "chunk"}
+    plans = [engine.key for engine in built.engines if phases & {profile.phase for profile in engine.profiles}]
     named = fingerprint(manifest, plans, (flavour, built.version, engines.cuda.capability))
     usable = replace(manifest, buckets=engines.buckets(manifest))
     return Loaded(store, runner, usable, flavour, "cuda", choice, named)

@@ -134,9 +134,8 @@ def mesart_documents(job: Job) -> System:
             model.close()
             stores[0] = model = load()
         clock = Clock(question)
-        tokens = model.generate_ids([question], 2, documents=documents, reuse="always")
-        clock.arrive(*(token for token in next(tokens) if token is not None))
-        tokens.close()
+        for (token,) in model.generate_ids([question], 1, documents=documents, reuse="always"):
+            clock.arrive(token or 0)
         return clock.answer.arrivals[0][1]
 
     def answer(prompt: list[int], count: int) -> Answer:
