@@ -24,12 +24,14 @@ class DocumentTexts:
     def __init__(self, tokenizer: Tokenizer | None, vocabulary: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
 
-    def plain(self, lead: str, documents: Tokens[Prompt], question: Prompt) -> DocumentPrompt:
-        """A lead with the tokens that begin a text, the documents, and the question with those that end one."""
+    def plain(self, lead: Prompt, documents: Tokens[Prompt], question: Prompt) -> DocumentPrompt:
+        """A lead, documents and a question; texts have the tokens that the tokenizer begins and ends a text with."""
         parts = self.documents(documents)
         begin, end = ([], []) if self._tokenizer is None else self._tokenizer.around
-        lead_ids = self._ids(lead) if lead else []
-        return DocumentPrompt([*begin, *lead_ids], parts, [*self._ids(question), *end])
+        begins = begin if isinstance(lead, str) and (lead or isinstance(question, str)) else []
+        ends = end if isinstance(question, str) else []
+        lead_ids = self._ids(lead) if len(lead) else []
+        return DocumentPrompt([*begins, *lead_ids], parts, [*self._ids(question), *ends])
 
     def documents(self, documents: Tokens[Prompt]) -> list[list[int]]:
         """The ids of each.

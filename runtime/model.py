@@ -383,7 +383,7 @@ class MesaModel:
         *,
         append: bool = False,
         documents: Tokens[Prompt] = (),
-        lead: str = "",
+        lead: Prompt = "",
         reuse: Reuse = "auto",
         cache_salt: str = "",
         progress: Progress | None = None,
@@ -502,7 +502,7 @@ class MesaModel:
         append: bool = False,
         sampling: SamplingConfig | None = None,
         documents: Tokens[Prompt] = (),
-        lead: str = "",
+        lead: Prompt = "",
         reuse: Reuse = "auto",
         cache_salt: str = "",
         progress: Progress | None = None,
@@ -518,7 +518,7 @@ class MesaModel:
             sampling: how tokens are chosen; as the bundle's ``generation_config.json`` says if left out.
             documents: texts, or lists of token ids, that stand before the prompt; docs/documents.md has how they are
                 read and reused.
-            lead: stands before the documents.
+            lead: text or token ids that stand before the documents.
             reuse: see :data:`~mesart.runtime.documents.Reuse`.
             cache_salt: only prompts of the same salt share chunks in the store.
             progress: called while the prompt is read, with the tokens that are there and those that there are to be.
@@ -562,7 +562,7 @@ class MesaModel:
         append: bool = False,
         sampling: SamplingConfig | None = None,
         documents: Tokens[Prompt] = (),
-        lead: str = "",
+        lead: Prompt = "",
         reuse: Reuse = "auto",
         cache_salt: str = "",
         progress: Progress | None = None,
@@ -616,7 +616,7 @@ class MesaModel:
         self,
         documents: Tokens[Prompt],
         *,
-        lead: str = "",
+        lead: Prompt = "",
         messages: Tokens[Mapping[str, Any]] | None = None,
         cache_salt: str = "",
         progress: Progress | None = None,
@@ -657,8 +657,10 @@ class MesaModel:
         stored = None if self._stored is None or reuse == "off" else replace(self._stored, salt=salt)
         return ReadOptions(stored, reuse != "off", progress)
 
-    def _prompt(self, prompt: Prompt, documents: Tokens[Prompt], lead: str, reuse: Reuse, *, append: bool) -> PromptIds:
-        if len(documents) or lead:
+    def _prompt(
+        self, prompt: Prompt, documents: Tokens[Prompt], lead: Prompt, reuse: Reuse, *, append: bool
+    ) -> PromptIds:
+        if len(documents) or len(lead):
             self._require_first(append=append)
             return self._document_texts.plain(lead, documents, prompt).joined(self.manifest, reuse)
         return PromptIds(self._encode(prompt, append=append))
