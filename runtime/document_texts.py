@@ -25,11 +25,18 @@ class DocumentTexts:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
 
     def plain(self, lead: str, documents: Tokens[Prompt], question: Prompt) -> DocumentPrompt:
-        """A lead with the tokens that begin a text, the documents, and the question with those that end one."""
+        """A lead with the tokens that begin a text, the documents, and the question with those that end one.
+
+        Raises:
+            InputError: there are documents and no question, or :meth:`documents` refuses them.
+        """
         parts = self.documents(documents)
         begin, end = ([], []) if self._tokenizer is None else self._tokenizer.around
         lead_ids = self._ids(lead) if lead else []
-        return DocumentPrompt([*begin, *lead_ids], parts, [*self._ids(question), *end])
+        asked = [*self._ids(question), *end]
+        if parts and not asked:
+            raise InputError("the question about the documents is empty; give at least one token")
+        return DocumentPrompt([*begin, *lead_ids], parts, asked)
 
     def documents(self, documents: Tokens[Prompt]) -> list[list[int]]:
         """The ids of each.
