@@ -25,13 +25,19 @@ class DocumentTexts:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
 
     def plain(self, lead: Prompt, documents: Tokens[Prompt], question: Prompt) -> DocumentPrompt:
-        """A lead, documents and a question; texts have the tokens that the tokenizer begins and ends a text with."""
+        """A lead, documents and a question; texts have the tokens that the tokenizer begins and ends a text with.
+
+        Raises:
+            InputError: they are no documents, or there is no question.
+        """
         parts = self.documents(documents)
         begin, end = ([], []) if self._tokenizer is None else self._tokenizer.around
         begins = begin if isinstance(lead, str) and (lead or isinstance(question, str)) else []
-        ends = end if isinstance(question, str) else []
         lead_ids = self._ids(lead) if len(lead) else []
-        return DocumentPrompt([*begins, *lead_ids], parts, [*self._ids(question), *ends])
+        asked = [*self._ids(question), *end] if isinstance(question, str) else self._ids(question)
+        if not asked:
+            raise InputError("the question about the documents is empty; give at least one token")
+        return DocumentPrompt([*begins, *lead_ids], parts, asked)
 
     def documents(self, documents: Tokens[Prompt]) -> list[list[int]]:
         """The ids of each.

@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0: done; 1: a validation failed; 2: an error, told in one line; 130, 129, 143: interrupted, the terminal was
-        closed, terminated; 141: the reader of its output went away.
+        0: done; 1: a validation failed, a store was damaged; 2: an error, told in one line; 130, 129, 143: interrupted,
+        the terminal was closed, terminated; 141: the reader of its output went away.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     with streams.standard_streams(), ending_signals() as ending:

@@ -5,7 +5,8 @@
 Each prompt of a task (and of ``functions``, questions about the documentation of Python's own library) is given in
 several ways: cut at fixed places as a plain prompt is; its text as documents of a chunk each with a tail of the
 question alone, which is what a store reuses; the same with a tail of ``tail_min`` tokens, the last document's among
-them; as small documents, of a quarter of a chunk each. Answers are greedy. Scores are the tasks' own, 0 to 1, means over the prompts.
+them; as small documents, of a quarter of a chunk each. Answers are greedy. Scores are the tasks' own, from 0 to 1,
+means over the prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import ast
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Final
 
@@ -111,11 +112,15 @@ def samples(
         rng = prompt_rng("eval", 13, index)
         if task == FUNCTIONS:
             sample = functions(writer, length, rng)
-            yield sample, lambda answer, name=sample.references[0]: float(name.lower() in answer.lower())
+            yield sample, partial(_names, sample)
         else:
             kind = find_task(task, scale)
             sample = kind.sample(writer, length, rng)
-            yield sample, lambda answer, sample=sample, kind=kind: kind.score(sample, answer)
+            yield sample, partial(kind.score, sample)
+
+
+def _names(sample: Sample, answer: str) -> float:
+    return float(sample.references[0].lower() in answer.lower())
 
 
 def score(model: MesaModel, sample: Sample, way: str) -> str:

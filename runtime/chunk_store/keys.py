@@ -52,7 +52,11 @@ def chunk_key(fingerprint: str, head: NDArray[np.int64], chunk: NDArray[np.int64
 def _key(*parts: str | NDArray[np.int64]) -> str:
     name = hashlib.blake2b(digest_size=32)
     for part in parts:
-        content = part.encode() if isinstance(part, str) else np.ascontiguousarray(part, "<i8").tobytes()
+        content = (
+            part.encode("utf-8", "surrogatepass")
+            if isinstance(part, str)
+            else np.ascontiguousarray(part, "<i8").tobytes()
+        )
         name.update(len(content).to_bytes(8, "little"))  # so that no two lists of parts run together to the same bytes
         name.update(content)
     return name.hexdigest()

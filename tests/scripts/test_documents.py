@@ -222,6 +222,9 @@ def test_errors_of_the_user(model: str, files: tuple[Path, Path], tmp_path: Path
     assert "is no store of chunks" in fails(capsys, *ask, "--store", tmp_path)
     for option in (("--store-memory", "1GiB"), ("--store-disk", "1GiB"), ("--cache-salt", "x")):
         assert f"{option[0]} is of a store: give --store too" in fails(capsys, *ask, *option)
+    assert "the question about the documents is empty" in fails(
+        capsys, "generate", model, "-p", "", *BACKEND, "--reuse", "always", "--documents", files[0]
+    )
     chat = '[{"role": "user", "content": "Hi"}]'
     assert "--lead with --chat" in fails(capsys, "generate", model, "--chat", chat, "--lead", "x")
     assert "not allowed with" in fails(capsys, *add, files[0], "--lead", "x", "--chat", chat)

@@ -121,3 +121,17 @@ def test_what_is_fast_is_not_worth_a_line(monkeypatch: pytest.MonkeyPatch, capsy
     for now[0] in (101.0, 101.05, 101.2):
         line(2, 3)
     assert capsys.readouterr().err == "\rreading 2 of 3 tokens" * 2
+
+
+def test_it_is_gone_before_an_error_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("mesart.scripts.reading_line._PATIENCE", 0)
+    with pytest.raises(KeyboardInterrupt), ReadingLine() as line:
+        line(2, 3)
+        raise KeyboardInterrupt
+    shown = capsys.readouterr().err
+    assert shown.startswith("\rreading 2 of 3 tokens")
+    assert shown.endswith("\r")
+    assert screen(shown) == ""
