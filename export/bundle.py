@@ -24,7 +24,7 @@ from mesart.export.quantise import EXPERT, check_groups, choose_quantisation, qu
 from mesart.export.quantised_checkpoint import read_scheme
 from mesart.export.rerotation import rerotation_of_layers
 from mesart.export.rotary_operator import with_rotary_operator
-from mesart.export.specialise import specialise
+from mesart.export.specialise import TAIL_SLICE, specialise
 from mesart.export.stage import real_place, staged
 from mesart.export.texts import read_texts
 from mesart.export.trace import no_collection, trace_phases, trace_rerotation
@@ -59,9 +59,6 @@ from mesart.graphs.user_data import user_data
 _TOOLS = ("mesart", "torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 _GRAPH_BYTES = 2 << 20
 """What one graph may take on disk, for the estimate of free space."""
-
-TAIL_SLICE = 256
-"""New tokens of a specialised tail graph; longer tails run in slices."""
 
 Report = Callable[[str], None]
 
@@ -244,7 +241,7 @@ class _Graphs:
         self.kinds: dict[str, tuple[GraphKind, int | None]] = {}
 
     def rerotation_files(self) -> dict[str, LayerSpec]:
-        """A file name for each kind of rotation in the model, if keys move at all."""
+        """A file name for each kind of rotation in the model, if keys are re-rotated at all."""
         kinds = dict.fromkeys(spec for spec in self.module.layers if spec.layout is not None and self._rerotates)
         return {f"rerotate{f'-{i}' if i else ''}.onnx": spec for i, spec in enumerate(kinds)}
 

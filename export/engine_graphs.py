@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 
 from mesart.export.forms import attend_to_all_slots
 from mesart.export.fp8 import pair_single_rows
+from mesart.export.specialise import TAIL_SLICE
 from mesart.graphs.bundle.manifest import (
     ENGINE_FILE,
     ENGINE_REROTATE_FILE,
@@ -22,9 +23,6 @@ from mesart.graphs.bundle.manifest import (
 )
 from mesart.graphs.bundle.names import LOGITS, EnginePhase
 from mesart.graphs.method.plan import Bucket
-
-TAIL_SLICE = 256
-"""New tokens of a tail run; longer tails run in slices."""
 
 SHARED_BYTES = 16 << 10
 """Weights from this size on become inputs; smaller ones (norms, biases) are worth a constant that can be fused."""

@@ -11,8 +11,8 @@ from typing import Any
 from mesart.export.engine_graphs import EngineShapes
 from mesart.graphs.bundle.manifest import Manifest, ProfileInfo, Weights
 from mesart.graphs.errors import InputError
+from mesart.graphs.memory_size import GIB
 
-_GIB = 1 << 30
 _CONTEXT = 400 << 20
 """What CUDA and TensorRT take for themselves."""
 
@@ -27,7 +27,7 @@ class Memory:
     """Of one engine for each phase if the weights are embedded, else one copy."""
     cache: int
     scratch: int
-    """The head and a chunk, and where keys are moved."""
+    """The head and a chunk, and where keys are re-rotated."""
     activations: int
 
     @property
@@ -36,9 +36,9 @@ class Memory:
 
     def __str__(self) -> str:
         return (
-            f"{self.total / _GIB:.1f} GiB for {self.chunks} chunks (weights {self.weights / _GIB:.1f}, "
-            f"cache {self.cache / _GIB:.2f}, scratch {self.scratch / _GIB:.2f}, "
-            f"activations about {self.activations / _GIB:.2f}, CUDA {_CONTEXT / _GIB:.1f})"
+            f"{self.total / GIB:.1f} GiB for {self.chunks} chunks (weights {self.weights / GIB:.1f}, "
+            f"cache {self.cache / GIB:.2f}, scratch {self.scratch / GIB:.2f}, "
+            f"activations about {self.activations / GIB:.2f}, CUDA {_CONTEXT / GIB:.1f})"
         )
 
 
@@ -91,8 +91,8 @@ def require_fit(memory: Memory, available: int, name: str) -> None:
     """
     if memory.total > available:
         raise InputError(
-            f"{name} has {available / _GIB:.1f} GiB, the bucket of {memory.chunks} chunks needs "
-            f"{(memory.total - available) / _GIB:.1f} GiB more: {memory}; give a smaller --max-tokens or a larger card"
+            f"{name} has {available / GIB:.1f} GiB, the bucket of {memory.chunks} chunks needs "
+            f"{(memory.total - available) / GIB:.1f} GiB more: {memory}; give a smaller --max-tokens or a larger card"
         )
 
 

@@ -23,8 +23,17 @@ from typing import Literal
 import onnx_ir as ir
 
 from mesart.export.trace import merge_equal, tidy_names
-from mesart.graphs.bundle.names import ATTENDED, INPUT_IDS, KINDS, NEW_MASK, PAST_MASK, WRITE_AT, Kind, present_name
-from mesart.graphs.model.attention import MASKED
+from mesart.graphs.bundle.names import (
+    ATTENDED,
+    INPUT_IDS,
+    KINDS,
+    MASKED,
+    NEW_MASK,
+    PAST_MASK,
+    WRITE_AT,
+    Kind,
+    present_name,
+)
 from mesart.graphs.model.attention_operator import DOMAIN, AttentionAttributes, AttentionOperands
 
 Form = Literal["unfused", "unfused_per_head", "attention_op", "kv_in_place"]

@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 
 from mesart.graphs.errors import InputError
-
-GIB = 1 << 30
+from mesart.graphs.memory_size import GIB
 
 _CARDS = {
     "t4": ("sm75", 16),
@@ -83,4 +82,4 @@ def local_gpu() -> Gpu | None:
     return Gpu(name.strip("\0"), f"sm{properties.major}{properties.minor}", int(properties.totalGlobalMem))
 
 
-__all__ = ["GIB", "Gpu", "local_gpu", "parse_gpus"]
+__all__ = ["Gpu", "local_gpu", "parse_gpus"]

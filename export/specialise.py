@@ -8,6 +8,9 @@ import onnx_ir as ir
 
 from mesart.export.trace import fold
 
+TAIL_SLICE = 256
+"""New tokens of a run of a tail graph or engine; longer tails run in slices."""
+
 
 def specialise(symbolic: ir.Model, sizes: dict[str, int]) -> ir.Model:
     """A copy of a graph with the axes B, S, P and M fixed; an axis of size 0 takes its tensors out of the graph.

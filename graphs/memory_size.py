@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from mesart.graphs.errors import InputError
+
+GIB: Final = 1 << 30
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", re.IGNORECASE | re.ASCII)
@@ -25,4 +28,4 @@ def parse_memory(memory: object, name: str = "kv_memory") -> int:
     return size
 
 
-__all__ = ["parse_memory"]
+__all__ = ["GIB", "parse_memory"]

@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesart.graphs.errors import CapacityError, EngineError, InputError
+from mesart.graphs.memory_size import GIB
 
 ALIGNMENT = 256
 """Of every device address that an engine reads or writes."""
-
-GIB = 1 << 30
 
 
 def aligned(size: int) -> int:
@@ -229,4 +228,4 @@ class Cuda:
         return text.decode() if isinstance(text, bytes) else str(text)
 
 
-__all__ = ["ALIGNMENT", "GIB", "Cuda", "Pinned", "aligned"]
+__all__ = ["ALIGNMENT", "Cuda", "Pinned", "aligned"]

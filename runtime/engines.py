@@ -70,7 +70,7 @@ class Engines:
         self.weight_bytes = 0
         """Of device memory."""
         self.generation = 0
-        """How often the activation memory has moved: what was captured before holds no longer."""
+        """Of the activation memory; each has another address, and what was captured before holds no longer."""
         try:
             self.set = choose(self._bundle, manifest, flavour, str(self._trt.__version__), self.cuda.capability)
             plans = {engine.file: FileInfo(engine.bytes, engine.sha256) for engine in self.set.engines}

@@ -39,6 +39,8 @@ PAST_MASK: Final = "past_mask"
 """Added to the scores of past keys, float32 ``[B, 1, 1, P]``."""
 NEW_MASK: Final = "new_mask"
 """Added to the scores of new keys, float32 ``[B, 1, S, S]``."""
+MASKED: Final = -1e9
+"""What masks hold where nothing may be seen: far below any score, and finite, so that no row becomes NaN."""
 PAST_POSITION_IDS: Final = "past_position_ids"
 """Positions of the past keys, int64 ``[B, P]``; of graphs with layers that look at positions."""
 LOGITS: Final = "logits"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from mesart.graphs.bundle.names import MASKED
 from mesart.graphs.errors import InputError
 from mesart.graphs.method.sink_window import SinkWindow
 from mesart.graphs.model.attention_operator import OPERATOR, AttentionAttributes, AttentionOperands
@@ -37,9 +38,6 @@ attention; layers that cap their scores (Gemma 2), have sinks (gpt-oss) or a bia
 form in either case. ``traced``: not computed, only named in the graph, as the operator ``mesart::Attention``, which the
 export writes out for each kind of engine.
 """
-
-MASKED = -1e9
-"""Added to the scores of what may not be seen: far below any score, and finite, so that no row becomes NaN."""
 
 _UNSUPPORTED = ("head_mask", "position_bias", "block_mask", "indexer_mask")
 """Arguments that change the result of attention and that this function does not compute."""

@@ -85,7 +85,7 @@ class PhaseModule(nn.Module):
             for spec in self.layers
             if self.sink_window and spec.layout is not None
         }
-        self._rotary_layers = nn.ModuleList(rotations.values())  # known to torch, in the order of their first layers
+        self._rotation_modules = nn.ModuleList(rotations.values())  # known to torch, in the order of their first layers
         self._rotations = [rotations.get(spec) for spec in self.layers]
 
     @property
@@ -96,7 +96,7 @@ class PhaseModule(nn.Module):
     def rerotation(self, layer: LayerSpec) -> Rerotation:
         """The module that rotates the keys of such a layer to other positions."""
         if layer.layout is None:
-            raise ValueError("a layer that does not rotate its keys has nothing to rotate anew")
+            raise ValueError("a layer that does not rotate its keys has nothing to re-rotate")
         return Rerotation(self.tables[layer.table], layer)
 
     def forward(

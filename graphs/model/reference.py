@@ -11,12 +11,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from mesart.graphs.bundle.names import MASKED
 from mesart.graphs.errors import InputError
 from mesart.graphs.method.config import MesaConfig
 from mesart.graphs.method.plan import Plan, Span
 from mesart.graphs.method.protocol import StaticMethod
 from mesart.graphs.method.stairs import ORDINARY, Stairs
-from mesart.graphs.model.attention import MASKED
 from mesart.graphs.model.phase_module import PhaseModule, PhaseOutputs
 
 TokenIds: TypeAlias = "Sequence[int] | ArrayLike | Tensor"
@@ -79,25 +79,25 @@ class TorchReference:
         if plan.start == 0:
             self._clear(batch=tokens.shape[0])
         self.tokens = tokens
-        cached = self.stairs.positions(0, plan.start)  # of each key of the cache now
+        cached_positions = self.stairs.positions(0, plan.start)  # of each key of the cache now
 
         if plan.head is not None:
             local = np.arange(len(plan.head))
-            self._append(self._run(plan.head, local, self.keys, self.values, cached))
-            cached = local
+            self._append(self._run(plan.head, local, self.keys, self.values, cached_positions))
+            cached_positions = local
         if plan.chunks:
             # A chunk sees the head at its ordinary positions, wherever it is in the cache.
             head = slice(0, self.config.head_length)
             head_local = np.arange(head.stop)
-            head_keys = self._move([k[:, :, head] for k in self.keys], cached[head], head_local)
+            head_keys = self._rerotate([k[:, :, head] for k in self.keys], cached_positions[head], head_local)
             head_values = [v[:, :, head] for v in self.values]
         for chunk in plan.chunks:
             local = plan.chunk_positions(chunk)
             self._append(self._run(chunk, local, head_keys, head_values, head_local))
-            cached = np.concatenate([cached, local])
+            cached_positions = np.concatenate([cached_positions, local])
 
-        positions = plan.stairs.positions(0, len(cached))
-        self.keys = self._move(self.keys, cached, positions)
+        positions = plan.stairs.positions(0, len(cached_positions))
+        self.keys = self._rerotate(self.keys, cached_positions, positions)
         self.stairs = plan.stairs
         logits = []
         for span in self._slices(plan.tail):
@@ -154,7 +154,7 @@ class TorchReference:
         self.keys = [torch.cat(pair, dim=2) for pair in zip(self.keys, output.keys, strict=True)]
         self.values = [torch.cat(pair, dim=2) for pair in zip(self.values, output.values, strict=True)]
 
-    def _move(self, keys: list[Tensor], old: NDArray[np.int64], new: NDArray[np.int64]) -> list[Tensor]:
+    def _rerotate(self, keys: list[Tensor], old: NDArray[np.int64], new: NDArray[np.int64]) -> list[Tensor]:
         if np.array_equal(old, new):
             return keys
         from_ids, to_ids = torch.from_numpy(old)[None], torch.from_numpy(new)[None]

@@ -3,8 +3,9 @@
 Swapping a model's rotary module for a table of ``train_length`` rows puts Stair PE into the graph as plain integers,
 and removes what the module would decide from its data: a LongRoPE model rotates short texts by other frequencies than
 long ones, so its table has a second part for them, and the plan says which part a text is in. A key rotated to
-position p is moved to position q by a further rotation by q - p (:class:`Rerotation`), for which the layout of the
-rotated dimensions has to be known: it is found by probing the model's own attention layer, not by a list of families.
+position p is re-rotated to position q by a further rotation by q - p (:class:`Rerotation`), for which the layout of
+the rotary dimensions has to be known: it is found by probing the model's own attention layer, not by a list of
+families.
 """
 
 from __future__ import annotations
@@ -328,7 +329,7 @@ class Rerotation(nn.Module):
         sin = sin_to * cos_from - cos_to * sin_from
         assert self.layer.layout is not None
         first, stop = self.layer.first, self.layer.first + self.layer.rotary_dim
-        rotated = key[..., first:stop].float()
-        moved = (rotated * cos + rotate_quarter(rotated, self.layer.layout) * sin).to(key.dtype)
-        parts = [part for part in (key[..., :first], moved, key[..., stop:]) if part.shape[-1]]
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else moved
+        rotary = key[..., first:stop].float()
+        rotated = (rotary * cos + rotate_quarter(rotary, self.layer.layout) * sin).to(key.dtype)
+        parts = [part for part in (key[..., :first], rotated, key[..., stop:]) if part.shape[-1]]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else rotated

@@ -12,6 +12,7 @@ from mesart.graphs.bundle.names import (
     KINDS,
     LOGITS,
     LOGITS_AT,
+    MASKED,
     NEW_MASK,
     PAST_MASK,
     PAST_POSITION_IDS,
@@ -26,9 +27,6 @@ from mesart.runtime.kv.slab import SlabKv, SlabStore
 from mesart.runtime.kv.store import Array
 from mesart.runtime.runners.rows import Rows, in_rows
 from mesart.runtime.runners.runner import Logits, Segment, of_shape, require_keys, require_numbers
-
-MASKED = np.float32(-1e9)
-"""Added to the scores of empty slots: far below any score, and finite, so that no row becomes NaN."""
 
 _RING_ROWS = 256
 """Tokens of a slice that products with weights need to be fast."""
@@ -128,7 +126,7 @@ class UnfusedRunner:
         """Added to the scores of each slot, float32 ``[B, 1, 1, P]``: 0 where there is a key."""
         used = [0 if text is None else self._in_use(text) for text in rows.slab.texts[rows.part]]
         seen = np.arange(slots)[None] < np.array(used)[:, None]
-        mask: Array = np.where(seen, np.float32(0), MASKED)
+        mask: Array = np.where(seen, np.float32(0), np.float32(MASKED))
         return mask[:, None, None]
 
     def _past_positions(self, rows: Rows, slots: int) -> Array:
@@ -166,7 +164,7 @@ def _causal(batch: int, size: int) -> Array:
     """The mask of new tokens among themselves, float32 ``[B, 1, S, S]``."""
     if size == 1:
         return np.zeros((batch, 1, 1, 1), np.float32)  # of every decoding step
-    mask = np.triu(np.full((size, size), MASKED), 1)
+    mask = np.triu(np.full((size, size), MASKED, np.float32), 1)
     return mask[None, None].repeat(batch, axis=0)
 
 

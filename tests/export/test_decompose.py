@@ -64,7 +64,7 @@ def test_the_graph_is_that_of_torch(make_model, monkeypatch, by_torch, family, d
 
 
 class _Place(nn.Module):
-    """In the place of a graph that moves keys: any function of them."""
+    """In the place of a graph that re-rotates keys: any function of them."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

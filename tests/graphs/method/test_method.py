@@ -57,7 +57,7 @@ def test_answers_everything_that_is_asked(method):
     assert method.train_length == TRAINED
     assert method.short_length == 0
     assert isinstance(method.log_n, bool)
-    assert isinstance(method.moves, bool)
+    assert isinstance(method.rerotates, bool)
     assert 0 < method.extent <= method.positions
     assert method.for_model("no such checkpoint") == method
     assert method.described()

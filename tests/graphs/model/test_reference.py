@@ -229,7 +229,7 @@ class TestPastTheWindow:
         reference = TorchReference(make_model(family), mesa_config)
         reference.prefill(tokens(60))
         here, there = np.arange(60), Stairs(40, 3).positions(0, 60)
-        moved = reference._move(reference.keys, here, there)
+        moved = reference._rerotate(reference.keys, here, there)
         empty_keys, empty_values = ([x[:, :, :0] for x in cache] for cache in (reference.keys, reference.values))
         with torch.no_grad():
             tail = Plan.of(mesa_config, 60).tail
