@@ -11,7 +11,7 @@ import numpy as np
 from mesart.graphs.bundle_files import BundleFiles
 from mesart.graphs.errors import InputError
 from mesart.graphs.manifest import GraphInfo, Manifest, Role
-from mesart.runtime.backends import Array, Backend, Graph
+from mesart.runtime.backends import STORAGE, Array, Backend, Graph
 from mesart.runtime.external_data import check_locations
 from mesart.runtime.kv.store import Positions
 from mesart.runtime.runners.runner import of_shape
@@ -193,10 +193,13 @@ class GraphFiles:
 
 
 class Rotation:
-    """Rotates keys of any layer by the bundle's graphs; see :data:`~mesart.runtime.kv.store.Rotate`."""
+    """Rotates keys of any layer by the bundle's graphs; see :data:`~mesart.runtime.kv.store.Rotate`.
+
+    It computes in the bundle's dtype; keys that are kept in another are rounded to theirs again.
+    """
 
     def __init__(self, files: GraphFiles) -> None:
-        self._layers = files.manifest.layers
+        self._layers, self._dtype = files.manifest.layers, STORAGE[files.manifest.dtype]
         self._graphs = {file: files.open(file) for file in {x.place for x in self._layers} if file is not None}
 
     def __call__(self, layer: int, keys: Array, old: Positions, new: Positions) -> Array:
@@ -204,11 +207,12 @@ class Rotation:
         if place is None:
             return keys
         feeds = {
-            "key": np.ascontiguousarray(keys),
+            "key": np.ascontiguousarray(keys, self._dtype),
             "from_ids": np.ascontiguousarray(old),
             "to_ids": np.ascontiguousarray(new),
         }
-        return of_shape(self._graphs[place](feeds).get("moved"), keys.shape, "moved", "place")
+        moved = of_shape(self._graphs[place](feeds).get("moved"), keys.shape, "moved", "place")
+        return moved.astype(keys.dtype, copy=False)
 
 
 __all__ = ["GraphFiles", "RoleGraphs", "Rotation", "SpecialisedGraphs", "SymbolicGraphs"]

@@ -19,7 +19,7 @@ from mesart.graphs.bundle_files import BundleFiles
 from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import Plan, bucket_for
-from mesart.runtime.backends import Activations, Array
+from mesart.runtime.backends import Activations, Array, KvDtype
 from mesart.runtime.engine import Engine, Turn
 from mesart.runtime.kv.device import DeviceMemory, DeviceStore
 from mesart.runtime.load import Loaded, load_runner, read_texts, require_digest
@@ -73,6 +73,7 @@ class MesaModel:
         trust_remote_code: bool = False,
         activations: Activations | None = None,
         kv_memory: int | str | None = None,
+        kv_dtype: KvDtype | None = None,
     ) -> MesaModel:
         """Opens a bundle.
 
@@ -94,6 +95,8 @@ class MesaModel:
                 weights: faster, and not the model that was exported (docs/decoding.md has both in numbers).
             kv_memory: the most that keys and values of all texts may take, in bytes or as ``"2GiB"``; three quarters of
                 the memory that is free if left out. Engines of ``mesart build`` take what their buckets need.
+            kv_dtype: ``float16`` keeps keys and values of a float32 bundle in half the memory, on OpenVINO: faster
+                behind long texts, and rounded (docs/decoding.md has both in numbers).
 
         Raises:
             MesaError: no bundle, another one than ``digest`` says, a missing or altered file, a backend that is unknown
@@ -115,6 +118,7 @@ class MesaModel:
             trust_remote_code=trust_remote_code,
             activations=activations,
             kv_memory=kv_memory,
+            kv_dtype=kv_dtype,
         )
         return cls(files, loaded)
 

@@ -14,10 +14,8 @@ from mesart.graphs.plan import Chunk, Plan, Prefix, Rerotate, Span, TailSlice, q
 from mesart.graphs.stairs import ORDINARY
 from mesart.runtime.kv.store import Kv, KvStore
 from mesart.runtime.runners.runner import Logits, Phase, Runner, Segment
+from mesart.runtime.scheduler import Budget
 from mesart.runtime.sequence import Sequence
-
-_ROTATED = 4096
-"""Keys that are rotated between two runs: so that other texts need not wait for all of a long one."""
 
 
 class Reading:
@@ -52,6 +50,8 @@ class Reading:
             store.reserve(self._kv, self.plan.length)
             self._bring_back = store.checkpoint(self._kv, len(ids))
         text.shown = []
+        self.rotated = 0
+        """Keys that the last :meth:`next` has rotated."""
 
     @property
     def is_done(self) -> bool:
@@ -67,18 +67,23 @@ class Reading:
         """Float32 ``[wanted, V]``, once all is computed."""
         return np.concatenate(self._logits)
 
-    def next(self, budget: int) -> list[Segment]:
-        """What to run next, of about ``budget`` tokens at most; nothing where keys were rotated instead."""
-        step = self._steps[0]
-        if isinstance(step, Rerotate):
-            self._rotate(step)
-            return []
+    def next(self, budget: Budget) -> list[Segment]:
+        """What to run next, taken from the budget; nothing where keys were rotated, or there is no time left."""
+        self.rotated = 0
+        while isinstance(step := self._steps[0], Rerotate):
+            self._rotate(step, budget)
+            if self.rotated:
+                return []
         if isinstance(step, Chunk):
             return self._next_chunks(budget)
         span = step.span
         start = max(self._kv.length, span.start)
         phase: Phase = "prefix" if isinstance(step, Prefix) else "decode" if self.is_decoding else "tail"
-        stop = min(span.stop, start + self._slice(phase, start, budget))
+        # A text's next token is what the budget was made beside.
+        count = 1 if phase == "decode" else self._slice(phase, start, span.stop - start, budget)
+        if not count:
+            return []
+        stop = start + count
         stairs = step.stairs if isinstance(step, TailSlice) else ORDINARY
         return [self._segment(phase, self._kv, Span(start, stop), stairs.positions(start, stop))]
 
@@ -122,33 +127,39 @@ class Reading:
             self._store.rotate(kv, 0, stairs.positions(0, length))
             kv.torn = False
 
-    def _rotate(self, step: Rerotate) -> None:
+    def _rotate(self, step: Rerotate, budget: Budget) -> None:
         """Rotates some of the keys that are not yet where they are to be, from the last to the first."""
         positions = step.stairs.positions(0, step.stop)
         wrong = np.flatnonzero(self._kv.positions[: step.stop] != positions)
         if len(wrong):
-            start = max(int(wrong[0]), int(wrong[-1]) + 1 - _ROTATED)
+            start = max(int(wrong[0]), int(wrong[-1]) + 1 - budget.take_keys())
             self._store.rotate(self._kv, start, positions[start : int(wrong[-1]) + 1])
+            self.rotated = int(wrong[-1]) + 1 - start
             if int(wrong[0]) < start:
                 return
         self._steps.popleft()
 
-    def _next_chunks(self, budget: int) -> list[Segment]:
+    def _next_chunks(self, budget: Budget) -> list[Segment]:
         """The next slice of a chunk that has begun, or as many whole chunks as there is time for."""
         if not self._chunks:
             self._begin_chunks(budget)
         segments, size = [], self._config.head_length
         for chunk, kv in self._chunks:
             done = kv.length - size
-            count = min(len(chunk.span) - done, self._slice("chunk", kv.length, budget))
+            if done == len(chunk.span):
+                continue
+            count = self._slice("chunk", kv.length, len(chunk.span) - done, budget)
+            if not count:
+                break
             span = Span(chunk.span.start + done, chunk.span.start + done + count)
             segments.append(self._segment("chunk", kv, span, ORDINARY.positions(size + done, size + done + count)))
         return segments
 
-    def _begin_chunks(self, budget: int) -> None:
+    def _begin_chunks(self, budget: Budget) -> None:
         size = self._config.head_length
+        left = budget.tokens(size)
         for step in self._steps:
-            if not isinstance(step, Chunk) or (self._chunks and len(step.span) > budget):
+            if not isinstance(step, Chunk) or (self._chunks and len(step.span) > left):
                 break
             head = self._local_head()
             try:
@@ -158,7 +169,7 @@ class Reading:
                     raise
                 break  # fewer at a time
             self._chunks.append((step, chunk))
-            budget -= len(step.span)
+            left -= len(step.span)
 
     def _end_chunks(self) -> None:
         """Brings what is computed to its place, if that is all that was begun."""
@@ -196,10 +207,13 @@ class Reading:
             self._store.free(self._head)
             self._head = None
 
-    def _slice(self, phase: Phase, past: int, budget: int) -> int:
-        """Tokens of the next run: fewer than there is time for only where the graph takes no more."""
-        most = self._runner.slice_length(phase, past)
-        return most if self._runner.whole_slices else max(1, min(most, budget))
+    def _slice(self, phase: Phase, past: int, left: int, budget: Budget) -> int:
+        """Tokens of the next run, of ``left``: fewer than there is time for only where the graph takes no more."""
+        most = min(left, self._runner.slice_length(phase, past))
+        if not self._runner.whole_slices:
+            return budget.take(most, past)
+        budget.spend(most, past)
+        return most
 
     def _segment(self, phase: Phase, kv: Kv, span: Span, positions: NDArray[np.int64]) -> Segment:
         first_wanted = self.plan.length - self._wanted

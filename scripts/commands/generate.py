@@ -42,6 +42,9 @@ def add(commands: Any) -> None:
         metavar="SIZE",
         help="that keys and values may take, such as 2GiB; 3/4 of what is free",
     )
+    parser.add_argument(
+        "--kv-dtype", choices=("float16",), help="keep keys and values so, on OpenVINO: docs/decoding.md"
+    )
     parser.add_argument("--temperature", type=number(0))
     parser.add_argument("--top-k", type=whole(0))
     parser.add_argument("--top-p", type=share)
@@ -72,6 +75,7 @@ def _run(options: argparse.Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
         activations=options.activations,
         kv_memory=options.kv_memory,
+        kv_dtype=options.kv_dtype,
     ) as model:
         if options.verbose:
             streams.say(f"backend {model.backend} on {model.device}: {model.choice}")
