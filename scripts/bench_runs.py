@@ -17,7 +17,7 @@ import numpy as np
 from mesart.graphs.bundle_names import BLOCK
 from mesart.runtime import MesaModel
 from mesart.runtime.kv.paged import PagedKv, PagedStore
-from mesart.runtime.runners.runner import Segment
+from mesart.runtime.runners.runner import Phase, Segment
 
 
 def behind(store: PagedStore, length: int, tokens: int, largest: int) -> PagedKv:
@@ -33,7 +33,7 @@ def behind(store: PagedStore, length: int, tokens: int, largest: int) -> PagedKv
 def seconds(model: MesaModel, kv: PagedKv, tokens: int) -> tuple[float, float]:
     """Elapsed and processor time of a run, after which the text is as it was."""
     length = kv.length
-    phase = "decode" if tokens == 1 else "tail"
+    phase: Phase = "decode" if tokens == 1 else "tail"
     ids, positions = np.arange(3, 3 + tokens), kv.positions[-1] + np.zeros(tokens, np.int64)
     segment = Segment(phase, kv, ids, positions, np.ones(tokens, np.float32), 1)
     begun, used = time.perf_counter(), time.process_time()
