@@ -34,6 +34,9 @@ SymbolicKind = Literal["symbolic", "onnxruntime"]
 Activations = Literal["int8"]
 """To what activations are rounded in front of quantised weights, where that is asked for (docs/decoding.md)."""
 
+KvDtype = Literal["float16"]
+"""In what keys and values are kept, where another dtype than the bundle's is asked for (docs/decoding.md)."""
+
 THREADS_PER_CORE = 4
 """More threads than that only wait for each other; engines make any number that they are asked for, or die of it."""
 
@@ -183,16 +186,20 @@ class OpenVinoBackend:
         check_signature(path, info, *openvino_signature(compiled))
         return OpenVinoGraph(self._openvino, compiled, path.name, linked)
 
-    def open_paged(self, path: Path, info: GraphInfo | None = None) -> OpenVinoGraph:
+    def open_paged(self, path: Path, info: GraphInfo | None = None, kv_dtype: KvDtype | None = None) -> OpenVinoGraph:
         """Compiles the paged graph, with OpenVINO's operator for paged attention in the place of ours.
+
+        Args:
+            kv_dtype: in what it is to keep keys and values; the bundle's dtype if left out.
 
         Raises:
             MesaError: this version of OpenVINO has no such operator, or another one than is known here; or on this CPU
-                it keeps keys and values in another dtype than the bundle's.
+                it keeps keys and values in another dtype.
         """
         require_file_names(path)
         linked = MappedGraph(path) if has_links(path.parent) else None
-        cache = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self._dtype]
+        dtype = kv_dtype or self._dtype
+        cache = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
         try:
             with paged_attention(self._openvino, self._core):
                 model = self._core.read_model(linked.serialised() if linked else os.fspath(path))
@@ -204,8 +211,9 @@ class OpenVinoBackend:
         kept = cache_types(compiled)
         if kept != {cache}:
             raise EngineError(
-                f"on this CPU OpenVINO's paged attention keeps {' and '.join(sorted(kept))}, and the bundle has "
-                f"{self._dtype}; export with --dtype float32 for it"
+                f"on this CPU OpenVINO's paged attention keeps {' and '.join(sorted(kept))} where "
+                f"{dtype} was asked for; "
+                + ("leave kv_dtype out" if kv_dtype else "export with --dtype float32 for it")
             )
         return OpenVinoGraph(self._openvino, compiled, path.name, linked)
 

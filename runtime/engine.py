@@ -18,7 +18,7 @@ from mesart.runtime.kv.store import KvStore
 from mesart.runtime.reading import Reading, plan_of_turn
 from mesart.runtime.runners.runner import Logits, Runner, Segment
 from mesart.runtime.sampling import Sampler, choose_tokens
-from mesart.runtime.scheduler import Scheduler
+from mesart.runtime.scheduler import Budget, Scheduler
 from mesart.runtime.sequence import Sequence
 from mesart.runtime.usage import Usage
 
@@ -183,7 +183,8 @@ class Engine:
                 started = time.perf_counter()
                 rotated = self._next_work(work)
                 decoded = sum(turn.reading is not None and turn.reading.is_decoding for turn, _ in work)
-                size = sum(len(segment) for _, segments in work for segment in segments)
+                given = [segment for _, segments in work for segment in segments if segment.phase != "decode"]
+                parts = [(len(segment), segment.kv.length) for segment in given]
                 self._run(work)
                 read = [turn for turn, _ in work if turn.reading is not None and turn.reading.is_done]
                 self._choose([turn for turn in read if not turn.is_finished])
@@ -193,7 +194,7 @@ class Engine:
                         self._fail(turn, error)
                 raise
             if not rotated:  # which takes time that says nothing of the next step
-                self.scheduler.observe(time.perf_counter() - started, size - decoded, decoded)
+                self.scheduler.observe(time.perf_counter() - started, parts, decoded)
             return [*self._ended, *(turn for turn in read if not turn.is_finished)]
 
     def close(self) -> None:
@@ -279,38 +280,49 @@ class Engine:
         budget = self.scheduler.budget(len(decoding))
         for index, turn in enumerate([*decoding, *reading]):
             decodes = index < len(decoding)
-            if budget <= 0 and not decodes:
+            if budget.is_spent and not decodes:
                 break
             try:
-                segments = self._segments(turn, budget, patient=decodes or not decoding)
+                segments, rotates = self._segments(turn, budget, patient=not decoding)
             except CapacityError as error:  # for a chunk's scratch, until another turn has ended
                 short = short or (turn, error)
                 continue
             if segments or (turn.reading is not None and turn.reading.is_done):  # all was found, and nothing is to run
                 work.append((turn, segments))
-            rotated = rotated or not segments
-            if not decodes:
-                budget -= sum(map(len, segments)) or budget  # rotating keys takes a step's time
+            rotated = rotated or rotates
+            if not decodes and (segments or rotates):
                 self.scheduler.pass_turn(turn)  # the others first, next time
         if short is not None and not work:
             self._fail(*short)
         return rotated
 
-    def _segments(self, turn: Turn, budget: int, *, patient: bool = True) -> list[Segment]:
-        """The next part of a turn; ``patient``: keys are rotated or found, all, until there is something to run."""
-        assert turn.reading is not None
+    def _segments(self, turn: Turn, budget: Budget, *, patient: bool) -> tuple[list[Segment], bool]:
+        """The next part of a turn, and whether keys were rotated or found.
+
+        Args:
+            patient: they are, all of them, until there is something to run.
+        """
+        reading, rotates = turn.reading, False
+        assert reading is not None
         try:
-            while not (segments := turn.reading.next(budget)) and patient and not turn.reading.is_done:
-                pass
+            while True:
+                started = time.perf_counter()
+                segments = reading.next(budget)
+                if segments or reading.is_done or not (reading.rotated or reading.restored):
+                    return segments, rotates or reading.restored
+                rotates = True
+                if reading.rotated:
+                    self.scheduler.costs.observe_rotation(time.perf_counter() - started, reading.rotated)
+                if not patient:
+                    return [], True
         except CapacityError:
             raise  # it may wait
         except (MesaError, MemoryError) as error:
             self._fail(turn, error)
-            return []
+            return [], rotates
         except BaseException as error:
             self._fail(turn, error)
             raise
-        return segments
 
     def _run(self, work: list[tuple[Turn, list[Segment]]]) -> None:
         """Runs segments of many turns together; if that fails, each turn's alone, so that one disturbs no other."""

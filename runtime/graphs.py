@@ -12,7 +12,7 @@ from mesart.graphs.bundle.files import BundleFiles
 from mesart.graphs.bundle.manifest import GraphInfo, Manifest
 from mesart.graphs.bundle.names import FROM_IDS, INPUT_IDS, KEY, ROTATED, TO_IDS, Phase
 from mesart.graphs.errors import InputError
-from mesart.runtime.backends import Array, Backend, Graph
+from mesart.runtime.backends import STORAGE, Array, Backend, Graph
 from mesart.runtime.external_data import check_locations
 from mesart.runtime.kv.store import Positions
 from mesart.runtime.runners.runner import of_shape
@@ -194,10 +194,13 @@ class GraphFiles:
 
 
 class Rotation:
-    """Rotates keys of any layer by the bundle's graphs; see :data:`~mesart.runtime.kv.store.Rotate`."""
+    """Rotates keys of any layer by the bundle's graphs; see :data:`~mesart.runtime.kv.store.Rotate`.
+
+    It computes in the bundle's dtype; keys that are kept in another are rounded to theirs again.
+    """
 
     def __init__(self, files: GraphFiles) -> None:
-        self._layers = files.manifest.layers
+        self._layers, self._dtype = files.manifest.layers, STORAGE[files.manifest.dtype]
         self._graphs = {file: files.open(file) for file in {x.rerotate for x in self._layers} if file is not None}
 
     def __call__(self, layer: int, keys: Array, old: Positions, new: Positions) -> Array:
@@ -205,11 +208,12 @@ class Rotation:
         if file is None:
             return keys
         feeds = {
-            KEY: np.ascontiguousarray(keys),
+            KEY: np.ascontiguousarray(keys, self._dtype),
             FROM_IDS: np.ascontiguousarray(old),
             TO_IDS: np.ascontiguousarray(new),
         }
-        return of_shape(self._graphs[file](feeds).get(ROTATED), keys.shape, ROTATED, "rerotate")
+        rotated = of_shape(self._graphs[file](feeds).get(ROTATED), keys.shape, ROTATED, "rerotate")
+        return rotated.astype(keys.dtype, copy=False)
 
 
 __all__ = ["GraphFiles", "PhaseGraphs", "Rotation", "SpecialisedGraphs", "SymbolicGraphs"]

@@ -15,6 +15,7 @@ from mesart.graphs.memory_size import parse_memory
 from mesart.runtime.backends import (
     STORAGE,
     Activations,
+    KvDtype,
     OnnxRuntimeBackend,
     OpenVinoBackend,
     TorchBackend,
@@ -94,6 +95,7 @@ def load_runner(
     trust_remote_code: bool = False,
     activations: Activations | None = None,
     kv_memory: int | str | None = None,
+    kv_dtype: KvDtype | None = None,
 ) -> Loaded:
     """A runner and its store on the backend of that name; see :meth:`~mesart.runtime.MesaModel.load` for the arguments.
 
@@ -104,6 +106,8 @@ def load_runner(
     """
     if activations is not None:
         _check_rounding(manifest, activations)
+    if kv_dtype is not None:
+        _check_kv_dtype(manifest, kv_dtype, backend, specialised=specialised)
     asked = None if kv_memory is None else parse_memory(kv_memory)
     for flavour in PACKAGES:
         if backend == flavour:
@@ -120,7 +124,7 @@ def load_runner(
                 )
             return _load_engines(files, manifest, flavour, "asked for", verify=verify)
     reason = ""
-    if backend == "auto" and not specialised and not activations and asked is None:
+    if backend == "auto" and not specialised and not activations and asked is None and kv_dtype is None:
         usable, reason = usable_flavour(files.folder, manifest)
         if usable is not None:
             return _load_engines(
@@ -136,31 +140,40 @@ def load_runner(
         engine.trust_remote_code = trust_remote_code
     memory = asked or max(_LEAST_MEMORY, int(_MEMORY_SHARE * (free_memory() - manifest.weight_bytes)))
     graph_files = GraphFiles(files, manifest, engine)
-    store, runner, form = _open_runner(graph_files, memory, specialised=specialised)
+    store, runner, form = _open_runner(graph_files, memory, specialised=specialised, kv_dtype=kv_dtype)
     choice += f"; the bundle's engines do not run here: {reason}" if reason else ""
     choice += f"; {form}" if form else ""
     kinds = _COMPUTING | ({"prefix", "chunk"} if specialised else set())
     graphs = [files.infos[graph.file].sha256 for graph in manifest.graphs if graph.kind in kinds]
-    computed_by = (engine.name, engine.device, type(runner).__name__, activations or "")
+    computed_by = (engine.name, engine.device, type(runner).__name__, activations or "", kv_dtype or "")
     named = fingerprint(manifest, graphs, computed_by)
     return Loaded(store, runner, manifest, engine.name, engine.device, choice, named)
 
 
-def _open_runner(files: GraphFiles, memory: int, *, specialised: bool) -> tuple[KvStore, Runner, str]:
+def _open_runner(
+    files: GraphFiles, memory: int, *, specialised: bool, kv_dtype: KvDtype | None
+) -> tuple[KvStore, Runner, str]:
     """The runner that suits backend and bundle, its store, and what is to be said about it."""
     manifest, engine, note = files.manifest, files.backend, ""
     layers, storage, rotate = manifest.layers, STORAGE[manifest.dtype], Rotation(files)
     if isinstance(engine, OpenVinoBackend) and manifest.has("paged") and not specialised:
         try:
-            opened = files.open_by(manifest.graph("paged").file, engine.open_paged)
+            opened = files.open_by(
+                manifest.graph("paged").file, lambda path, info: engine.open_paged(path, info, kv_dtype)
+            )
         except EngineError as error:
+            if kv_dtype is not None:
+                raise
             note = f"without paged attention: {error}"
         else:
-            paged = PagedStore(layers, storage, rotate, memory)
+            paged = PagedStore(layers, STORAGE[kv_dtype] if kv_dtype else storage, rotate, memory)
             for index in range(len(layers)):
                 opened.bind(past_name(index, "key"), paged.keys[index].array)
                 opened.bind(past_name(index, "value"), paged.values[index].array)
-            return paged, PagedRunner(manifest, paged, opened, files.require_weights), ""
+            note = f"keys and values in {kv_dtype}" if kv_dtype else ""
+            return paged, PagedRunner(manifest, paged, opened, files.require_weights, kv_dtype), note
+    if kv_dtype is not None:
+        raise InputError(f"backend {engine.name!r} keeps keys and values in the bundle's dtype; leave kv_dtype out")
     if (
         isinstance(engine, OnnxRuntimeBackend)
         and manifest.has("grouped")
@@ -188,6 +201,26 @@ def _check_rounding(manifest: Manifest, activations: str) -> None:
         raise InputError(
             "activations are rounded in front of quantised weights only, and this bundle has none; leave activations "
             "out, or export with --quantise int4"
+        )
+
+
+def _check_kv_dtype(manifest: Manifest, kv_dtype: str, backend: str, *, specialised: bool) -> None:
+    if kv_dtype not in get_args(KvDtype):
+        raise InputError(
+            f"keys and values are kept in {', '.join(get_args(KvDtype))} or the bundle's dtype: {kv_dtype!r}"
+        )
+    reason = ""
+    if backend not in ("auto", "openvino"):
+        reason = f"backend {backend!r} keeps them in the bundle's dtype"
+    elif specialised:
+        reason = "the graphs of fixed shapes keep them in the bundle's dtype"
+    elif manifest.dtype not in ("float32", kv_dtype):
+        reason = f"the bundle computes in {manifest.dtype}"
+    elif not manifest.has("paged"):
+        reason = "this model's attention is not paged"
+    if reason:
+        raise InputError(
+            f"keys and values in {kv_dtype} are for OpenVINO's paged attention: {reason}; leave kv_dtype out"
         )
 
 

@@ -19,7 +19,7 @@ from mesart.graphs.bundle.files import BundleFiles
 from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.method.plan import Plan, bucket_for
-from mesart.runtime.backends import Activations, Array
+from mesart.runtime.backends import Activations, Array, KvDtype
 from mesart.runtime.chunk_store.store import ChunkStore, require_store
 from mesart.runtime.chunk_store.stored import StoredChunks
 from mesart.runtime.chunk_store.warm import warm
@@ -98,6 +98,7 @@ class MesaModel:
         trust_remote_code: bool = False,
         activations: Activations | None = None,
         kv_memory: int | str | None = None,
+        kv_dtype: KvDtype | None = None,
         store: ChunkStore | None = None,
     ) -> MesaModel:
         """Opens a bundle.
@@ -120,6 +121,8 @@ class MesaModel:
                 weights: faster, and not the model that was exported (docs/decoding.md has both in numbers).
             kv_memory: the most that keys and values of all texts may take, in bytes or as ``"2GiB"``; three quarters of
                 the memory that is free if left out. Engines of ``mesart build`` take what their buckets need.
+            kv_dtype: ``float16`` keeps keys and values of a float32 bundle in half the memory, on OpenVINO: faster
+                behind long texts, and rounded (docs/decoding.md has both in numbers).
             store: keeps the chunks of prompts, and finds those that it has: nothing is computed twice. Several models
                 may share one.
 
@@ -144,6 +147,7 @@ class MesaModel:
             trust_remote_code=trust_remote_code,
             activations=activations,
             kv_memory=kv_memory,
+            kv_dtype=kv_dtype,
         )
         return cls(files, loaded, store)
 

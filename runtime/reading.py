@@ -18,11 +18,9 @@ from mesart.runtime.chunk_store.store import Tier
 from mesart.runtime.chunk_store.stored import ChunksBehind, StoredChunks
 from mesart.runtime.kv.store import Kv, KvStore
 from mesart.runtime.runners.runner import Logits, Runner, Segment
+from mesart.runtime.scheduler import Budget
 from mesart.runtime.sequence import Sequence
 from mesart.runtime.usage import CachedTokens, Usage
-
-_ROTATED = 4096
-"""Keys that are rotated between two runs: so that other texts need not wait for all of a long one."""
 
 
 class Reading:
@@ -70,6 +68,10 @@ class Reading:
             store.reserve(self._kv, self.plan.length)
             self._bring_back = store.checkpoint(self._kv, len(ids))
         text.shown = []
+        self.rotated = 0
+        """Keys that the last :meth:`next` has rotated."""
+        self.restored = False
+        """Whether the last :meth:`next` has found a head or a chunk."""
         self._stored: ChunksBehind | None = None
         if stored is not None and self.plan.chunks:
             self._stored = stored.behind(self._ids[: self._config.head_length])
@@ -101,20 +103,26 @@ class Reading:
         found = CachedTokens(self.plan.start, self._found["memory"], self._found["disk"])
         return Usage(self.plan.length, self._kv.length - found.total, found)
 
-    def next(self, budget: int) -> list[Segment]:
-        """What to run next, of about ``budget`` tokens at most; nothing where keys were rotated, or found, instead."""
-        step = self._steps[0]
-        if isinstance(step, Rerotate):
-            self._rotate(step)
-            return []
+    def next(self, budget: Budget) -> list[Segment]:
+        """What to run next, taken from the budget; nothing where keys were rotated, or found, or no time is left."""
+        self.rotated, self.restored = 0, False
+        while isinstance(step := self._steps[0], Rerotate):
+            self._rotate(step, budget)
+            if self.rotated:
+                return []
         if not isinstance(step, TailSlice) and self._restore(step):
+            self.restored = True
             return []
         if isinstance(step, Chunk):
             return self._next_chunks(budget)
         span = step.span
         start = max(self._kv.length, span.start)
         phase: Phase = "prefix" if isinstance(step, Prefix) else "decode" if self.is_decoding else "tail"
-        stop = min(span.stop, start + self._slice(phase, start, budget))
+        # A text's next token is what the budget was made beside.
+        count = 1 if phase == "decode" else self._slice(phase, start, span.stop - start, budget)
+        if not count:
+            return []
+        stop = start + count
         stairs = step.stairs if isinstance(step, TailSlice) else ORDINARY
         return [self._segment(phase, self._kv, Span(start, stop), stairs.positions(start, stop))]
 
@@ -173,13 +181,14 @@ class Reading:
             self._store.rotate(kv, 0, stairs.positions(0, length))
             kv.torn = False
 
-    def _rotate(self, step: Rerotate) -> None:
+    def _rotate(self, step: Rerotate, budget: Budget) -> None:
         """Rotates some of the keys that are not yet where they are to be, from the last to the first."""
         positions = step.stairs.positions(0, step.stop)
         wrong = np.flatnonzero(self._kv.positions[: step.stop] != positions)
         if len(wrong):
-            start = max(int(wrong[0]), int(wrong[-1]) + 1 - _ROTATED)
+            start = max(int(wrong[0]), int(wrong[-1]) + 1 - budget.take_keys())
             self._store.rotate(self._kv, start, positions[start : int(wrong[-1]) + 1])
+            self.rotated = int(wrong[-1]) + 1 - start
             if int(wrong[0]) < start:
                 return
         self._end_step()
@@ -213,23 +222,28 @@ class Reading:
         self._end_step()
         return True
 
-    def _next_chunks(self, budget: int) -> list[Segment]:
+    def _next_chunks(self, budget: Budget) -> list[Segment]:
         """The next slice of a chunk that has begun, or as many whole chunks as there is time for."""
         if not self._chunks:
             self._begin_chunks(budget)
         segments, size = [], self._config.head_length
         for chunk, kv in self._chunks:
             done = kv.length - size
-            count = min(len(chunk.span) - done, self._slice("chunk", kv.length, budget))
+            if done == len(chunk.span):
+                continue
+            count = self._slice("chunk", kv.length, len(chunk.span) - done, budget)
+            if not count:
+                break
             span = Span(chunk.span.start + done, chunk.span.start + done + count)
             segments.append(self._segment("chunk", kv, span, ORDINARY.positions(size + done, size + done + count)))
         return segments
 
-    def _begin_chunks(self, budget: int) -> None:
+    def _begin_chunks(self, budget: Budget) -> None:
         size = self._config.head_length
         keys: set[str] = set()
+        left = budget.tokens(size)
         for step in self._steps:
-            if not isinstance(step, Chunk) or (self._chunks and len(step.span) > budget):
+            if not isinstance(step, Chunk) or (self._chunks and len(step.span) > left):
                 break
             if self._stored is not None:
                 key = self._key(step.span)
@@ -244,7 +258,7 @@ class Reading:
                     raise
                 break  # fewer at a time
             self._chunks.append((step, chunk))
-            budget -= len(step.span)
+            left -= len(step.span)
 
     def _end_chunks(self) -> None:
         """Brings what is computed to its place, if that is all that was begun."""
@@ -287,10 +301,13 @@ class Reading:
         if self._stored is not None:
             self._stored.release()
 
-    def _slice(self, phase: Phase, past: int, budget: int) -> int:
-        """Tokens of the next run: fewer than there is time for only where the graph takes no more."""
-        most = self._runner.slice_length(phase, past)
-        return most if self._runner.whole_slices else max(1, min(most, budget))
+    def _slice(self, phase: Phase, past: int, left: int, budget: Budget) -> int:
+        """Tokens of the next run, of ``left``: fewer than there is time for only where the graph takes no more."""
+        most = min(left, self._runner.slice_length(phase, past))
+        if not self._runner.whole_slices:
+            return budget.take(most, past)
+        budget.spend(most, past)
+        return most
 
     def _segment(self, phase: Phase, kv: Kv, span: Span, positions: NDArray[np.int64]) -> Segment:
         first_wanted = self.plan.length - self._wanted

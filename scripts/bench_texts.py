@@ -1,6 +1,7 @@
 """Many texts on one engine, measured: decoding together, and while a long prompt is read.
 
-    python scripts/bench_texts.py BUNDLE [--backend openvino] [--texts 8] [--behind 1024] [--long 32768]
+    python scripts/bench_texts.py BUNDLE [--backend openvino] [--kv-dtype float16] [--texts 8] [--behind 1024]
+        [--long 32768]
 
 Three measurements in one run: tokens a second of one text and of all texts that decode together; the pauses between the
 tokens of all texts while one more prompt is read; and how long that prompt takes, beside being read alone.
@@ -86,12 +87,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--kv-dtype", choices=("float16",), help="in what keys and values are kept; the bundle's dtype")
     parser.add_argument("--texts", type=int, default=8, help="that decode together")
     parser.add_argument("--behind", type=int, default=1024, help="tokens of each one's prompt")
     parser.add_argument("--long", type=int, default=0, help="tokens of the prompt that is read meanwhile; 0: none")
     parser.add_argument("--steps", type=int, default=24, help="that are timed")
     options = parser.parse_args()
-    with MesaModel.load(options.bundle, options.backend, verify=False) as model:
+    with MesaModel.load(options.bundle, options.backend, verify=False, kv_dtype=options.kv_dtype) as model:
         found = measure(model, options.texts, options.behind, options.long, options.steps)
         print(json.dumps({"backend": model.backend, "texts": options.texts, **found}, indent=1))
 

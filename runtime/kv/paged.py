@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,11 +185,14 @@ class PagedStore:
             [_read(pool.array, kv.blocks, 0, kv.length) for pool in self.values],
         )
 
-    def written(self, kv: Kv, start: int, stop: int) -> list[Array]:
-        """Blocks of keys, then of values, in which slots ``start .. stop - 1`` lie; a copy."""
-        assert isinstance(kv, PagedKv)
-        blocks = kv.blocks[start // BLOCK : -(-stop // BLOCK)]
-        return [pool.array[blocks] for pool in (*self.keys, *self.values)]
+    def written(self, spans: Iterable[tuple[Kv, int, int]]) -> Iterator[Array]:
+        """Copies of the blocks of keys, then of values, in which slots ``start .. stop - 1`` of some texts lie."""
+        parts = []
+        for kv, start, stop in spans:
+            assert isinstance(kv, PagedKv)
+            parts.append(kv.blocks[start // BLOCK : -(-stop // BLOCK)])
+        blocks = np.concatenate(parts)
+        return (pool.array[blocks] for pool in (*self.keys, *self.values))
 
     def read_block(self, kv: Kv, start: int, stop: int) -> KvBlock:
         assert isinstance(kv, PagedKv)

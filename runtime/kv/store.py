@@ -142,7 +142,7 @@ class KvStore(Protocol):
         ...
 
     def read(self, kv: Kv) -> tuple[list[Array], list[Array]]:
-        """Copies of keys and values, ``[K, length, D]``, a layer each, in the bundle's dtype."""
+        """Copies of keys and values, ``[K, length, D]``, a layer each, as they are kept."""
         ...
 
     def read_block(self, kv: Kv, start: int, stop: int) -> KvBlock:

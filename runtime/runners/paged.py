@@ -35,6 +35,7 @@ class PagedRunner:
     Args:
         graph: maps the small inputs to outputs; the blocks of ``store`` are bound to it.
         check: asked before each run that reads a prompt: whether weights are what they were.
+        kept: the dtype of keys and values, if it is not the bundle's.
     """
 
     last_logits_only = False
@@ -46,7 +47,9 @@ class PagedRunner:
         store: PagedStore,
         graph: Callable[[Mapping[str, Array]], dict[str, Array]],
         check: Callable[[], None],
+        kept: str | None = None,
     ) -> None:
+        self._kept = kept
         self._manifest, self._store, self._graph, self._check = manifest, store, graph, check
         self._vocabulary = int(manifest.model["vocab_size"])
 
@@ -62,9 +65,8 @@ class PagedRunner:
         logits = of_shape(
             self._graph(_feeds(segments, wanted)).get(LOGITS), (1, len(wanted), self._vocabulary), LOGITS, phase
         )[0]
-        for segment in segments:
-            start = segment.kv.length
-            require_keys(self._store.written(segment.kv, start, start + len(segment)), segment.phase, self._manifest)
+        spans = ((segment.kv, segment.kv.length, segment.kv.length + len(segment)) for segment in segments)
+        require_keys(self._store.written(spans), phase, self._manifest, self._kept)
         require_numbers(logits, phase, self._manifest)
         results, at = [], 0
         for segment in segments:

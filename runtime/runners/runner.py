@@ -76,14 +76,22 @@ def require_numbers(logits: Logits, phase: str, manifest: Manifest) -> None:
         raise broken_numbers(f"{'NaN' if np.isnan(largest) else 'infinite numbers'} in the logits", phase, manifest)
 
 
-def require_keys(arrays: Iterable[Array], phase: str, manifest: Manifest) -> None:
-    """Raises an :class:`EngineError` if new keys or values, in the bundle's dtype, are no numbers to go on with.
+def require_keys(arrays: Iterable[Array], phase: str, manifest: Manifest, kept: str | None = None) -> None:
+    """Raises an :class:`EngineError` if new keys or values are no numbers to go on with.
+
+    Args:
+        kept: the dtype that was asked for to keep them in, if it is not the bundle's.
 
     In float32 and bfloat16 numbers of 2**64 or more are refused too: the score of such a key overflows.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         usable = all(map(_usable, arrays))
     if not usable:
+        if kept is not None:
+            raise EngineError(
+                f"NaN or infinite numbers in the keys or values of the {phase}: probably {kept} overflows; leave "
+                "kv_dtype out"
+            )
         raise broken_numbers("NaN or infinite numbers in the keys or values", phase, manifest)
 
 

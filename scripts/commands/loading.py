@@ -25,6 +25,9 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         help="that keys and values may take, such as 2GiB; 3/4 of what is free",
     )
     parser.add_argument(
+        "--kv-dtype", choices=("float16",), help="keep keys and values so, on OpenVINO: docs/decoding.md"
+    )
+    parser.add_argument(
         "--digest", type=filled, metavar="SHA256", help="refuse any other bundle; see `mesart inspect --digest`"
     )
     add_trust(parser, "the bundle, with --backend torch")
@@ -49,6 +52,7 @@ def load(options: argparse.Namespace, store: ChunkStore | None = None) -> MesaMo
         trust_remote_code=options.trust_remote_code,
         activations=options.activations,
         kv_memory=options.kv_memory,
+        kv_dtype=options.kv_dtype,
         store=store,
     )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mesart.graphs.errors import InputError
+from mesart.graphs.errors import EngineError, InputError
 from mesart.runtime import MesaModel, present_backends
 from mesart.runtime.kv.paged import PagedStore
 from mesart.runtime.runners.grouped import GroupedRunner
 from mesart.runtime.runners.paged import PagedRunner
+from mesart.runtime.runners.runner import require_keys
 from mesart.runtime.runners.unfused import UnfusedRunner
 
 needs_openvino = pytest.mark.skipif("openvino" not in present_backends(), reason="openvino is not installed")
@@ -62,6 +63,59 @@ def test_keys_are_kept_in_the_dtype_of_the_bundle_or_not_paged(bundle, dtype):
             assert "without paged attention" in model.choice
         model.prefill(tokens(150))
         model.extend(tokens(30))
+
+
+@needs_openvino
+class TestKeysAndValuesInFloat16:
+    """Of a float32 bundle, where it is asked for."""
+
+    def test_half_the_memory_and_nearly_the_numbers(self, bundle):
+        """In a prompt with chunks, a turn behind it, and steps past the trained positions, where keys move."""
+        found = []
+        for kv_dtype in (None, "float16"):
+            with MesaModel.load(bundle(), "openvino", verify=False, kv_dtype=kv_dtype) as model:
+                store = model.engine.store
+                assert isinstance(store, PagedStore)
+                logits = [model.prefill(tokens(150)), model.extend(tokens(30)), *(model.step(5) for _ in range(70))]
+                found.append((store.keys[0].array.dtype.name, store.bytes_per_token, np.stack(logits), model.choice))
+        (dtype, size, exact, _), (half, half_size, rounded, choice) = found
+        assert (dtype, half) == ("float32", "float16")
+        assert half_size * 2 == size
+        assert "keys and values in float16" in choice
+        assert 0 < np.abs(rounded - exact).max() < 5e-3 * np.abs(exact).max()
+
+    @pytest.mark.parametrize(
+        ("backend", "family", "dtype", "specialised", "why"),
+        [
+            ("onnxruntime", "llama", "float32", False, "backend 'onnxruntime' keeps them"),
+            ("torch", "llama", "float32", False, "backend 'torch' keeps them"),
+            ("tensorrt", "llama", "float32", False, "backend 'tensorrt' keeps them"),
+            ("openvino", "llama", "float32", True, "the graphs of fixed shapes"),
+            ("openvino", "llama", "bfloat16", False, "the bundle computes in bfloat16"),
+            ("auto", "gemma2", "float32", False, "this model's attention is not paged"),
+        ],
+    )
+    def test_who_cannot_says_so(self, bundle, backend, family, dtype, specialised, why):
+        with pytest.raises(InputError, match=f"OpenVINO's paged attention: {why}.*; leave kv_dtype out"):
+            MesaModel.load(bundle(family, dtype), backend, verify=False, specialised=specialised, kv_dtype="float16")
+
+    def test_another_dtype(self, bundle):
+        with pytest.raises(InputError, match="kept in float16 or the bundle's dtype: 'int8'"):
+            MesaModel.load(bundle(), "openvino", verify=False, kv_dtype="int8")  # type: ignore[arg-type]
+
+    def test_no_other_graph_steps_in(self, bundle, monkeypatch):
+        import openvino
+
+        monkeypatch.delattr(openvino.op, "_PagedAttentionExtension")
+        with pytest.raises(EngineError, match="no operator for paged attention"):
+            MesaModel.load(bundle(), "openvino", verify=False, kv_dtype="float16")
+
+    def test_numbers_that_overflow(self, bundle):
+        with MesaModel.load(bundle(), "openvino", verify=False) as model:
+            large = np.full((2, 2), 7e4, np.float32)
+            require_keys([large], "tail", model.manifest)
+            with np.errstate(over="ignore"), pytest.raises(EngineError, match="float16 overflows; leave kv_dtype out"):
+                require_keys([large.astype(np.float16)], "tail", model.manifest, "float16")
 
 
 @pytest.mark.parametrize("memory", ["", "2x", "-1", "0", 0, -5, True, 1.5, "1" * 40, "GiB", []])
