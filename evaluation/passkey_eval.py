@@ -14,7 +14,8 @@ from mesart.evaluation.arguments import require_lengths, require_seed, require_w
 from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.passkey import Filler, PasskeyPrompt, minimum_length, passkey_prompt, prompt_rng
 from mesart.evaluation.progress import progress_bar
-from mesart.evaluation.report import table, times, to_json, wilson_interval
+from mesart.evaluation.report import table, times, wilson_interval
+from mesart.evaluation.result import Result, subject_record
 from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, System, open_systems
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
@@ -63,7 +64,7 @@ class PasskeyCell:
 
 
 @dataclass(frozen=True)
-class PasskeyResult:
+class PasskeyResult(Result):
     """What :func:`run_passkey` found."""
 
     subject: Subject
@@ -109,8 +110,7 @@ class PasskeyResult:
         note = "" if self.complete else "\n\nInterrupted: what was finished by then."
         return f"{title}\n\n{table(header, rows)}{note}"
 
-    def to_json(self) -> str:
-        """Everything, for machines: versions, seed, configuration, and every cell with its 95% interval."""
+    def record(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "prompts": self.prompts,
             "digits": self.digits,
@@ -118,7 +118,7 @@ class PasskeyResult:
             "seconds": round(self.seconds, 1),
             "cells": [{**asdict(c), "rate": c.rate, "interval95": c.interval} for c in self.cells],
         }
-        return to_json("passkey", self.subject, self.seed, self.complete, fields)
+        return subject_record("passkey", self.subject, self.seed, self.complete, fields)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the rates against the length as a picture; its format follows the suffix, such as ``.png``."""

@@ -14,7 +14,8 @@ from typing import Any
 from mesart.evaluation.arguments import require_lengths, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.progress import progress_bar
-from mesart.evaluation.report import Z95, table, times, to_json
+from mesart.evaluation.report import Z95, table, times
+from mesart.evaluation.result import Result, subject_record
 from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, open_systems
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
@@ -36,7 +37,7 @@ class PerplexityCell:
 
 
 @dataclass(frozen=True)
-class PerplexityResult:
+class PerplexityResult(Result):
     """What :func:`run_perplexity` found."""
 
     subject: Subject
@@ -89,8 +90,7 @@ class PerplexityResult:
         note = "" if self.complete else "\n\nInterrupted: what was finished by then."
         return f"{title}\n\n{table(header, rows)}{note}"
 
-    def to_json(self) -> str:
-        """Everything, for machines: versions, seed, configuration, and every cell with the loss at each place."""
+    def record(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "tokens": self.tokens,
             "places": self.places,
@@ -108,7 +108,7 @@ class PerplexityResult:
                 for c in self.cells
             ],
         }
-        return to_json("perplexity", self.subject, self.seed, self.complete, fields)
+        return subject_record("perplexity", self.subject, self.seed, self.complete, fields)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the perplexity against the length as a picture; its format follows the suffix, such as ``.png``."""

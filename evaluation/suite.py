@@ -6,14 +6,10 @@ they end (:mod:`~mesart.evaluation.journal`), and are not run again when an inte
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -26,11 +22,11 @@ from typing import Any, Final
 from mesart.evaluation.arguments import require_device, require_lengths, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.journal import Journal, Key
-from mesart.evaluation.methods import METHODS, Method, make_method
+from mesart.evaluation.methods import METHODS, parse_method
 from mesart.evaluation.output import require_folder
 from mesart.evaluation.perplexity import places_in
 from mesart.evaluation.progress import progress_bar
-from mesart.evaluation.report import versions
+from mesart.evaluation.provenance import fingerprint, revision, versions
 from mesart.evaluation.systems import CheckpointModel, System
 from mesart.evaluation.tasks import Task, Writer, find_task
 from mesart.graphs.errors import InputError, MesaError
@@ -39,9 +35,6 @@ PERPLEXITY: Final = "perplexity"
 """The one task without answers: scored are the last tokens of a text, in nats."""
 
 JOURNAL_FILE: Final = "journal.jsonl"
-
-_FINGERPRINTED: Final = 1 << 20
-"""Bytes of the beginning of each weight file that tell models apart."""
 
 
 @dataclass(frozen=True, order=True)
@@ -162,7 +155,7 @@ def run_suite(
         models: checkpoints' folders or hub ids by the names that reports give them.
         output: folder of the journal.
         methods: names of :data:`~mesart.evaluation.methods.METHODS`, some with parameters of their own, see
-            :func:`chosen_method`; all, with their defaults, if left out.
+            :func:`parse_method`; all, with their defaults, if left out.
         tasks: names of tasks; :data:`PERPLEXITY` is one.
         lengths: of the prompts in tokens; 1, 2, 4, ... 32 times the trained length of the first model if left out.
         settings: number of prompts, seed and so on.
@@ -195,7 +188,7 @@ def run_suite(
     parameters: dict[tuple[str, str], dict[str, Any]] = {}
     for info in infos:
         for method in names:
-            parameters[info.name, method] = chosen_method(method, info.train_length, sizes[-1]).parameters
+            parameters[info.name, method] = parse_method(method, info.train_length, sizes[-1]).parameters
     for info in infos:
         _check_lengths(_open(info.source, settings), chosen_tasks, sizes, settings, text)
     journal = Journal(Path(output) / JOURNAL_FILE)
@@ -231,36 +224,7 @@ def run_suite(
             outcomes[cell] = outcome
     except KeyboardInterrupt:
         complete = False
-    return SuiteResult(infos, names, chosen_tasks, sizes, settings, text, outcomes, parameters, complete, _revision())
-
-
-def chosen_method(spec: str, train_length: int, max_tokens: int) -> Method:
-    """The method of ``NAME`` or ``NAME:PARAMETER=VALUE,...``, such as ``rerope:window=64,log_n=true``.
-
-    Raises:
-        MesaError: no such method or parameter, or a value that is none.
-    """
-    name, _, rest = spec.partition(":")
-    parameters: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, _, text = part.partition("=")
-        try:
-            parameters[key] = _parameter(text)
-        except ValueError as error:
-            raise InputError(
-                f"{spec!r} is no method: {part!r} is not PARAMETER=VALUE with a number, true or false"
-            ) from error
-    return make_method(name, train_length, max_tokens, **parameters)
-
-
-def _parameter(text: str) -> bool | int | float | None:
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("no number") from error
-    if not isinstance(value, bool | int | float | None) or (value is not None and not math.isfinite(value)):
-        raise ValueError("neither a finite number nor true, false or null")
-    return value
+    return SuiteResult(infos, names, chosen_tasks, sizes, settings, text, outcomes, parameters, complete, revision())
 
 
 def _outcome(result: Mapping[str, Any]) -> Outcome:
@@ -275,19 +239,6 @@ def _describe(name: str, source: str) -> ModelInfo:
     from mesart.graphs.config import MesaConfig  # noqa: PLC0415
 
     return ModelInfo(name, source, MesaConfig.from_model(source).train_length, fingerprint(source))
-
-
-def fingerprint(source: str) -> str:
-    """Tells models apart without reading all their weights: config, and size and beginning of each weight file."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return source  # a hub id
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_FINGERPRINTED))
-    return digest.hexdigest()
 
 
 def _check_lengths(
@@ -361,7 +312,7 @@ def run_cell(job: _Job) -> Outcome:
     model = _open(job.source, settings)
     start = time.monotonic()
     try:
-        system = MethodSystem(model.model, chosen_method(cell.method, model.train_length, job.max_tokens))
+        system = MethodSystem(model.model, parse_method(cell.method, model.train_length, job.max_tokens))
         if cell.task == PERPLEXITY:
             system.require_scores(cell.length, settings.scored)
     except MesaError as error:
@@ -431,22 +382,6 @@ def _writer(model: CheckpointModel, text: Text) -> Writer:
 @lru_cache(1)
 def _stream(model: CheckpointModel, text: Text) -> list[int]:
     return model.encode(text.content)
-
-
-def _revision() -> str | None:
-    """The git revision of this code, where it lies in a repository."""
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).resolve().parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
 
 
 __all__ = ["JOURNAL_FILE", "PERPLEXITY", "Cell", "ModelInfo", "Outcome", "Settings", "SuiteResult", "run_suite"]

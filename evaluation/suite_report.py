@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mesart.evaluation.output import WriteError, write_file
-from mesart.evaluation.report import Z95, table, times, versions, wilson_interval
+from mesart.evaluation.provenance import versions
+from mesart.evaluation.report import Z95, table, times, wilson_interval
 from mesart.evaluation.suite import PERPLEXITY, Cell, ModelInfo, Outcome, SuiteResult
 from mesart.evaluation.tasks import find_task
 from mesart.graphs.errors import InputError

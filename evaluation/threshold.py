@@ -30,7 +30,6 @@ those that could have been chosen would tell.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +45,9 @@ from mesart.evaluation.held_out import held_out_text
 from mesart.evaluation.passkey_eval import PromptMaker, ask
 from mesart.evaluation.perplexity import places_in
 from mesart.evaluation.progress import progress_bar
-from mesart.evaluation.report import Z95, table, versions, wilson_interval
+from mesart.evaluation.provenance import versions
+from mesart.evaluation.report import Z95, table, wilson_interval
+from mesart.evaluation.result import Result
 from mesart.evaluation.systems import CheckpointModel, OpenSystems, Origin, Source, Subject, stretched
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError
@@ -142,7 +143,7 @@ class PasskeyRate:
 
 
 @dataclass(frozen=True)
-class ThresholdResult:
+class ThresholdResult(Result):
     """What :func:`probe_threshold` found."""
 
     train_length: int
@@ -204,10 +205,9 @@ class ThresholdResult:
         )
         return "\n".join(lines)
 
-    def to_json(self) -> str:
-        """Everything, for machines."""
+    def record(self) -> dict[str, Any]:
         fields = {**asdict(self), "predicted": asdict(self.predicted), "actual": asdict(self.actual)}
-        return json.dumps({"task": "threshold", **fields, "versions": versions()}, indent=1) + "\n"
+        return {"task": "threshold", **fields, "versions": versions()}
 
 
 def run_threshold(

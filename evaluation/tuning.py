@@ -26,8 +26,9 @@ from mesart.evaluation.journal import Journal, Key
 from mesart.evaluation.passkey_eval import PromptMaker, ask
 from mesart.evaluation.perplexity import places_in
 from mesart.evaluation.progress import progress_bar
-from mesart.evaluation.report import Z95, table, times, to_json, versions, wilson_interval
-from mesart.evaluation.suite import fingerprint
+from mesart.evaluation.provenance import fingerprint, versions
+from mesart.evaluation.report import Z95, table, times, wilson_interval
+from mesart.evaluation.result import Result, subject_record
 from mesart.evaluation.systems import CheckpointModel, MesaBundle, MesaReference, OpenSystems, Source, Subject, System
 from mesart.graphs.config import MesaConfig
 from mesart.graphs.errors import InputError, MesaError
@@ -138,7 +139,7 @@ def perplexity_ratio(losses: Sequence[float], base: Sequence[float]) -> tuple[fl
 
 
 @dataclass(frozen=True)
-class TuneResult:
+class TuneResult(Result):
     """What :func:`tune` found."""
 
     subject: Subject
@@ -182,8 +183,7 @@ class TuneResult:
         advice = f"Recommended: {changed}" if changed else "Recommended: what it started from"
         return f"{title}\n\n{table(header, rows)}\n\n{advice}{note}"
 
-    def to_json(self) -> str:
-        """Everything, for machines."""
+    def record(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "task_settings": dataclasses.asdict(self.task),
             "text": self.text.record(),
@@ -192,7 +192,7 @@ class TuneResult:
             "tried": [{**dataclasses.asdict(t), "interval95": t.interval, "scores": t.scores} for t in self.tried],
             "skipped": [{"config": config and config.to_dict(), "reason": reason} for config, reason in self.skipped],
         }
-        return to_json("tune", self.subject, self.seed, self.complete, fields)
+        return subject_record("tune", self.subject, self.seed, self.complete, fields)
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class SensitivityRow:
 
 
 @dataclass(frozen=True)
-class SensitivityResult:
+class SensitivityResult(Result):
     """What :func:`sensitivity` found."""
 
     subject: Subject
@@ -244,15 +244,14 @@ class SensitivityResult:
         note += "" if self.complete else "\n\nInterrupted: what was finished by then."
         return f"{title}\n\n{table(header, rows)}{note}"
 
-    def to_json(self) -> str:
-        """Everything, for machines."""
+    def record(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "task_settings": dataclasses.asdict(self.task),
             "text": self.text.record(),
             "seconds": round(self.seconds, 1),
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
-        return to_json("sensitivity", self.subject, self.seed, self.complete, fields)
+        return subject_record("sensitivity", self.subject, self.seed, self.complete, fields)
 
 
 def tune(

@@ -22,18 +22,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from mesart.evaluation.bench import Row, needed_pairs, run_bench
+from mesart.evaluation.bench import Row, run_bench
 from mesart.evaluation.cost import CostResult, CostRow, run_cost
 from mesart.evaluation.journal import Journal
-from mesart.evaluation.methods import METHODS
-from mesart.evaluation.report import versions
+from mesart.evaluation.methods import METHODS, parse_method
+from mesart.evaluation.pairs import needed_pairs
+from mesart.evaluation.provenance import fingerprint, versions
 from mesart.evaluation.suite import (
     JOURNAL_FILE,
     PERPLEXITY,
     Settings,
     SuiteResult,
-    chosen_method,
-    fingerprint,
     run_suite,
 )
 from mesart.evaluation.suite_plots import plot_cost, plot_sensitivity, plot_threshold
@@ -213,7 +212,7 @@ def engines(options: argparse.Namespace) -> None:
 def _exported(source: Path, method: str, folder: Path) -> Path:
     """A bundle with room for the tokens that are decoded behind the longest prompt."""
     window, longest = COST_MODEL["max_position_embeddings"], COST_LENGTHS[-1]
-    config = chosen_method(method, window, longest).static()
+    config = parse_method(method, window, longest).static()
     return export_model(source, folder / "bundle", config, max_tokens=longest + window)
 
 

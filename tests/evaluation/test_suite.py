@@ -20,10 +20,10 @@ import pytest
 from mesart.evaluation import suite
 from mesart.evaluation.cost import CostResult, run_cost
 from mesart.evaluation.held_out import held_out_text
-from mesart.evaluation.methods import make_method, open_method
+from mesart.evaluation.methods import make_method, open_method, parse_method
 from mesart.evaluation.perplexity import places_in
 from mesart.evaluation.report import wilson_interval
-from mesart.evaluation.suite import JOURNAL_FILE, Cell, Outcome, Settings, SuiteResult, chosen_method, run_suite
+from mesart.evaluation.suite import JOURNAL_FILE, Cell, Outcome, Settings, SuiteResult, run_suite
 from mesart.evaluation.suite_report import depth_grid, interval, tables, to_json, value, write_report
 from mesart.evaluation.systems import CheckpointModel
 from mesart.graphs import MesaError
@@ -206,7 +206,7 @@ def test_bad_options(settings: Settings, tmp_path: Path, changes: dict[str, Any]
 
 
 def test_parameters_come_with_the_name() -> None:
-    assert chosen_method("rerope:window=64,log_n=true", 256, 1024) == make_method(
+    assert parse_method("rerope:window=64,log_n=true", 256, 1024) == make_method(
         "rerope", 256, 1024, window=64, log_n=True
     )
 
