@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
+from mesart.graphs.manifest import MANIFEST_FILE, sha256
+
 _PACKAGES: Final = ("mesart", "numpy", "tokenizers", "onnxruntime", "openvino", "torch", "transformers")
 
 _FINGERPRINTED: Final = 1 << 20
@@ -44,8 +46,14 @@ def revision() -> str | None:
 
 
 def fingerprint(source: str) -> str:
-    """Tells checkpoints apart without reading all weights: config, and size and beginning of each weight file."""
+    """Tells models apart without reading all weights.
+
+    A bundle by its manifest, which has the hash of every file; a checkpoint by its config, and size and beginning of
+    each weight file.
+    """
     folder = Path(source)
+    if (folder / MANIFEST_FILE).is_file():
+        return sha256(folder / MANIFEST_FILE)
     if not folder.is_dir():
         return source  # a hub id
     digest = hashlib.sha256((folder / "config.json").read_bytes())

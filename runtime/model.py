@@ -8,7 +8,6 @@ from collections.abc import Sequence as Tokens
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -17,19 +16,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from mesart.graphs.bundle_files import BundleFiles
 from mesart.graphs.errors import CapacityError, InputError
-from mesart.graphs.manifest import Manifest
 from mesart.graphs.plan import Plan, bucket_for
 from mesart.runtime.backends import Activations, Array
 from mesart.runtime.engine import Engine, Turn
 from mesart.runtime.kv.device import DeviceMemory, DeviceStore
-from mesart.runtime.load import Loaded, load_runner, read_texts, require_digest
+from mesart.runtime.load import Loaded, load_bundle, read_texts
 from mesart.runtime.reading import plan_of_turn
 from mesart.runtime.sampling import Sampler, SamplingConfig
 from mesart.runtime.scheduler import Scheduler
 from mesart.runtime.sequence import Sequence
 from mesart.runtime.stream import TextStream
 from mesart.runtime.text import Tokenizer, configured_eos_ids, default_sampling
-from mesart.runtime.text_files import TEXT_FILES
 
 Logits: TypeAlias = NDArray[np.float32]
 Prompt: TypeAlias = "str | Tokens[int]"
@@ -99,16 +96,10 @@ class MesaModel:
             MesaError: no bundle, another one than ``digest`` says, a missing or altered file, a backend that is unknown
                 or not installed, engines that do not run on this machine, or rounding where there is nothing to round.
         """
-        folder = Path(bundle)
-        manifest = Manifest.read(folder)
-        if digest is not None:
-            require_digest(folder, manifest, digest, verify=verify)
-        files = manifest.open_files(folder)
-        files.verify(contents=verify, keep=TEXT_FILES)
-        loaded = load_runner(
-            files,
-            manifest,
+        files, loaded = load_bundle(
+            bundle,
             backend,
+            digest=digest,
             threads=threads,
             specialised=specialised,
             verify=verify,

@@ -23,20 +23,15 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from mesart.evaluation.bench import Row, run_bench
+from mesart.evaluation.cells import PERPLEXITY, Settings
 from mesart.evaluation.cost import CostResult, CostRow, run_cost
 from mesart.evaluation.journal import Journal
 from mesart.evaluation.methods import METHODS, parse_method
 from mesart.evaluation.pairs import needed_pairs
 from mesart.evaluation.provenance import fingerprint, versions
-from mesart.evaluation.suite import (
-    JOURNAL_FILE,
-    PERPLEXITY,
-    Settings,
-    SuiteResult,
-    run_suite,
-)
+from mesart.evaluation.suite import JOURNAL_FILE, run_suite
 from mesart.evaluation.suite_plots import plot_cost, plot_sensitivity, plot_threshold
-from mesart.evaluation.suite_report import write_report
+from mesart.evaluation.suite_report import SuiteResult, write_report
 from mesart.evaluation.threshold import run_threshold
 from mesart.evaluation.tuning import sensitivity
 from mesart.export import export_model

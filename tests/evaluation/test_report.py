@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from mesart.evaluation import PasskeyResult
 from mesart.evaluation.corpus import library_documents
 from mesart.evaluation.held_out import held_out_text
-from mesart.evaluation.passkey_eval import FILLERS, PasskeyCell
+from mesart.evaluation.passkey_eval import PasskeyCell
 from mesart.evaluation.report import table, wilson_interval
 from mesart.evaluation.systems import Subject
+from mesart.evaluation.tasks.passkey import FILLERS
 from mesart.graphs import MesaConfig, MesaError
 
 
