@@ -12,6 +12,7 @@ from mesart.evaluation.held_out import Text, held_out_text
 from mesart.evaluation.journal import Key
 from mesart.evaluation.measure import Examiner
 from mesart.evaluation.systems import Model, System, open_model
+from mesart.evaluation.systems.model import is_bundle
 from mesart.evaluation.tasks import find_task
 from mesart.graphs.errors import MesaError
 
@@ -149,7 +150,7 @@ def opened(source: str, settings: Settings, threads: int) -> Model:
     quiet()
     return open_model(
         source,
-        settings.backend,
+        settings.backend if is_bundle(source) else "auto",
         settings.dtype,
         settings.device,
         threads,

@@ -111,6 +111,10 @@ def run_suite(
     require_folder(output)
     text = text_of(settings)
     described = tuple(_describe(name, os.fspath(source)) for name, source in models.items())
+    if settings.backend != "auto" and all(model.held is None for model in described):
+        raise InputError(
+            f"backend {settings.backend!r} runs the graphs of bundles, and no model here is one: export it"
+        )
     if lengths is None:
         lengths = [described[0].info.train_length << power for power in range(6)]
     sizes = tuple(sorted(set(lengths)))

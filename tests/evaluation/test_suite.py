@@ -233,6 +233,11 @@ def test_bad_options(settings: Settings, tmp_path: Path, changes: dict[str, Any]
     assert not (tmp_path / "new").exists()
 
 
+def test_a_backend_without_a_bundle(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(MesaError, match="'openvino' runs the graphs of bundles, and no model here is one"):
+        run(tmp_path, replace(settings, backend="openvino"))
+
+
 def test_parameters_come_with_the_name() -> None:
     assert parse_method("rerope:window=64,log_n=true", 256, 1024) == make_method(
         "rerope", 256, 1024, window=64, log_n=True
