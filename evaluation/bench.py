@@ -7,61 +7,30 @@ ratios within one table. A short prompt is run first and not counted: engines co
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import platform
-import re
-import signal
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mesart.evaluation.arguments import require_lengths, require_whole
+from mesart.evaluation.machine import Machine, measure_machine
+from mesart.evaluation.pairs import needed_pairs
+from mesart.evaluation.processes import ProcessError, process_error, run_process
 from mesart.evaluation.progress import progress_bar
-from mesart.graphs import InputError, MesaError, Plan
+from mesart.evaluation.provenance import versions
+from mesart.evaluation.result import Result
+from mesart.graphs import InputError
 from mesart.graphs.bundle.manifest import Manifest
-from mesart.graphs.method.protocol import StaticMethod
 from mesart.runtime import backend_names, present_backends
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _WORKER = [sys.executable, "-m", "mesart.evaluation.bench_worker"]
-
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|OutOfMemory|MemoryError|failed to allocate|unable to allocate|ALLOC_FAILED|bad_alloc"
-    r"|GiB more: ",  # an engine that is known not to fit
-    re.IGNORECASE,
-)
-
-Death = Literal["failed", "out of memory", "time limit"]
-
-
-class ProcessError(MesaError):
-    """A process that gave no result."""
-
-    def __init__(self, death: Death, reason: str) -> None:
-        super().__init__(reason)
-        self.death: Death = death
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the machine can do, measured with PyTorch just before."""
-
-    cpu: str
-    threads: int
-    flops: dict[str, float]
-    """Peak of a product of 2048 x 2048 matrices, FLOP/s, by dtype."""
-    bandwidth: float
-    """Reading 1 GiB, bytes/s."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,9 @@ class Row:
 
 
 @dataclass(frozen=True)
-class BenchResult:
+class BenchResult(Result):
+    """What :func:`run_bench` found."""
+
     bundle: str
     machine: Machine
     rows: list[Row]
@@ -116,8 +87,8 @@ class BenchResult:
         lines.append("speed-up: over the first system of the same length; memory: peak anonymous resident memory")
         return "\n".join(lines)
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self)) + "\n"
+    def record(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
 def run_bench(
@@ -187,15 +158,6 @@ def run_bench(
     return BenchResult(str(bundle), machine, rows, versions(packages))
 
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those packages that are installed: onnxruntime has another name where it runs on GPUs."""
-    found = {}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
 def _default_lengths(manifest: Manifest) -> list[int]:
     lengths = [manifest.config.train_length]
     while lengths[-1] * 2 <= manifest.max_tokens:
@@ -231,7 +193,7 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_worker(job: dict[str, Any], limit: float | None = None, **environment: str) -> dict[str, Any]:
-    """One job of :mod:`mesart.evaluation.bench_worker` in a process of its own; arguments as of :func:`run_process`."""
+    """One job of :mod:`mesart.evaluation.bench_worker` in a process of its own; arguments as of ``run_process``."""
     if "threads" in job:
         environment["OMP_NUM_THREADS"] = str(job["threads"])
     done = run_process([*_WORKER, json.dumps(job)], limit, **environment)
@@ -242,59 +204,6 @@ def run_worker(job: dict[str, Any], limit: float | None = None, **environment: s
         raise ProcessError("failed", "ended without a result")
     result: dict[str, Any] = json.loads(lines[-1])
     return result
-
-
-def run_process(
-    command: list[str],
-    limit: float | None = None,
-    started: Callable[[int], object] | None = None,
-    /,
-    **environment: str,
-) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end, and ends what it has started.
-
-    Args:
-        command: what to run.
-        limit: seconds that it may take.
-        started: is told the process's id.
-        environment: variables that differ from this process's.
-
-    Raises:
-        ProcessError: it took longer.
-    """
-    pipe = subprocess.PIPE
-    # In a session of its own: a compiler that it has started would outlive it.
-    with subprocess.Popen(
-        command,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        errors="replace",
-        env=os.environ | environment,
-        start_new_session=True,
-    ) as process:
-        try:
-            if started is not None:
-                started(process.pid)
-            out, err = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired as error:
-            raise ProcessError("time limit", f"took longer than {limit:.0f} s") from error
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def process_error(done: subprocess.CompletedProcess[str]) -> ProcessError:
-    """What a process died of: the last line that looks like an error, else its last."""
-    if done.returncode < 0 and not _OUT_OF_MEMORY.search(done.stderr):
-        name = signal.Signals(-done.returncode).name
-        hint = " (the host's memory may have been full)" if name == "SIGKILL" else ""
-        return ProcessError("failed", f"killed by {name}{hint}")
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"mesart: error: |[\w.]+(Error|Exception)\b", line)]
-    reason = next(iter([*errors[-1:], *lines[-1:]]), "no message")
-    return ProcessError("out of memory" if _OUT_OF_MEMORY.search(done.stderr) else "failed", reason)
 
 
 def make_row(
@@ -321,17 +230,6 @@ def prompt_flops(manifest: Manifest, tokens: int, parameters: int, heads: int, *
     return 2.0 * parameters * tokens + scores
 
 
-def needed_pairs(config: StaticMethod, tokens: int) -> int:
-    """Pairs of a query and a key that it sees, over the whole prompt."""
-    if config.sink_window is not None:
-        kept = min(tokens, config.sink_window.slots)
-        return kept * (kept + 1) // 2 + (tokens - kept) * kept
-    plan = Plan.of(config, tokens)
-    spans = ([] if plan.head is None else [(len(plan.head), 0)]) + [(len(c), config.head_length) for c in plan.chunks]
-    spans.append((len(plan.tail), plan.tail.start))
-    return sum(new * past + new * (new + 1) // 2 for new, past in spans)
-
-
 def token_bytes(manifest: Manifest, tokens: int, parameters: int, dtype: str, *, plain: bool = False) -> float:
     """Bytes that a decoded token reads: every weight of a matrix, and the cache; ``plain``: none of it quantised."""
     cache = sum(layer.kv_heads * (layer.key_size + layer.value_size) for layer in manifest.layers) * tokens
@@ -339,72 +237,3 @@ def token_bytes(manifest: Manifest, tokens: int, parameters: int, dtype: str, *,
     if how is not None and not plain:
         weight = how.bits / 8 + (weight / how.group_size if how.group_size else 0.0)
     return parameters * weight + cache * _BYTES[dtype]
-
-
-def measure_machine(threads: int) -> Machine:
-    """The peaks that results are compared with."""
-    import torch  # noqa: PLC0415  (slow to import)
-
-    torch.set_num_threads(threads)
-    flops = {}
-    for dtype in ("float32", "bfloat16"):
-        for size in (512, 2048):
-            left = torch.randn(size, size).to(getattr(torch, dtype))
-            # As a product, and as a convolution over one point: torch gives the two to different libraries, of which
-            # either may be slow on a given CPU.
-            signal, kernel = left[None], left[:, :, None]
-            product = _best_time(lambda left=left: left @ left)
-            convolution = _best_time(lambda signal=signal, kernel=kernel: torch.conv1d(signal, kernel))
-            best = min(product, convolution)
-            flops[dtype] = 2 * size**3 / best
-            if best > 0.05:  # a CPU without bfloat16 would take minutes for the larger one
-                break
-    flops["float16"] = flops["float32"]  # CPU engines compute float16 in float32
-    block = torch.ones(1 << 28)
-    bandwidth = block.numel() * 4 / _best_time(block.sum)
-    return Machine(cpu_name(), threads, flops, bandwidth)
-
-
-def measure_gpu() -> dict[str, Any]:
-    """The same of the first GPU: ``flops`` of products of 8192 x 8192 matrices, ``bandwidth`` of a copy on the device,
-    which reads and writes each byte."""
-    import torch  # noqa: PLC0415  (slow to import)
-
-    event: Any = torch.cuda.Event
-
-    def timed(function: Any) -> float:
-        function()
-        times = []
-        for _ in range(3):
-            start, end = event(enable_timing=True), event(enable_timing=True)
-            start.record()
-            for _ in range(10):
-                function()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1e4)  # ms, of ten
-        return float(min(times))
-
-    flops = {}
-    for dtype in ("bfloat16", "float16"):
-        left, right = (torch.randn(8192, 8192, device="cuda", dtype=getattr(torch, dtype)) for _ in range(2))
-        flops[dtype] = 2 * 8192**3 / timed(lambda left=left, right=right: left @ right)
-    source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return {"flops": flops, "bandwidth": 2 * source.numel() / timed(lambda: target.copy_(source))}
-
-
-def _best_time(function: Any, runs: int = 5) -> float:
-    function()
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -67,7 +67,7 @@ def _time(job: dict[str, Any]) -> dict[str, Any]:
 
 def _machine(job: dict[str, Any]) -> dict[str, Any]:
     """The machine's peaks."""
-    from mesart.evaluation.bench import measure_gpu, measure_machine  # noqa: PLC0415  (needs torch)
+    from mesart.evaluation.machine import measure_gpu, measure_machine  # noqa: PLC0415  (needs torch)
 
     if job.get("device") == "cuda":
         return measure_gpu()

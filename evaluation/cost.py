@@ -17,13 +17,14 @@ from statistics import median
 from typing import Any
 
 from mesart.evaluation.arguments import require_lengths, require_number, require_whole
-from mesart.evaluation.bench import ProcessError, process_error, run_process
 from mesart.evaluation.bench_worker import peak_memory
 from mesart.evaluation.journal import Journal
-from mesart.evaluation.methods import METHODS
+from mesart.evaluation.methods import METHODS, parse_method
+from mesart.evaluation.processes import ProcessError, process_error, run_process
 from mesart.evaluation.progress import progress_bar
-from mesart.evaluation.report import table, times, versions
-from mesart.evaluation.suite import chosen_method, fingerprint
+from mesart.evaluation.provenance import fingerprint, versions
+from mesart.evaluation.report import table, times
+from mesart.evaluation.result import Result
 from mesart.graphs.method.config import MesaConfig
 
 
@@ -48,7 +49,7 @@ class CostRow:
 
 
 @dataclass(frozen=True)
-class CostResult:
+class CostResult(Result):
     """What :func:`run_cost` found."""
 
     source: str
@@ -81,12 +82,10 @@ class CostResult:
         header = ["tokens", "of T_r", "method", "first token", "per token", "memory", "scores", "keys kept"]
         return table(header, rows)
 
-    def to_json(self) -> str:
-        """Everything, for machines."""
+    def record(self) -> dict[str, Any]:
         fields = {"source": Path(self.source).name, "train_length": self.train_length, "threads": self.threads}
         rows = [asdict(row) for row in self.rows]
-        report = {"task": "cost", "complete": self.complete, **fields, "rows": rows, "versions": versions()}
-        return json.dumps(report, indent=1) + "\n"
+        return {"task": "cost", "complete": self.complete, **fields, "rows": rows, "versions": versions()}
 
 
 def run_cost(
@@ -129,7 +128,7 @@ def run_cost(
     threads = threads or os.cpu_count() or 1
     train_length, sizes = MesaConfig.from_model(source).train_length, sorted(set(lengths))
     for name in names:
-        chosen_method(name, train_length, sizes[-1])  # says what is wrong before anything runs
+        parse_method(name, train_length, sizes[-1])  # says what is wrong before anything runs
     journal = Journal(output)
     conditions = {
         "model": fingerprint(os.fspath(source)),
@@ -198,7 +197,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     config: Any = model.config
     vocabulary = int(config.get_text_config().vocab_size)
     train_length = MesaConfig.from_model(job["source"]).train_length
-    method = chosen_method(job["method"], train_length, job["longest"])
+    method = parse_method(job["method"], train_length, job["longest"])
     prompt = torch.randint(vocabulary, (job["length"],), generator=torch.Generator().manual_seed(0)).tolist()
     with peak_memory() as loaded:
         pass

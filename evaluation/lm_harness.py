@@ -146,7 +146,7 @@ class MesaLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
 
     Args:
         bundle: a bundle, a checkpoint's folder or a hub id.
-        system: of :data:`~mesart.evaluation.systems.SYSTEMS`: ``mesa``, or ``origin``, the plain model.
+        system: of ``mesa``, or ``origin``, the plain model.
         backend: what runs a bundle's graphs, see :meth:`~mesart.runtime.MesaModel.load`.
         max_length: the longest prompt; if left out, that of a bundle's largest bucket. ``origin`` and a checkpoint have
             no limit; their windows are then as long as :func:`~mesart.evaluation.open_systems` evaluates them.
@@ -252,7 +252,7 @@ class MesaLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
     def prefix_token_id(self) -> int:
         """What the first token of a text is conditioned on: the beginning-of-text token, else the end-of-text token."""
         beginning = self.tokenizer.special_tokens.get("bos_token")
-        return self.eot_token_id if beginning is None else self.opened.encode(beginning)[0]
+        return self.eot_token_id if beginning is None else self.tokenizer.encode(beginning, add_special_tokens=False)[0]
 
     @cached_property
     def _prefix_text(self) -> str:

@@ -1,29 +1,24 @@
-"""The passkey evaluation: how often each system finds the key, by length and filler."""
+"""The passkey evaluation: how often each system finds the key, by length and filler. The suite's task, in one table."""
 
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any, Final, cast, get_args
+from typing import Any, Final, cast
 
 from mesart.evaluation.arguments import require_lengths, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
-from mesart.evaluation.passkey import Filler, PasskeyPrompt, minimum_length, passkey_prompt, prompt_rng
+from mesart.evaluation.measure import Answer, Examiner
+from mesart.evaluation.passkey import Filler
 from mesart.evaluation.progress import progress_bar
-from mesart.evaluation.report import table, times, to_json, wilson_interval
-from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, System, open_systems
+from mesart.evaluation.report import table, times, wilson_interval
+from mesart.evaluation.result import Result, subject_record
+from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, open_systems
+from mesart.evaluation.tasks.passkey import FILLERS, MOST_PROMPTS, NumberedPasskey
 from mesart.graphs.errors import InputError
 from mesart.graphs.method.config import MesaConfig
-
-FILLERS: Final[tuple[Filler, ...]] = get_args(Filler)
-"""The fillers there are."""
-
-_MAX_PROMPTS: Final = 1_000_000
-"""Prompts of a length and filler that have random numbers of their own."""
 
 _MAX_DIGITS: Final = 1000
 """Of a key; Python reads no numbers of many thousands."""
@@ -63,7 +58,7 @@ class PasskeyCell:
 
 
 @dataclass(frozen=True)
-class PasskeyResult:
+class PasskeyResult(Result):
     """What :func:`run_passkey` found."""
 
     subject: Subject
@@ -109,8 +104,7 @@ class PasskeyResult:
         note = "" if self.complete else "\n\nInterrupted: what was finished by then."
         return f"{title}\n\n{table(header, rows)}{note}"
 
-    def to_json(self) -> str:
-        """Everything, for machines: versions, seed, configuration, and every cell with its 95% interval."""
+    def record(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "prompts": self.prompts,
             "digits": self.digits,
@@ -118,7 +112,7 @@ class PasskeyResult:
             "seconds": round(self.seconds, 1),
             "cells": [{**asdict(c), "rate": c.rate, "interval95": c.interval} for c in self.cells],
         }
-        return to_json("passkey", self.subject, self.seed, self.complete, fields)
+        return subject_record("passkey", self.subject, self.seed, self.complete, fields)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the rates against the length as a picture; its format follows the suffix, such as ``.png``."""
@@ -150,10 +144,10 @@ def run_passkey(
 
     Args:
         source: a bundle, a checkpoint's folder or a hub id.
-        systems: names of :data:`~mesart.evaluation.systems.SYSTEMS`.
+        systems: ``mesa``, ``origin`` or both.
         lengths: of the prompts in tokens; if left out, 1, 2, 4, ... 32 times the trained length, as far as a bundle
             goes (a checkpoint: 16 times).
-        fillers: names of :data:`FILLERS`.
+        fillers: names of :data:`~mesart.evaluation.tasks.passkey.FILLERS`.
         prompts: for each length, filler and system, and for each of ``depths``.
         depths: shares of the filler before the key, 0 to 1; if left out, the prompts are spread evenly over them.
         seed: of the prompts, in a namespace that training does not draw from.
@@ -170,12 +164,12 @@ def run_passkey(
     _check_options(lengths, fillers, prompts, depths, digits, seed, text)
     filler_text = held_out_text(text) if "random" in fillers else None
     with open_systems(source, systems, backend, config, trust_remote_code=trust_remote_code) as opened:
-        maker = PromptMaker(opened, filler_text, digits, seed)
-        chosen = _lengths(opened, lengths, maker.shortest)
+        examiner = Examiner(opened.tokenizer, filler_text)
+        tasks = {filler: NumberedPasskey(filler, digits) for filler in cast(list[Filler], list(dict.fromkeys(fillers)))}
+        chosen = _lengths(opened, lengths, max(task.minimum_length(examiner.writer) for task in tasks.values()))
         names = list(opened.systems)
         spread: Sequence[float | None] = depths or (None,)
-        kinds = cast(list[Filler], list(dict.fromkeys(fillers)))
-        grid = [(length, filler, depth) for length in chosen for filler in kinds for depth in dict.fromkeys(spread)]
+        grid = [(length, filler, depth) for length in chosen for filler in tasks for depth in dict.fromkeys(spread)]
         cells: list[PasskeyCell] = []
         complete, start = True, time.monotonic()
         total = prompts * len(names) * sum(length for length, _, _ in grid)
@@ -183,12 +177,18 @@ def run_passkey(
             # In tokens, not prompts: the time that is left is then guessed well.
             with progress_bar(total=total, unit="tok", unit_scale=True, desc="passkey", disable=not progress) as bar:
                 for length, filler, depth in grid:
-                    batch = [maker.prompt(length, filler, depth, index, prompts) for index in range(prompts)]
+                    task = tasks[filler]
+                    batch = [
+                        task.prompt(
+                            examiner.writer, length, seed, index, (index + 0.5) / prompts if depth is None else depth
+                        )
+                        for index in range(prompts)
+                    ]
                     for name in names:
                         bar.set_postfix_str(f"{name}, {length} tokens, {filler} filler")
                         wrong = []
                         for prompt in batch:
-                            wrong += ask(opened, opened.systems[name], prompt)
+                            wrong += _wrong(examiner.ask(opened.systems[name], task, prompt))
                             bar.update(length)
                         correct = prompts - len(wrong)
                         cells.append(PasskeyCell(name, length, filler, depth, prompts, correct, tuple(wrong)))
@@ -198,39 +198,11 @@ def run_passkey(
     return PasskeyResult(opened.subject, seed, prompts, digits, filler_text, tuple(cells), complete, seconds)
 
 
-class PromptMaker:
-    """Prompts that depend on the seed, length, filler and index only: not on what else is evaluated in the run."""
-
-    def __init__(self, opened: OpenSystems, text: Text | None, digits: int, seed: int) -> None:
-        # The same few sentences are encoded again and again.
-        self._encode = lru_cache(4096)(opened.encode)
-        self._prefix, self._digits, self._seed = opened.prefix_ids, digits, seed
-        self._text = None if text is None else text.content
-        self.shortest = minimum_length(self._encode, digits=digits, prefix_ids=self._prefix)
-
-    def prompt(self, length: int, filler: Filler, depth: float | None, index: int, prompts: int) -> PasskeyPrompt:
-        number = (length * len(FILLERS) + FILLERS.index(filler)) * _MAX_PROMPTS + index
-        return passkey_prompt(
-            self._encode,
-            length,
-            (index + 0.5) / prompts if depth is None else depth,
-            prompt_rng("eval", self._seed, number),
-            filler=filler,
-            filler_text=self._text,
-            digits=self._digits,
-            prefix_ids=self._prefix,
-        )
-
-
-def ask(opened: OpenSystems, system: System, prompt: PasskeyPrompt) -> list[WrongAnswer]:
+def _wrong(answer: Answer) -> list[WrongAnswer]:
     """Nothing if the answer is right."""
-    # One token more than the key has, so that a number that goes on is not taken for the key.
-    count = len(opened.encode(" " + prompt.answer)) + 1
-    generated = opened.tokenizer.decode(system.generate(prompt.input_ids, count, opened.tokenizer.eos_token_ids))
-    number = re.search("[0-9]+", generated)
-    if number is not None and number.group() == prompt.answer:
+    if answer.score == 1:
         return []
-    return [WrongAnswer(round(prompt.depth, 4), prompt.answer, generated)]
+    return [WrongAnswer(round(float(answer.sample.facts["depth"]), 4), answer.sample.references[0], answer.said)]
 
 
 def _lengths(opened: OpenSystems, lengths: Sequence[int] | None, shortest: int) -> list[int]:
@@ -263,7 +235,7 @@ def _check_options(
             raise InputError(f"unknown filler {filler!r}; there are {', '.join(FILLERS)}")
     if not fillers:
         raise InputError(f"name a filler; there are {', '.join(FILLERS)}")
-    require_whole("prompts", prompts, most=_MAX_PROMPTS)
+    require_whole("prompts", prompts, most=MOST_PROMPTS)
     require_lengths(lengths)
     require_seed(seed)
     for depth in depths or ():
@@ -283,4 +255,4 @@ def _pool(cells: Sequence[PasskeyCell]) -> PasskeyCell:
     return PasskeyCell(first.system, first.length, first.filler, depth, prompts, correct, wrong)
 
 
-__all__ = ["FILLERS", "PasskeyCell", "PasskeyResult", "PromptMaker", "WrongAnswer", "ask", "run_passkey"]
+__all__ = ["FILLERS", "PasskeyCell", "PasskeyResult", "WrongAnswer", "run_passkey"]

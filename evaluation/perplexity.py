@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,8 +12,10 @@ from typing import Any
 
 from mesart.evaluation.arguments import require_lengths, require_seed, require_whole
 from mesart.evaluation.held_out import Text, held_out_text
+from mesart.evaluation.measure import Examiner
 from mesart.evaluation.progress import progress_bar
-from mesart.evaluation.report import Z95, table, times, to_json
+from mesart.evaluation.report import Z95, table, times
+from mesart.evaluation.result import Result, subject_record
 from mesart.evaluation.systems import SYSTEMS, OpenSystems, Source, Subject, open_systems
 from mesart.graphs.errors import InputError
 from mesart.graphs.method.config import MesaConfig
@@ -36,7 +37,7 @@ class PerplexityCell:
 
 
 @dataclass(frozen=True)
-class PerplexityResult:
+class PerplexityResult(Result):
     """What :func:`run_perplexity` found."""
 
     subject: Subject
@@ -89,8 +90,7 @@ class PerplexityResult:
         note = "" if self.complete else "\n\nInterrupted: what was finished by then."
         return f"{title}\n\n{table(header, rows)}{note}"
 
-    def to_json(self) -> str:
-        """Everything, for machines: versions, seed, configuration, and every cell with the loss at each place."""
+    def record(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "tokens": self.tokens,
             "places": self.places,
@@ -108,7 +108,7 @@ class PerplexityResult:
                 for c in self.cells
             ],
         }
-        return to_json("perplexity", self.subject, self.seed, self.complete, fields)
+        return subject_record("perplexity", self.subject, self.seed, self.complete, fields)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the perplexity against the length as a picture; its format follows the suffix, such as ``.png``."""
@@ -138,7 +138,7 @@ def run_perplexity(
 
     Args:
         source: a bundle, a checkpoint's folder or a hub id.
-        systems: names of :data:`~mesart.evaluation.systems.SYSTEMS`.
+        systems: ``mesa``, ``origin`` or both.
         lengths: of the texts in tokens, the scored ones included; if left out, 1, 2, 4, ... 32 times the
             trained length, as far as a bundle goes (a checkpoint: 16 times).
         places: number of random places in the text.
@@ -160,9 +160,9 @@ def run_perplexity(
     require_seed(seed)
     scored = held_out_text(text)
     with open_systems(source, systems, backend, config, trust_remote_code=trust_remote_code) as opened:
-        chosen = _lengths(opened, lengths, tokens)
-        stream = opened.encode(scored.content)
-        ends = places_in(len(stream), chosen[-1] - len(opened.prefix_ids), places, seed)
+        examiner = Examiner(opened.tokenizer, scored)
+        chosen = _lengths(opened, lengths, len(examiner.writer.prefix_ids) + tokens + 1, tokens)
+        ends = examiner.places(chosen[-1], places, seed)
         cells: list[PerplexityCell] = []
         complete, start = True, time.monotonic()
         try:
@@ -174,8 +174,7 @@ def run_perplexity(
                         bar.set_postfix_str(f"{name}, {length} tokens")
                         losses = []
                         for end in ends:
-                            body = stream[end - (length - len(opened.prefix_ids)) : end]
-                            losses.append(-float(system.log_probs(opened.prefix_ids + body, tokens).mean()))
+                            losses.append(examiner.loss(system, end, length, tokens))
                             bar.update(length)
                         cells.append(PerplexityCell(name, length, tuple(losses)))
         except KeyboardInterrupt:
@@ -184,26 +183,10 @@ def run_perplexity(
     return PerplexityResult(opened.subject, seed, tokens, len(ends), scored, tuple(cells), complete, seconds)
 
 
-def places_in(size: int, longest: int, count: int, seed: int) -> list[int]:
-    """Ends of texts in a stream of ``size`` tokens: different ones, each with the longest context before it.
-
-    Raises:
-        MesaError: the stream is too short.
-    """
-    possible = range(longest, size + 1)
-    if len(possible) < count:
-        raise InputError(
-            f"the text has {size} tokens; {count} places with {longest} tokens before each need at least "
-            f"{longest + count - 1}: give a longer text (--text), or shorter lengths"
-        )
-    return sorted(random.Random(f"eval-perplexity-{seed}").sample(possible, count))
-
-
-def _lengths(opened: OpenSystems, lengths: Sequence[int] | None, tokens: int) -> list[int]:
+def _lengths(opened: OpenSystems, lengths: Sequence[int] | None, shortest: int, tokens: int) -> list[int]:
     chosen = sorted(set(opened.default_lengths if lengths is None else lengths))
     if not chosen:
         raise InputError("name a length")
-    shortest = len(opened.prefix_ids) + tokens + 1
     if chosen[0] < shortest:
         raise InputError(
             f"a context of {chosen[0]} tokens is too short to score {tokens}; it takes at least {shortest}"
@@ -214,4 +197,4 @@ def _lengths(opened: OpenSystems, lengths: Sequence[int] | None, tokens: int) ->
     return chosen
 
 
-__all__ = ["PerplexityCell", "PerplexityResult", "places_in", "run_perplexity"]
+__all__ = ["PerplexityCell", "PerplexityResult", "run_perplexity"]

@@ -1,21 +1,13 @@
-"""What all reports share: tables, JSON, intervals, versions."""
+"""What all reports share: tables and intervals."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import platform
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final
-
-from mesart.evaluation.systems import Subject
+from collections.abc import Sequence
+from typing import Final
 
 Z95: Final = 1.959964
 """Half the width of a 95% interval, in standard deviations of the normal distribution."""
-
-_PACKAGES: Final = ("mesart", "numpy", "tokenizers", "onnxruntime", "openvino", "torch", "transformers")
 
 
 def wilson_interval(correct: float, count: int) -> tuple[float, float]:
@@ -41,27 +33,4 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ruler, *lines[1:]))
 
 
-def to_json(task: str, subject: Subject, seed: int, complete: bool, fields: Mapping[str, Any]) -> str:
-    """A report for machines, which says all that is needed to run it again."""
-    report = {
-        "task": task,
-        "complete": complete,
-        "seed": seed,
-        "source": {"path": subject.source, "kind": subject.kind},
-        "config": subject.config.to_dict(),
-        "systems": subject.engines,
-        **fields,
-        "versions": versions(),
-    }
-    return json.dumps(report, indent=1, default=dataclasses.asdict) + "\n"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result may depend on, those that are installed."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+__all__ = ["Z95", "table", "times", "wilson_interval"]

@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from mesart.evaluation.cells import PERPLEXITY, Cell
 from mesart.evaluation.cost import CostResult
 from mesart.evaluation.plots import draw_line, few_digits, legend, length_axis, require, save, style
 from mesart.evaluation.report import times
-from mesart.evaluation.suite import PERPLEXITY, Cell, SuiteResult
-from mesart.evaluation.suite_report import depth_grid, interval, value
+from mesart.evaluation.suite_report import SuiteResult, depth_grid, interval, value
 from mesart.evaluation.threshold import ThresholdResult
 from mesart.evaluation.tuning import SensitivityResult
 

@@ -1,21 +1,96 @@
-"""The suite's results as tables for people and JSON for machines."""
+"""What the suite found: tables for people, JSON for machines, and the folder that has both."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mesart.evaluation.cells import PERPLEXITY, Cell, Outcome, Settings
+from mesart.evaluation.held_out import Text
 from mesart.evaluation.output import WriteError, write_file
-from mesart.evaluation.report import Z95, table, times, versions, wilson_interval
-from mesart.evaluation.suite import PERPLEXITY, Cell, GridModel, Outcome, SuiteResult
+from mesart.evaluation.provenance import versions
+from mesart.evaluation.report import Z95, table, times, wilson_interval
+from mesart.evaluation.result import Result
 from mesart.evaluation.tasks import find_task
 from mesart.graphs.errors import InputError
+
+
+@dataclass(frozen=True)
+class GridModel:
+    """A model of the grid."""
+
+    name: str
+    source: str
+    train_length: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class SuiteResult(Result):
+    """All cells that are known."""
+
+    models: tuple[GridModel, ...]
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    settings: Settings
+    text: Text
+    outcomes: dict[Cell, Outcome] = field(repr=False)
+    parameters: dict[tuple[str, str], dict[str, Any]]
+    """Of each model's methods."""
+    complete: bool
+    revision: str | None
+
+    def outcome(self, model: str, method: str, task: str, length: int) -> Outcome | None:
+        return self.outcomes.get(Cell(model, method, task, length))
+
+    def table(self) -> str:
+        """A table for each model and task: lengths down, methods across; Markdown that reads well as it is."""
+        parts = []
+        for model in self.models:
+            parts.append(
+                f"## {model.name}\n\nTrained on windows of {model.train_length:,} tokens. "
+                f"Seed {self.settings.seed}; text: {self.text.name}."
+            )
+            parts += [_table(self, model, task) for task in self.tasks]
+            refused = {
+                (cell.method, outcome.refused): None
+                for cell, outcome in sorted(self.outcomes.items(), key=lambda item: item[0])
+                if cell.model == model.name and outcome.refused
+            }
+            if refused:
+                parts.append("\n".join(f"- {method} left out: {reason}" for method, reason in refused))
+        if not self.complete:
+            parts.append("Interrupted: what was finished by then. The same command goes on.")
+        return "\n\n".join(parts) + "\n"
+
+    def record(self) -> dict[str, Any]:
+        cells = []
+        for cell, outcome in sorted(self.outcomes.items(), key=lambda item: item[0]):
+            entry: dict[str, Any] = {**asdict(cell), **asdict(outcome)}
+            if outcome.scores:
+                entry["value"], entry["interval95"] = value(cell, outcome), interval(cell, outcome)
+            cells.append(entry)
+        return {
+            "task": "suite",
+            "complete": self.complete,
+            "revision": self.revision,
+            "versions": versions(),
+            "settings": asdict(self.settings),
+            "text": self.text.record(),
+            # A folder's place says nothing elsewhere; the fingerprint tells models apart.
+            "models": [{**asdict(model), "source": Path(model.source).name} for model in self.models],
+            "parameters": [
+                {"model": model, "method": method, **parameters}
+                for (model, method), parameters in self.parameters.items()
+            ],
+            "cells": cells,
+        }
 
 
 def value(cell: Cell, outcome: Outcome) -> float:
@@ -36,27 +111,6 @@ def interval(cell: Cell, outcome: Outcome) -> tuple[float, float]:
     half = Z95 * statistics.stdev(outcome.scores) / math.sqrt(count) if count > 1 else 0.0
     mean = statistics.fmean(outcome.scores)
     return math.exp(mean - half), math.exp(mean + half)
-
-
-def tables(result: SuiteResult) -> str:
-    """A table for each model and task: lengths down, methods across; Markdown that reads well as it is."""
-    parts = []
-    for model in result.models:
-        parts.append(
-            f"## {model.name}\n\nTrained on windows of {model.train_length:,} tokens. "
-            f"Seed {result.settings.seed}; text: {result.text.name}."
-        )
-        parts += [_table(result, model, task) for task in result.tasks]
-        refused = {
-            (cell.method, outcome.refused): None
-            for cell, outcome in sorted(result.outcomes.items(), key=lambda item: item[0])
-            if cell.model == model.name and outcome.refused
-        }
-        if refused:
-            parts.append("\n".join(f"- {method} left out: {reason}" for method, reason in refused))
-    if not result.complete:
-        parts.append("Interrupted: what was finished by then. The same command goes on.")
-    return "\n\n".join(parts) + "\n"
 
 
 def _table(result: SuiteResult, model: GridModel, task: str) -> str:
@@ -95,32 +149,6 @@ def _number(cell: Cell, outcome: Outcome) -> str:
     return f"{value(cell, outcome):.2f} [{low:.2f}, {high:.2f}]"
 
 
-def to_json(result: SuiteResult) -> str:
-    """Everything: versions, seed, revision, the methods' parameters, and every cell with its scores and interval."""
-    cells = []
-    for cell, outcome in sorted(result.outcomes.items(), key=lambda item: item[0]):
-        entry: dict[str, Any] = {**asdict(cell), **asdict(outcome)}
-        if outcome.scores:
-            entry["value"], entry["interval95"] = value(cell, outcome), interval(cell, outcome)
-        cells.append(entry)
-    report = {
-        "task": "suite",
-        "complete": result.complete,
-        "revision": result.revision,
-        "versions": versions(),
-        "settings": asdict(result.settings),
-        "text": result.text.record(),
-        # A folder's place says nothing elsewhere; the fingerprint tells models apart.
-        "models": [{**asdict(model), "source": Path(model.source).name} for model in result.models],
-        "parameters": [
-            {"model": model, "method": method, **parameters}
-            for (model, method), parameters in result.parameters.items()
-        ],
-        "cells": cells,
-    }
-    return json.dumps(report, indent=1) + "\n"
-
-
 def write_report(result: SuiteResult, folder: str | os.PathLike[str]) -> None:
     """Writes ``README.md`` with tables and pictures, ``results.json``, and the pictures into a folder.
 
@@ -134,8 +162,8 @@ def write_report(result: SuiteResult, folder: str | os.PathLike[str]) -> None:
         place.mkdir(parents=True, exist_ok=True)
         pictures = draw_suite(result, place)
         links = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
-        write_file(place / "README.md", f"# Methods side by side\n\n{links}\n\n{tables(result)}")
-        write_file(place / "results.json", to_json(result))
+        write_file(place / "README.md", f"# Methods side by side\n\n{links}\n\n{result.table()}")
+        write_file(place / "results.json", result.to_json())
     except WriteError:  # it names the file
         raise
     except OSError as error:
@@ -166,4 +194,4 @@ def _by_depth(scores: Sequence[float], depths: Sequence[float | None], count: in
     return [statistics.fmean(group) if group else math.nan for group in groups]
 
 
-__all__ = ["depth_grid", "interval", "tables", "to_json", "value", "write_report"]
+__all__ = ["GridModel", "SuiteResult", "depth_grid", "interval", "value", "write_report"]

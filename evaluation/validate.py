@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import nn
 
 from mesart.evaluation.arguments import require_seed, require_whole
 from mesart.evaluation.progress import progress_bar
+from mesart.evaluation.result import Result
 from mesart.graphs import InputError, Plan, Span, TorchReference
 from mesart.graphs.bundle.manifest import Manifest, Quantisation
 from mesart.graphs.method.plan import Bucket
@@ -75,7 +75,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Validation:
+class Validation(Result):
     """The verdict and what it rests on."""
 
     bundle: str
@@ -115,9 +115,8 @@ class Validation:
             )
         return "\n".join([*lines, self.verdict()])
 
-    def to_json(self) -> str:
-        fields = dataclasses.asdict(self) | {"passed": self.passed, "verdict": self.verdict()}
-        return json.dumps(fields, indent=1) + "\n"
+    def record(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"passed": self.passed, "verdict": self.verdict()}
 
 
 def validate(

@@ -1,7 +1,8 @@
-"""From the name of a backend to a store and a runner on it."""
+"""From a bundle's folder and the name of a backend to a store and a runner on it."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from mesart.graphs.bundle.manifest import Flavour, Manifest
 from mesart.graphs.bundle.names import GraphKind, past_name
 from mesart.graphs.errors import BundleError, EngineError, InputError
 from mesart.graphs.memory_size import parse_memory
+from mesart.graphs.method.config import MesaConfig
+from mesart.graphs.method.plan import buckets_up_to
 from mesart.runtime.backends import (
     STORAGE,
     Activations,
@@ -61,6 +64,34 @@ class Loaded:
     """Why this backend, a phrase for people."""
     fingerprint: str
     """Names what computes keys and values: :func:`~mesart.runtime.chunk_store.keys.fingerprint`."""
+    fixed_shapes: bool = False
+    """Whether the graphs are made for the chunks and tails of the manifest's configuration alone."""
+
+    def under(self, config: MesaConfig, max_tokens: int) -> Loaded:
+        """The same store and runner, for prompts of up to ``max_tokens`` tokens under another configuration.
+
+        The symbolic graph takes cuts, positions and scales as data: a bundle of Mesa runs every configuration of its
+        trained length.
+
+        Raises:
+            MesaError: the bundle holds another method, its tables are for another trained length, its graphs have fixed
+                shapes, or the configuration has no positions for such prompts.
+        """
+        held = self.manifest.config
+        if not isinstance(held, MesaConfig):
+            raise InputError(f"the bundle holds {held.name}; only Mesa runs under other configurations than its own")
+        if config.train_length != held.train_length:
+            raise InputError(
+                f"the bundle's tables are for train_length = {held.train_length}; start from that, or export again"
+            )
+        if self.fixed_shapes:
+            raise InputError(
+                f"{self.backend} runs graphs of fixed shapes, made for the bundle's own configuration; take "
+                "backend onnxruntime, openvino or torch"
+            )
+        config = replace(config, short_length=held.short_length)
+        buckets = list(buckets_up_to(config, max_tokens))
+        return replace(self, manifest=replace(self.manifest, config=config, buckets=buckets))
 
 
 def require_digest(bundle: Path, manifest: Manifest, digest: str, *, verify: bool) -> None:
@@ -82,6 +113,45 @@ def require_digest(bundle: Path, manifest: Manifest, digest: str, *, verify: boo
 def read_texts(files: BundleFiles) -> TextFiles:
     """The texts of a bundle, as they were verified."""
     return TextFiles(files.folder, {name: files.read(name) for name in TEXT_FILES if name in files})
+
+
+def load_bundle(
+    bundle: str | os.PathLike[str],
+    backend: str = "auto",
+    *,
+    digest: str | None = None,
+    threads: int | None = None,
+    specialised: bool = False,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+    activations: Activations | None = None,
+    kv_memory: int | str | None = None,
+    kv_dtype: KvDtype | None = None,
+) -> tuple[BundleFiles, Loaded]:
+    """A bundle's files, verified, and what runs it; see :meth:`~mesart.runtime.MesaModel.load` for the arguments.
+
+    Raises:
+        MesaError: as there.
+    """
+    folder = Path(bundle)
+    manifest = Manifest.read(folder)
+    if digest is not None:
+        require_digest(folder, manifest, digest, verify=verify)
+    files = manifest.open_files(folder)
+    files.verify(contents=verify, keep=TEXT_FILES)
+    loaded = load_runner(
+        files,
+        manifest,
+        backend,
+        threads=threads,
+        specialised=specialised,
+        verify=verify,
+        trust_remote_code=trust_remote_code,
+        activations=activations,
+        kv_memory=kv_memory,
+        kv_dtype=kv_dtype,
+    )
+    return files, loaded
 
 
 def load_runner(
@@ -147,7 +217,7 @@ def load_runner(
     graphs = [files.infos[graph.file].sha256 for graph in manifest.graphs if graph.kind in kinds]
     computed_by = (engine.name, engine.device, type(runner).__name__, activations or "", kv_dtype or "")
     named = fingerprint(manifest, graphs, computed_by)
-    return Loaded(store, runner, manifest, engine.name, engine.device, choice, named)
+    return Loaded(store, runner, manifest, engine.name, engine.device, choice, named, specialised)
 
 
 def _open_runner(
@@ -249,7 +319,7 @@ def _load_engines(files: BundleFiles, manifest: Manifest, flavour: Flavour, choi
     plans = [engine.key for engine in built.engines if phases & {profile.phase for profile in engine.profiles}]
     named = fingerprint(manifest, plans, (flavour, built.version, engines.cuda.capability))
     usable = replace(manifest, buckets=engines.buckets(manifest))
-    return Loaded(store, runner, usable, flavour, "cuda", choice, named)
+    return Loaded(store, runner, usable, flavour, "cuda", choice, named, fixed_shapes=True)
 
 
-__all__ = ["Loaded", "load_runner", "read_texts", "require_digest"]
+__all__ = ["Loaded", "load_bundle", "load_runner", "read_texts", "require_digest"]

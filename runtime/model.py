@@ -8,7 +8,6 @@ from collections.abc import Sequence as Tokens
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -16,7 +15,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mesart.graphs.bundle.files import BundleFiles
-from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import CapacityError, InputError
 from mesart.graphs.method.plan import Plan, bucket_for
 from mesart.runtime.backends import Activations, Array, KvDtype
@@ -27,7 +25,7 @@ from mesart.runtime.document_texts import DocumentTexts
 from mesart.runtime.documents import Reuse, check_reuse
 from mesart.runtime.engine import Engine, Turn
 from mesart.runtime.kv.device import DeviceMemory, DeviceStore
-from mesart.runtime.load import Loaded, load_runner, read_texts, require_digest
+from mesart.runtime.load import Loaded, load_bundle, read_texts
 from mesart.runtime.prompts import Prompt, PromptIds, checked_count, checked_prompts, is_batch, token_ids
 from mesart.runtime.reading import plan_of_turn
 from mesart.runtime.sampling import Sampler, SamplingConfig
@@ -35,7 +33,6 @@ from mesart.runtime.scheduler import Scheduler
 from mesart.runtime.sequence import Sequence
 from mesart.runtime.stream import TextStream
 from mesart.runtime.text import Tokenizer, configured_eos_ids, default_sampling
-from mesart.runtime.text_files import TEXT_FILES
 from mesart.runtime.usage import Usage, WarmReport
 
 Logits: TypeAlias = NDArray[np.float32]
@@ -131,16 +128,10 @@ class MesaModel:
                 or not installed, engines that do not run on this machine, or rounding where there is nothing to round.
         """
         require_store(store)
-        folder = Path(bundle)
-        manifest = Manifest.read(folder)
-        if digest is not None:
-            require_digest(folder, manifest, digest, verify=verify)
-        files = manifest.open_files(folder)
-        files.verify(contents=verify, keep=TEXT_FILES)
-        loaded = load_runner(
-            files,
-            manifest,
+        files, loaded = load_bundle(
+            bundle,
             backend,
+            digest=digest,
             threads=threads,
             specialised=specialised,
             verify=verify,

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mesart.evaluation.bench import ProcessError, cpu_name
+from mesart.evaluation.machine import cpu_name
+from mesart.evaluation.processes import ProcessError
 from mesart.graphs.errors import InputError, MesaError
 from mesart.scripts.bench_peers import PACKAGES, Bundle, Prompts, measure, prepare
 from mesart.scripts.options import filled, number, threads, whole

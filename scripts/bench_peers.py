@@ -29,8 +29,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from mesart.evaluation.bench import ProcessError, cpu_name, process_error, run_process
 from mesart.evaluation.corpus import library_text
+from mesart.evaluation.machine import cpu_name
+from mesart.evaluation.processes import ProcessError, process_error, run_process
 from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import InputError, MesaError
 from mesart.runtime import backend_names

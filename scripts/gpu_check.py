@@ -1,7 +1,8 @@
 """One command for a GPU machine: validates and times every backend that runs there, and prints one table, last.
 
 Each export, build, validation and measurement has a process of its own and a time limit, so a crash is a row and not
-the end. What became of each is a line of rows.jsonl in the work folder: a rerun goes on where the last one ended.
+the end. What became of each is a line of rows.jsonl in the work folder: a rerun goes on where the last one ended, and
+refuses what other versions have measured.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -19,14 +19,17 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mesart.evaluation.bench import ProcessError, cpu_name, make_row, process_error, run_process, run_worker, versions
-from mesart.evaluation.json_lines import JsonLines
+from mesart.evaluation.bench import make_row, run_worker
+from mesart.evaluation.journal import Journal, Key
+from mesart.evaluation.machine import cpu_name
+from mesart.evaluation.processes import ProcessError, process_error, run_process
+from mesart.evaluation.provenance import versions
 from mesart.graphs.bundle.manifest import Manifest
 from mesart.graphs.errors import InputError, MesaError
 
@@ -141,7 +144,7 @@ class GpuCheck:
         if options.new_tokens < 1 or min(options.lengths or [1]) < 1:
             raise InputError("--lengths and --new-tokens must be at least 1")
         self.systems = {name: dtype for name, dtype in systems.items() if name in (options.backends or systems)}
-        self.records = Records(options.work / "rows.jsonl")
+        self.journal = Journal(options.work / "rows.jsonl")
         self.bundles: dict[tuple[str, str], Path | ProcessError] = {}
         self.peaks: dict[str, Any] | None = None
         self.skipped: list[str] = []
@@ -153,18 +156,17 @@ class GpuCheck:
         left_out: list[Task] = []
         stopped: dict[tuple[str, str], dict[str, Any]] = {}
         for task in self._tasks():
-            key = self._key(task)
-            record = None if self.options.again else self.records.find(key)
+            record = None if self.options.again else self._find(self._key(task))
             if record is None and (task.model, task.system) in stopped:
                 before = stopped[task.model, task.system]
-                reason = f"not tried: so at {before['key']['tokens']:,} tokens"
-                record = self.records.add(key, {"status": before["status"], "reason": reason})
+                reason = f"not tried: so at {before['tokens']:,} tokens"
+                record = self._keep(task, {"status": before["status"], "reason": reason})
             if record is None and self._budget_is_spent():
                 left_out.append(task)
                 continue
             if record is None:
                 self._say(str(task))
-                record = self.records.add(key, self._outcome(task))
+                record = self._keep(task, self._outcome(task))
                 self._say(f"  {', '.join(filter(None, self._cells(task, record)))}")
             rows[task] = record
             if task.tokens and (record["status"] in ("out of memory", "time limit") or record.get("engines_failed")):
@@ -183,9 +185,24 @@ class GpuCheck:
     def _models(self) -> list[str]:
         return [name for name in MODELS if name in self.options.models]
 
-    def _key(self, task: Task) -> dict[str, Any]:
+    def _key(self, task: Task) -> Key:
+        what = ("validation",) if task.tokens is None else (task.tokens, self.options.new_tokens)
+        return (self.machine.name, task.model, task.system, self.systems[task.system], *what)
+
+    def _find(self, key: Key) -> dict[str, Any] | None:
+        return self.journal.find(key, self._conditions, dict)
+
+    def _keep(self, task: Task, outcome: dict[str, Any]) -> dict[str, Any]:
+        """Writes down what became of a row."""
         new = self.options.new_tokens if task.tokens else None
-        return {"machine": self.machine.name, "dtype": self.systems[task.system], **asdict(task), "new_tokens": new}
+        what = {"machine": self.machine.name, "dtype": self.systems[task.system], **asdict(task), "new_tokens": new}
+        record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **what, **outcome}
+        self.journal.add(self._key(task), self._conditions, record)
+        return record
+
+    @cached_property
+    def _conditions(self) -> dict[str, Any]:
+        return {"versions": self.versions}
 
     def _budget_is_spent(self) -> bool:
         budget = self.options.budget
@@ -225,16 +242,16 @@ class GpuCheck:
 
     def _measure_peaks(self) -> dict[str, Any] | None:
         """FLOP/s by dtype and bytes/s of the machine; nothing without a torch that can measure them."""
-        key = {"machine": self.machine.name, "task": "peaks"}
-        record = self.records.find(key)
+        key = (self.machine.name, "peaks")
+        record = self._find(key)
         if record is None and importlib.util.find_spec("torch"):
             self._say("measuring the machine's peaks")
             try:
-                found = run_worker({"task": "machine", **self._common()}, self._limit)
-                record = self.records.add(key, {"status": "ok", "result": found})
+                record = run_worker({"task": "machine", **self._common()}, self._limit)
+                self.journal.add(key, self._conditions, record)
             except ProcessError as error:
                 self._say(f"no peaks: {_phrase(error)}")
-        return None if record is None else record["result"]
+        return record
 
     def _common(self) -> dict[str, Any]:
         return {"device": self.machine.device, "threads": len(os.sched_getaffinity(0))}
@@ -362,7 +379,7 @@ class GpuCheck:
 
     @cached_property
     def versions(self) -> dict[str, str]:
-        return {"python": platform.python_version(), **versions(VERSIONS)}
+        return versions(VERSIONS)
 
     def _heading(self) -> list[str]:
         machine = self.machine
@@ -423,30 +440,6 @@ class GpuCheck:
             if texts:
                 parts.append(f"{name} at {', '.join(texts)}: the budget of {self.options.budget:g} minutes was spent")
         return f"Not run: {'; '.join(parts) or 'nothing was left out'}."
-
-
-@dataclass
-class Records:
-    """What became of each row, a line of JSON each, the newest last."""
-
-    path: Path
-    known: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = JsonLines(self.path, "{")
-        for line in self._file.read():
-            with contextlib.suppress(json.JSONDecodeError):  # a line that an older version's killed run left unfinished
-                self.known.append(json.loads(line))
-
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        return next((record for record in reversed(self.known) if record["key"] == key), None)
-
-    def add(self, key: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
-        record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "key": key, **outcome}
-        self._file.append(record)
-        self.known.append(record)
-        return record
 
 
 def find_gpu() -> Machine:

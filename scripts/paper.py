@@ -22,22 +22,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from mesart.evaluation.bench import Row, needed_pairs, run_bench
+from mesart.evaluation.bench import Row, run_bench
+from mesart.evaluation.cells import PERPLEXITY, Settings
 from mesart.evaluation.cost import CostResult, CostRow, run_cost
 from mesart.evaluation.journal import Journal
-from mesart.evaluation.methods import METHODS
-from mesart.evaluation.report import versions
-from mesart.evaluation.suite import (
-    JOURNAL_FILE,
-    PERPLEXITY,
-    Settings,
-    SuiteResult,
-    chosen_method,
-    fingerprint,
-    run_suite,
-)
+from mesart.evaluation.methods import METHODS, parse_method
+from mesart.evaluation.pairs import needed_pairs
+from mesart.evaluation.provenance import fingerprint, versions
+from mesart.evaluation.suite import JOURNAL_FILE, run_suite
 from mesart.evaluation.suite_plots import plot_cost, plot_sensitivity, plot_threshold
-from mesart.evaluation.suite_report import write_report
+from mesart.evaluation.suite_report import SuiteResult, write_report
 from mesart.evaluation.threshold import run_threshold
 from mesart.evaluation.tuning import sensitivity
 from mesart.export import export_model
@@ -213,7 +207,7 @@ def engines(options: argparse.Namespace) -> None:
 def _exported(source: Path, method: str, folder: Path) -> Path:
     """A bundle with room for the tokens that are decoded behind the longest prompt."""
     window, longest = COST_MODEL["max_position_embeddings"], COST_LENGTHS[-1]
-    config = chosen_method(method, window, longest).static()
+    config = parse_method(method, window, longest).static()
     return export_model(source, folder / "bundle", config, max_tokens=longest + window)
 
 

@@ -1,7 +1,7 @@
 """Tries every causal language model that transformers knows, small and with random weights; writes docs/models.md.
 
 Each type runs in a process of its own, with a time limit. What is known is kept, a line of JSON for each type, so that
-a sweep that was stopped goes on where it ended:
+a sweep that was stopped goes on where it ended, and what other versions have found is refused:
 
     python -m mesart.scripts.sweep_families --work sweep.jsonl
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import sys
@@ -26,7 +25,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, __version__
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from mesart.evaluation.json_lines import JsonLines
+from mesart.evaluation.journal import Journal
+from mesart.evaluation.provenance import versions
 from mesart.export import export_model
 from mesart.export.engines import build_engines
 from mesart.graphs import InputError, MesaConfig, MesaError, TorchReference
@@ -347,14 +347,17 @@ def main() -> int:
     torch.set_num_threads(1)  # also because a process that has threads must not be forked
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    work = JsonLines(options.work, "{")
-    known: dict[str, dict[str, Any]] = {result["type"]: result for result in map(json.loads, work.read())}
-    kinds = options.types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    for kind in kinds:
+    work, conditions = Journal(options.work), {"versions": versions()}
+    known: dict[str, dict[str, Any]] = {}
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        found = work.find((kind,), conditions, dict)
+        if found is not None:
+            known[kind] = found
+    for kind in options.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if kind in known and not options.types:
             continue
         known[kind] = result = run_apart(kind, options.seconds)
-        work.append(result)
+        work.add((kind,), conditions, result)
         reasons = [f"{name}: {reason}" for name, reason in result["stages"].items() if reason]
         print(f"{kind}: {'; '.join(reasons) or 'green'} ({result['seconds']} s)", flush=True)
     results = [known[kind] for kind in sorted(known)]

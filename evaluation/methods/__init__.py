@@ -7,6 +7,8 @@ methods.
 
 from __future__ import annotations
 
+import json
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 from mesart.evaluation.methods.dual_chunk import DualChunk
@@ -60,6 +62,35 @@ def make_method(name: str, train_length: int, max_tokens: int | None = None, **p
     return METHODS[name].of(train_length, max_tokens, **parameters)
 
 
+def parse_method(spec: str, train_length: int, max_tokens: int) -> Method:
+    """The method of ``NAME`` or ``NAME:PARAMETER=VALUE,...``, such as ``rerope:window=64,log_n=true``.
+
+    Raises:
+        MesaError: no such method or parameter, or a value that is none.
+    """
+    name, _, rest = spec.partition(":")
+    parameters: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, text = part.partition("=")
+        try:
+            parameters[key] = _parameter(text)
+        except ValueError as error:
+            raise InputError(
+                f"{spec!r} is no method: {part!r} is not PARAMETER=VALUE with a number, true or false"
+            ) from error
+    return make_method(name, train_length, max_tokens, **parameters)
+
+
+def _parameter(text: str) -> bool | int | float | None:
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("no number") from error
+    if not isinstance(value, bool | int | float | None) or (value is not None and not math.isfinite(value)):
+        raise ValueError("neither a finite number nor true, false or null")
+    return value
+
+
 def open_method(
     name: str, model: nn.Module, train_length: int, max_tokens: int | None = None, **parameters: Any
 ) -> MethodSystem:
@@ -81,4 +112,4 @@ def open_method(
     return MethodSystem(model, method)
 
 
-__all__ = ["METHODS", "Method", "make_method", "open_method"]
+__all__ = ["METHODS", "Method", "make_method", "open_method", "parse_method"]

@@ -12,7 +12,7 @@ from mesart.evaluation.methods.cache import CacheRows, LayerCache
 from mesart.evaluation.methods.execution import Execution, Live
 from mesart.evaluation.methods.method import Method
 from mesart.evaluation.methods.wrapped import WrappedModel
-from mesart.evaluation.systems import System
+from mesart.evaluation.systems.system import System
 from mesart.graphs.errors import InputError
 
 RUN_LENGTH = 4096

@@ -112,13 +112,16 @@ class Task(ABC):
             raise InputError(
                 f"a {self.name} prompt of {length} tokens is too short: with this tokenizer it takes at least {least}"
             )
-        for _ in range(_ATTEMPTS):
+
+        def draw() -> Sample:
             drawn = rng.random()  # also if it is not needed, so that all else is the same at every depth
-            try:
-                return self._write(writer, length, rng, drawn if depth is None else depth)
-            except TooLong:
-                continue
-        raise InputError(f"no {self.name} prompt came out as short as {length} tokens; ask for more")
+            return self._write(writer, length, rng, drawn if depth is None else depth)
+
+        return self._first_that_fits(draw, length)
+
+    def prompt(self, writer: Writer, length: int, seed: int, index: int, depth: float) -> Sample:
+        """The prompt of a number: it depends on task, seed, length, number and depth only. Raises as :meth:`sample`."""
+        return self.sample(writer, length, random.Random(f"eval-{self.name}-{seed}-{length}-{index}"), depth=depth)
 
     def score(self, sample: Sample, answer: str) -> float:
         """The share of the references that stand in the answer, in whatever case (RULER's metric), 0 to 1."""
@@ -136,6 +139,14 @@ class Task(ABC):
     @abstractmethod
     def _probes(self) -> Iterable[str]:
         """Texts that a tokenizer must tell from one another, or questions or answers would be lost in it."""
+
+    def _first_that_fits(self, draw: Callable[[], Sample], length: int) -> Sample:
+        for _ in range(_ATTEMPTS):
+            try:
+                return draw()
+            except TooLong:
+                continue
+        raise InputError(f"no {self.name} prompt came out as short as {length} tokens; ask for more")
 
     def _new_tokens(self, writer: Writer, answer: str, most: int | None) -> int:
         """As many tokens as the answer has, and one, so that it can be seen to end; `most`, the source's, if more."""

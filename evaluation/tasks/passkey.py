@@ -7,9 +7,9 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar, Final, get_args
 
-from mesart.evaluation.passkey import INTRODUCTION, QUESTION, Filler, minimum_length, passkey_prompt
+from mesart.evaluation.passkey import INTRODUCTION, QUESTION, Filler, minimum_length, passkey_prompt, prompt_rng
 from mesart.evaluation.tasks.base import Sample, Task, TooLong, Writer
 from mesart.evaluation.tasks.draft import hay, hide, room, sample
 from mesart.evaluation.tasks.values import NUMBERS, SMALL_NUMBERS, Numbers
@@ -23,12 +23,18 @@ NEEDLE: Final = " The special magic {city} number is: {number}."
 NEEDLE_QUESTION: Final = "\nWhat is the special magic {city} number? The special magic {city} number is:"
 NEEDLE_INTRODUCTION: Final = "A special magic number is hidden within the following text. Make sure to memorize it.\n"
 
+FILLERS: Final[tuple[Filler, ...]] = get_args(Filler)
+"""The fillers of a passkey's prompt there are."""
+
+MOST_PROMPTS: Final = 1_000_000
+"""Prompts of a length and filler that have random numbers of their own."""
+
 _THREE_WORDS: Final = re.compile(r"\S\s+\S+\s+\S")  # fewer, and no excerpt might hold a whole one
 
 
 @dataclass(frozen=True)
 class FirstNumberTask(Task):
-    """A task answered by a number: the first of the answer, whole and with no digit more, as `run_passkey` counts."""
+    """A task answered by a number: the first of the answer, whole and with no digit more."""
 
     def score(self, sample: Sample, answer: str) -> float:
         number = re.search("[0-9]+", answer)
@@ -84,6 +90,18 @@ class RandomPasskey(Passkey):
     title: ClassVar[str] = "Passkey, random text as filler"
 
     filler: Filler = "random"
+
+
+@dataclass(frozen=True)
+class NumberedPasskey(Passkey):
+    """The passkeys of `mesart eval passkey`, of `mesart tune` and of the threshold, with either filler.
+
+    Their random numbers are numbered as training's are, in a namespace of their own (:func:`prompt_rng`).
+    """
+
+    def prompt(self, writer: Writer, length: int, seed: int, index: int, depth: float) -> Sample:
+        rng = prompt_rng("eval", seed, (length * len(FILLERS) + FILLERS.index(self.filler)) * MOST_PROMPTS + index)
+        return self._first_that_fits(lambda: self._write(writer, length, rng, depth), length)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class StaticMethod(Protocol):
         """
 
     def plan_between(self, tokens: int, edges: Sequence[int]) -> Plan:
-        """The plan of a first prompt that is cut at edges; see :meth:`Plan.of <mesart.graphs.plan.Plan.of>`.
+        """The plan of a first prompt that is cut at edges; see :meth:`Plan.of <mesart.graphs.method.plan.Plan.of>`.
 
         Raises:
             MesaError: it leaves the positions, or the method has no chunks.

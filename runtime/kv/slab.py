@@ -10,7 +10,7 @@ from mesart.graphs.bundle.manifest import LayerInfo
 from mesart.graphs.errors import CapacityError
 from mesart.graphs.method.plan import Span
 from mesart.runtime.kv.block import BlockLayout, KvBlock
-from mesart.runtime.kv.store import Array, Budget, Kv, Positions, Rotate, moved_span, rotated_keys
+from mesart.runtime.kv.store import Array, Kv, MemoryBudget, Positions, Rotate, moved_span, rotated_keys
 
 
 class Slab:
@@ -90,7 +90,7 @@ class SlabStore:
         self._layers, self._storage, self.rotation, self._capacity = layers, storage, rotate, capacity
         self.layout = BlockLayout.of(layers, storage)
         self.bytes_per_token = self.layout.bytes_per_token
-        self._budget = Budget(memory)
+        self._budget = MemoryBudget(memory)
         self._texts = Slab(layers, storage)
 
     @property

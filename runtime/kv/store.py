@@ -165,7 +165,7 @@ class KvStore(Protocol):
         ...
 
 
-class Budget:
+class MemoryBudget:
     """Bytes that keys and values may take in all."""
 
     def __init__(self, limit: int) -> None:
@@ -215,9 +215,9 @@ def moved_span(old: Positions, new: Positions) -> tuple[int, int]:
 
 __all__ = [
     "Array",
-    "Budget",
     "Kv",
     "KvStore",
+    "MemoryBudget",
     "Positions",
     "Rotate",
     "moved_span",

@@ -141,7 +141,7 @@ def _method_config(options: argparse.Namespace) -> StaticMethod:
     config = MesaConfig.from_model(options.model, **given)
     if options.method is None:
         return config
-    from mesart.evaluation.suite import chosen_method  # noqa: PLC0415  (rarely needed)
+    from mesart.evaluation.methods import parse_method  # noqa: PLC0415  (rarely needed)
 
     left_out = {"tail_max": AUTO}
     theirs = [name for name, value in given.items() if value is not left_out.get(name) and name != "train_length"]
@@ -149,7 +149,7 @@ def _method_config(options: argparse.Namespace) -> StaticMethod:
         option = theirs[0].replace("_", "-")
         raise InputError(f"--{option} with --method: give it as a parameter, --method NAME:{theirs[0]}=...")
     longest = options.max_tokens if options.max_tokens is not None else 16 * config.train_length
-    return chosen_method(options.method, config.train_length, longest).static()
+    return parse_method(options.method, config.train_length, longest).static()
 
 
 def _calibration_text(options: argparse.Namespace) -> str | None:

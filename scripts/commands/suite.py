@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mesart.scripts import streams
-from mesart.scripts.options import add_command, add_seed, add_text, add_trust, filled, threads, whole
+from mesart.scripts.options import add_backend, add_command, add_seed, add_text, add_trust, filled, threads, whole
 
 
 def add(tasks: Any) -> None:
     parser = add_command(tasks, "suite", _run, "Methods side by side; an interrupted run goes on.")
-    parser.add_argument("models", type=filled, nargs="*", metavar="MODEL", help="a checkpoint or hub id, or NAME=MODEL")
+    parser.add_argument(
+        "models", type=filled, nargs="*", metavar="MODEL", help="a bundle, a checkpoint or hub id, or NAME=MODEL"
+    )
     parser.add_argument(
         "--model", type=filled, action="append", default=[], dest="more", metavar="MODEL", help="the same"
     )
@@ -25,16 +27,18 @@ def add(tasks: Any) -> None:
     parser.add_argument("--scale", choices=("paper", "small"), default="paper", help="small: for tiny windows")
     add_seed(parser)
     add_text(parser)
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of checkpoints")
     parser.add_argument("--device", type=filled, default="cpu", help="of PyTorch, such as cuda")
+    add_backend(parser)
     parser.add_argument("--jobs", type=threads, default=1, help="processes at a time; they share the cores")
-    add_trust(parser, "the checkpoints")
+    add_trust(parser, "the models")
 
 
 def _run(options: argparse.Namespace) -> int:
     import mesart.evaluation.suite_plots  # noqa: F401, PLC0415  (says what is missing before hours of work, not after)
-    from mesart.evaluation.suite import Settings, run_suite  # noqa: PLC0415
-    from mesart.evaluation.suite_report import tables, write_report  # noqa: PLC0415
+    from mesart.evaluation.cells import Settings  # noqa: PLC0415
+    from mesart.evaluation.suite import run_suite  # noqa: PLC0415
+    from mesart.evaluation.suite_report import write_report  # noqa: PLC0415
 
     result = run_suite(
         dict(_named_model(model) for model in [*options.models, *options.more]),
@@ -50,11 +54,12 @@ def _run(options: argparse.Namespace) -> int:
             text=options.text,
             dtype=options.dtype,
             device=options.device,
+            backend=options.backend,
             trust_remote_code=options.trust_remote_code,
         ),
         jobs=options.jobs,
     )
-    streams.write(tables(result) + "\n", flush=True)
+    streams.write(result.table() + "\n", flush=True)
     if result.outcomes:
         write_report(result, options.output)
         streams.write(f"wrote {options.output}\n")

@@ -12,7 +12,7 @@ import pytest
 from mesart.evaluation import run_cost, run_passkey, run_perplexity, run_suite, run_threshold, sensitivity, tune
 from mesart.evaluation.arguments import require_device, require_lengths, require_number, require_seed, require_whole
 from mesart.evaluation.bench import run_bench
-from mesart.evaluation.suite import Settings
+from mesart.evaluation.cells import Settings
 from mesart.evaluation.validate import validate
 from mesart.graphs import MesaError
 

@@ -17,16 +17,10 @@ import pytest
 import torch
 
 from mesart.evaluation import bench_worker
-from mesart.evaluation.bench import (
-    ProcessError,
-    needed_pairs,
-    process_error,
-    run_bench,
-    run_process,
-    run_worker,
-    token_bytes,
-)
+from mesart.evaluation.bench import run_bench, run_worker, token_bytes
 from mesart.evaluation.bench_worker import peak_device_memory, peak_memory, require_cuda_provider
+from mesart.evaluation.pairs import needed_pairs
+from mesart.evaluation.processes import ProcessError, process_error, run_process
 from mesart.graphs import MesaConfig, MesaError, Plan
 from mesart.graphs.bundle.manifest import Manifest
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from mesart.evaluation import passkey_eval, run_passkey
+from mesart.evaluation import run_passkey
 from mesart.evaluation.passkey import prompt_rng
+from mesart.evaluation.tasks import passkey
 from mesart.graphs import MesaError
 from mesart.runtime.text import Tokenizer
 from tests.evaluation.conftest import DEMO_MODEL, Scripted
@@ -60,7 +61,7 @@ def test_all_systems_get_the_same_unseen_prompts(use, tokenizer, monkeypatch: py
         drawn.add(split)
         return prompt_rng(split, seed, index)
 
-    monkeypatch.setattr(passkey_eval, "prompt_rng", record)
+    monkeypatch.setattr(passkey, "prompt_rng", record)
 
     def asked(**options: Any) -> list[list[int]]:
         mesa, origin = Scripted(), Scripted()

@@ -10,12 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mesart.evaluation
 from mesart.evaluation import PasskeyResult
+from mesart.evaluation.bench import BenchResult
 from mesart.evaluation.corpus import library_documents
 from mesart.evaluation.held_out import held_out_text
-from mesart.evaluation.passkey_eval import FILLERS, PasskeyCell
+from mesart.evaluation.passkey_eval import PasskeyCell
 from mesart.evaluation.report import table, wilson_interval
+from mesart.evaluation.result import Result
 from mesart.evaluation.systems import Subject
+from mesart.evaluation.tasks.passkey import FILLERS
+from mesart.evaluation.validate import Validation
 from mesart.graphs import MesaConfig, MesaError
 
 
@@ -83,6 +88,14 @@ def test_plots(tmp_path: Path) -> None:
         result.plot(tmp_path / "plot.sound")
     with pytest.raises(MesaError, match=r"cannot write the picture .*No such file"):
         result.plot(tmp_path / "missing" / "plot.png")
+
+
+def test_results_have_one_base() -> None:
+    names = [name for name in mesart.evaluation.__all__ if name.endswith("Result")]
+    assert len(names) == 7
+    for kind in (*(getattr(mesart.evaluation, name) for name in names), BenchResult, Validation):
+        assert issubclass(kind, Result)
+        assert not kind.__abstractmethods__
 
 
 def test_light_to_import() -> None:

@@ -18,15 +18,17 @@ import numpy as np
 import pytest
 
 from mesart.evaluation import suite
+from mesart.evaluation.cells import Cell, Outcome, Settings, run_cell
 from mesart.evaluation.cost import CostResult, run_cost
 from mesart.evaluation.held_out import held_out_text
-from mesart.evaluation.methods import make_method, open_method
-from mesart.evaluation.perplexity import places_in
+from mesart.evaluation.measure import places_in
+from mesart.evaluation.methods import make_method, open_method, parse_method
 from mesart.evaluation.report import wilson_interval
-from mesart.evaluation.suite import JOURNAL_FILE, Cell, Outcome, Settings, SuiteResult, chosen_method, run_suite
-from mesart.evaluation.suite_report import depth_grid, interval, tables, to_json, value, write_report
+from mesart.evaluation.suite import JOURNAL_FILE, run_suite
+from mesart.evaluation.suite_report import SuiteResult, depth_grid, interval, value, write_report
 from mesart.evaluation.systems import CheckpointModel
 from mesart.graphs import MesaError
+from mesart.graphs.bundle.manifest import Manifest
 from tests.evaluation.conftest import DEMO_MODEL
 
 MODELS = {"demo": DEMO_MODEL}
@@ -74,7 +76,7 @@ def test_losses_are_the_methods_own(result: SuiteResult) -> None:
     model = CheckpointModel.load(DEMO_MODEL)
     stream = model.encode(result.text.content)
     for length in (200, 400):
-        system = open_method("streaming-llm", model.model, 256, 400)
+        system = open_method("streaming-llm", model.module, 256, 400)
         outcome = result.outcomes[Cell("demo", "streaming-llm", "perplexity", length)]
         ends = places_in(len(stream), 400 - 1, 2, 0)
         for end, loss in zip(ends, outcome.scores, strict=True):
@@ -88,7 +90,7 @@ def test_an_interrupted_run_goes_on(
     result: SuiteResult, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[Cell] = []
-    real = suite.run_cell
+    real = run_cell
 
     def interrupted(job: Any) -> Outcome:
         if len(ran) == 3:
@@ -100,7 +102,7 @@ def test_an_interrupted_run_goes_on(
     first = run(tmp_path, settings)
     assert not first.complete
     assert set(first.outcomes) == set(ran)
-    assert "Interrupted" in tables(first)
+    assert "Interrupted" in first.table()
 
     def counted(job: Any) -> Outcome:
         ran.append(job.cell)
@@ -117,7 +119,7 @@ def test_an_interrupt_reaches_the_processes(settings: Settings, tmp_path: Path) 
     """As Ctrl-C does it: to all of them. What was finished is reported, and nothing else is printed."""
     code = f"""
 import signal
-from mesart.evaluation.suite import Settings, run_suite
+from mesart.evaluation import Settings, run_suite
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's child would ignore it
     print("started", flush=True)
@@ -173,8 +175,34 @@ def test_a_method_that_a_model_cannot_take_is_named(checkpoint: Any, settings: S
     outcome = found.outcomes[Cell("bloom", "yarn", "perplexity", 40)]
     assert outcome.refused is not None
     assert "has none (ALiBi or NoPE)" in outcome.refused
-    assert f"- yarn left out: {outcome.refused}" in tables(found)
+    assert f"- yarn left out: {outcome.refused}" in found.table()
     assert found.outcomes[Cell("bloom", "origin", "perplexity", 40)].scores
+
+
+def test_bundles_are_models_too(bundle: Any, checkpoint: Any, settings: Settings, tmp_path: Path) -> None:
+    """What a bundle gives is what its checkpoint gives; beyond its largest bucket it says why there is nothing."""
+    models = {"bundle": bundle(), "checkpoint": checkpoint("llama")}
+    options: dict[str, Any] = {"tasks": ["perplexity", "passkey"], "lengths": [300, 400]}
+    method = "mesa:" + ",".join(f"{k}={json.dumps(v)}" for k, v in _parameters(bundle()).items())
+    found = run(tmp_path, settings, models=models, methods=["mesa", method, "origin"], **options)
+
+    def losses(model: str, method: str, length: int = 300) -> tuple[float, ...]:
+        return found.outcomes[Cell(model, method, "perplexity", length)].scores
+
+    assert losses("bundle", "mesa") == pytest.approx(losses("checkpoint", method), abs=1e-3)
+    assert losses("bundle", method) == pytest.approx(losses("checkpoint", method), abs=1e-5)
+    assert losses("bundle", "origin", 400) == pytest.approx(losses("checkpoint", "origin", 400), abs=1e-5)
+    assert len(found.outcomes[Cell("bundle", "mesa", "passkey", 300)].scores) == 3
+    beyond = [found.outcomes[Cell("bundle", "mesa", task, 400)].refused or "" for task in options["tasks"]]
+    assert all("longer than the largest bucket of this bundle, 344 tokens" in reason for reason in beyond)
+    assert found.parameters["bundle", "mesa"] == _parameters(bundle())
+    with pytest.raises(MesaError, match=r"another backend \(auto, now onnxruntime\)"):
+        run(tmp_path, replace(settings, backend="onnxruntime"), models=models, methods=["mesa"], **options)
+
+
+def _parameters(folder: Path) -> dict[str, Any]:
+    config = Manifest.read(folder).config.to_dict()
+    return {name: value for name, value in config.items() if name != "train_length"}
 
 
 def test_a_cell_that_a_method_has_no_logits_for_is_left_out(settings: Settings, tmp_path: Path) -> None:
@@ -183,7 +211,7 @@ def test_a_cell_that_a_method_has_no_logits_for_is_left_out(settings: Settings, 
     inside, beyond = (found.outcomes[Cell("demo", method, "perplexity", n)] for n in (200, 400))
     assert inside.scores
     assert beyond.refused == "of a text of 400 tokens only the last 4 can be scored, the tail of its plan, not 8"
-    assert f"- {method} left out: {beyond.refused}" in tables(found)
+    assert f"- {method} left out: {beyond.refused}" in found.table()
 
 
 @pytest.mark.parametrize(
@@ -205,8 +233,13 @@ def test_bad_options(settings: Settings, tmp_path: Path, changes: dict[str, Any]
     assert not (tmp_path / "new").exists()
 
 
+def test_a_backend_without_a_bundle(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(MesaError, match="'openvino' runs the graphs of bundles, and no model here is one"):
+        run(tmp_path, replace(settings, backend="openvino"))
+
+
 def test_parameters_come_with_the_name() -> None:
-    assert chosen_method("rerope:window=64,log_n=true", 256, 1024) == make_method(
+    assert parse_method("rerope:window=64,log_n=true", 256, 1024) == make_method(
         "rerope", 256, 1024, window=64, log_n=True
     )
 
@@ -242,7 +275,7 @@ def test_the_report(result: SuiteResult, tmp_path: Path) -> None:
     assert pictures == {"passkey.png", "perplexity.png", "passkey-depths-demo.png"}
     assert all(f"({name})" in text for name in pictures)
     data = json.loads((tmp_path / "results" / "results.json").read_text())
-    assert data == json.loads(to_json(result))
+    assert data == json.loads(result.to_json())
     assert len(data["cells"]) == 8
     assert data["versions"]["torch"]
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesart.evaluation.systems import SYSTEMS, OpenSystems, open_systems
+from mesart.evaluation.systems import SYSTEMS, open_model, open_systems, prefix_ids
 from mesart.graphs import MesaError
 from tests.evaluation.conftest import VOCABULARY, Scripted
 
@@ -96,9 +96,24 @@ def test_what_cannot_be_scored(count: int) -> None:
 
 
 def test_special_tokens_begin_a_prompt(opened_bundle, tokenizer) -> None:
-    assert opened_bundle.prefix_ids == []
-    begun = OpenSystems(opened_bundle.subject, tokenizer, 1024)
-    assert tokenizer.decode(begun.prefix_ids, skip_special_tokens=False) == "<|begin|>"
+    assert prefix_ids(opened_bundle.tokenizer) == ()
+    assert tokenizer.decode(prefix_ids(tokenizer), skip_special_tokens=False) == "<|begin|>"
+
+
+def test_a_bundle_is_a_model_of_the_suite(bundle, opened_bundle, opened_checkpoint) -> None:
+    """Its own method on its engine, every other in PyTorch on its weights."""
+    model = open_model(bundle())
+    ids, found = PROMPT[:300], {}
+    for spec in ("mesa", "mesa:log_n=false", "origin"):
+        found[spec] = model.method(spec, 344).log_probs(ids, 8)
+    assert model.method("mesa", 344).engine == opened_bundle.systems["mesa"].engine
+    assert "PyTorch" in model.method("origin", 344).engine
+    np.testing.assert_allclose(found["mesa"], opened_checkpoint.systems["mesa"].log_probs(ids, 8), atol=1e-3)
+    np.testing.assert_allclose(found["origin"], opened_checkpoint.systems["origin"].log_probs(ids, 8), atol=1e-3)
+    assert np.abs(found["mesa"] - found["mesa:log_n=false"]).max() > 0.01
+    with pytest.raises(MesaError, match="unknown method 'rope'"):
+        model.method("rope", 344)
+    model.close()
 
 
 def test_default_lengths(opened_bundle, opened_checkpoint) -> None:

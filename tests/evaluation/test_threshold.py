@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mesart.evaluation import threshold
 from mesart.evaluation.threshold import PasskeyRate, ProbedModel, ThresholdResult, probe_threshold
+from mesart.evaluation.threshold import probe as probe_module
+from mesart.evaluation.threshold.crossing import passes_at, passkey_failure
+from mesart.evaluation.threshold.watch import WatchedTexts, watch
 from mesart.graphs import MesaConfig, MesaError
 
 WINDOW, VOCABULARY, HIDDEN = 64, 50, 6
@@ -74,7 +76,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(fails: int | None, **options: Any) -> ThresholdResult:
         healthy = Failing(None)
         mesa = ProbedModel(healthy, lambda ids, last: healthy(ids, False, last).logits)
-        monkeypatch.setattr(threshold, "_mesa", lambda model, config: (mesa, config))
+        monkeypatch.setattr(probe_module, "mesa_runner", lambda model, config: (mesa, config))
         stream = torch.randint(VOCABULARY, (4000,), generator=seeded()).tolist()
         options = {"places": 16, "tokens": 4, "progress": False, **options}
         return probe_threshold(Failing(fails), stream, WINDOW, 4 * WINDOW, **options)
@@ -158,9 +160,9 @@ def test_of_transformers_models(make_model, family: str) -> None:
         np.testing.assert_allclose(ours[:within], theirs[:within], atol=1e-4)
         assert not np.allclose(ours[within:], theirs[within:], atol=1e-3)
 
-    texts = threshold._Texts(stream, [400, 500], [0])
+    texts = WatchedTexts(stream, [400, 500], [0])
     plain = ProbedModel(model, lambda ids, last: model(input_ids=ids, use_cache=False, logits_to_keep=last).logits)
-    states, losses = threshold._watch(plain, texts, [20, 30], [1, 2], 5, tqdm(disable=True))
+    states, losses = watch(plain, texts, [20, 30], [1, 2], 5, tqdm(disable=True))
     with torch.no_grad():
         ids = torch.tensor(texts.of(30))
         output = model(ids, output_hidden_states=True)
@@ -176,7 +178,7 @@ def test_of_transformers_models(make_model, family: str) -> None:
 @given(st.lists(st.floats(-4, 4), min_size=1, max_size=12), st.floats(-3, 3))
 def test_passes_for_good(values: list[float], limit: float) -> None:
     positions = np.arange(len(values), dtype=np.float64) * 10
-    at = threshold._passes_at(positions, np.asarray(values), limit)
+    at = passes_at(positions, np.asarray(values), limit)
     if values[-1] <= limit:
         assert at == math.inf
         return
@@ -187,13 +189,13 @@ def test_passes_for_good(values: list[float], limit: float) -> None:
 
 def test_passkey_failure() -> None:
     rates = [PasskeyRate(100, 40, 40), PasskeyRate(200, 24, 40), PasskeyRate(300, 16, 40), PasskeyRate(400, 0, 40)]
-    point = threshold._passkey_failure(rates)
+    point = passkey_failure(rates)
     # Rates 1, .6, .4, 0; the interval of 24 of 40 reaches below a half, that of 0 of 40 is all below.
     assert point.position == pytest.approx(250)
     assert point.lower == 200
     assert point.upper is not None
     assert 300 < point.upper < 400
-    assert threshold._passkey_failure(rates[:1]).position is None
+    assert passkey_failure(rates[:1]).position is None
 
 
 @pytest.mark.parametrize(

@@ -16,21 +16,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mesart.evaluation import tuning as module
-from mesart.evaluation.systems import MesaReference, System
-from mesart.evaluation.tuning import (
-    PARAMETERS,
-    Measured,
-    Tried,
-    attention_scores,
-    grid,
-    perplexity_ratio,
-    sensitivity,
-    tune,
-)
+from mesart.evaluation.pairs import needed_pairs
+from mesart.evaluation.systems import MesaReference, Subject, System
+from mesart.evaluation.tuning import PARAMETERS, Measured, Tried, grid, measure, sensitivity, tune
+from mesart.evaluation.tuning.grid import COST_PARAMETERS
+from mesart.evaluation.tuning.measure import spread
+from mesart.evaluation.tuning.report import perplexity_ratio
+from mesart.evaluation.tuning.search import recommend
+from mesart.evaluation.tuning.subject import Tunable, open_tunable
 from mesart.graphs import MesaConfig, MesaError, Plan
 
 Quality = Callable[[MesaConfig], tuple[float, float]]
+Cost = Callable[[MesaConfig, int], float]
+
+
+def pairs(config: MesaConfig, tokens: int) -> float:
+    """A first token that comes the later the more scores it takes."""
+    return needed_pairs(config, tokens) / 1e6
 
 
 class Judged(System):
@@ -38,7 +40,8 @@ class Judged(System):
 
     engine = "none"
 
-    def __init__(self, tokenizer: Any, quality: tuple[float, float], log: list[int]) -> None:
+    def __init__(self, tokenizer: Any, config: MesaConfig, quality: tuple[float, float], log: list[int]) -> None:
+        self.config = config
         self._tokenizer, (self._share, self._loss), self._log = tokenizer, quality, log
 
     def prefill(self, input_ids: Sequence[int], last: int) -> NDArray[np.float32]:
@@ -68,16 +71,22 @@ class Judged(System):
 def judged(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> Callable[..., list[int]]:
     """``judged(quality)``: tuning meets systems of that quality; the list of the prompts' lengths fills as they run."""
 
-    def use(quality: Quality, fingerprint: str = "a model") -> list[int]:
+    def use(quality: Quality, fingerprint: str = "a model", cost: Cost = pairs) -> list[int]:
         log: list[int] = []
 
-        def opener(config: MesaConfig, _: int) -> System:
-            return Judged(tokenizer, quality(config), log)
+        def run(config: MesaConfig, length: int) -> System:
+            return Judged(tokenizer, config, quality(config), log)
 
-        def open_source(source: Any, start: MesaConfig | None, backend: str, _: bool) -> Any:
-            return opener, start or MesaConfig(256), tokenizer, "none", "bundle", fingerprint
+        def opened(source: Any, start: MesaConfig | None, backend: str, **_: Any) -> Tunable:
+            subject = Subject(source, "bundle", start or MesaConfig(256), {"mesa": "none"})
+            return Tunable(subject, tokenizer, fingerprint, run)
 
-        monkeypatch.setattr(module, "_open", open_source)
+        def first_token(system: Judged, prompts: Sequence[Sequence[int]]) -> tuple[float, ...]:
+            log.extend(map(len, prompts))
+            return (cost(system.config, len(prompts[0])),) * (len(prompts) - 1)
+
+        monkeypatch.setattr(measure, "open_tunable", opened)
+        monkeypatch.setattr(measure, "first_token", first_token)
         return log
 
     return use
@@ -149,9 +158,37 @@ class TestSearch:
         assert {replace(t.config, linear_window=32) for t in result.tried} == {MesaConfig(256)}
         assert result.recommended.linear_window == 16
 
+    def test_by_cost_alone(self, judged, text: Path) -> None:
+        """No prompt is asked: what is found is the soonest first token, of chunks and tails."""
+        asked: list[MesaConfig] = []
+
+        def quality(config: MesaConfig) -> tuple[float, float]:
+            asked.append(config)
+            return 1.0, 1.0
+
+        nothing = {"prompts": 0, "places": 0, "final_prompts": 0, "final_places": 0}
+        log = judged(quality, cost=lambda config, _: abs(config.chunk_length - 64) + (config.tail_max or 999) / 1e3)
+        result = tune("x", start=MesaConfig(256, tail_max=256), **small(text, lengths=[1000], **nothing))
+        assert result.recommended == MesaConfig(256, chunk_length=64, tail_max=64)
+        assert len(log) == (len(asked) - 4) * 4 + 4 * 8, "timed runs, and one to warm up"
+        changed = {
+            name for c in asked for name, value in c.to_dict().items() if value != getattr(result.subject.config, name)
+        }
+        assert changed == set(COST_PARAMETERS)
+        assert all((tried.correct, tried.losses, tried.rate) == (0, (), 1.0) for tried in result.tried)
+        assert "Recommended: chunk_length=64, tail_max=64" in result.table()
+        json.loads(result.to_json())
+
+    def test_a_limit_that_no_tail_meets_is_not_tried(self, judged, text: Path) -> None:
+        judged(bowl)
+        result = tune("x", parameters=["tail_max"], start=MesaConfig(256, tail_max=48), **small(text))
+        tails = {tried.config.tail_max for tried in result.tried}
+        assert 48 in tails
+        assert len({tuple(Plan.of(t.config, n) for n in (511, 512, 1023, 1024)) for t in result.tried}) == len(tails)
+
     def test_the_few_prompts_are_some_of_the_many(self) -> None:
-        assert list(module._spread(3, 12)) == [2, 6, 10]
-        assert list(module._spread(12, 12)) == list(range(12))
+        assert list(spread(3, 12)) == [2, 6, 10]
+        assert list(spread(12, 12)) == list(range(12))
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -161,7 +198,7 @@ class TestSearch:
             ({"lengths": [20]}, "too short"),
             ({"prompts": 40}, "more than the final's"),
             ({"start": MesaConfig(256, stair_width=2)}, "leaves the trained range"),
-            ({"final_places": 0}, "judge nothing"),
+            ({"final_places": 0}, "more than the final's 0"),
         ],
     )
     def test_errors(self, judged, text: Path, options: dict[str, Any], message: str) -> None:
@@ -250,12 +287,13 @@ class TestSensitivity:
 class TestRecommendation:
     def tried(self, width: int, correct: int, losses: Sequence[float], chunk: int = 128) -> Tried:
         config = MesaConfig(256, linear_window=width, chunk_length=chunk)
-        return Tried(config, "final", (Measured(1024, correct, 100, tuple(losses), 1.0),))
+        times = tuple(needed_pairs(config, 1024) * share / 1e6 for share in (0.99, 1, 1.01))
+        return Tried(config, "final", (Measured(1024, correct, 100, tuple(losses), times, 1.0),))
 
     def test_a_rate_that_may_be_the_best_is_as_good(self) -> None:
         # The 95% interval of 96 of 100 reaches 0.98, that of 80 of 100 does not.
         best, near, far = self.tried(8, 98, [2.0] * 9), self.tried(16, 96, [1.9] * 9), self.tried(32, 80, [1.0] * 9)
-        assert module._recommend([best, near, far], MesaConfig(256)) is near
+        assert recommend([best, near, far], MesaConfig(256)) is near
 
     def test_the_cheaper_of_equal_perplexity(self) -> None:
         noise = [0.1, -0.1, 0.2, -0.2, 0.05]
@@ -263,24 +301,35 @@ class TestRecommendation:
         cheap = self.tried(8, 100, [2.01 - x for x in noise], chunk=64)
         worse = self.tried(8, 100, [2.5 + x for x in noise], chunk=32)
         assert worse.scores < cheap.scores < dear.scores
-        assert module._recommend([dear, cheap, worse], dear.config) is cheap
+        assert recommend([dear, cheap, worse], dear.config) is cheap
+
+    def test_what_is_not_clearly_sooner_is_no_reason_to_change(self) -> None:
+        config = MesaConfig(256)
+        start, sooner = (
+            Tried(c, "final", (Measured(1024, 0, 0, (), times, 1.0),))
+            for c, times in ((config, (1.0, 1.1, 1.2)), (replace(config, chunk_length=64), (0.8, 0.9, 1.0)))
+        )
+        assert recommend([start, sooner], config) is start
+        assert recommend([start, sooner], sooner.config) is sooner
+        surely = Tried(sooner.config, "final", (Measured(1024, 0, 0, (), (0.8, 0.9, 0.95), 1.0),))
+        assert recommend([start, surely], config) is surely
 
     def test_no_change_for_nothing(self) -> None:
         start = self.tried(32, 100, [2.0, 2.1, 1.9])
         other = self.tried(16, 100, [1.95, 2.12, 1.88])
         assert other.perplexity < start.perplexity
-        assert module._recommend([other, start], start.config) is start
+        assert recommend([other, start], start.config) is start
 
 
 @given(st.integers(1, 3000), st.integers(8, 40), st.integers(20, 200), st.integers(1, 48))
-def test_attention_scores_are_those_of_the_mask(tokens: int, head: int, chunk: int, tail: int) -> None:
+def test_needed_pairs_are_those_of_the_mask(tokens: int, head: int, chunk: int, tail: int) -> None:
     config = MesaConfig(256, head_length=head, chunk_length=chunk, tail_min=tail)
     plan = Plan.of(config, tokens)
     seen = 0
     for token in range(tokens):
         span = next((c for c in plan.chunks if c.start <= token < c.stop), None)
         seen += token + 1 if span is None else head + token - span.start + 1
-    assert attention_scores(config, tokens) == seen
+    assert needed_pairs(config, tokens) == seen
 
 
 def test_perplexity_ratio() -> None:
@@ -322,13 +371,13 @@ class TestOneBundle:
     def test_runs_other_configurations_as_the_reference(
         self, bundle, make_model, mesa_config, changes: dict[str, Any]
     ) -> None:
-        opener, start, *_ = module._open(bundle(), None, "onnxruntime")
-        assert start == mesa_config
+        opened = open_tunable(bundle(), None, "onnxruntime")
+        assert opened.subject.config == mesa_config
         config = replace(mesa_config, **changes)
         reference = MesaReference(make_model("llama"), config)
         ids = np.random.default_rng(0).integers(2, 300, 500).tolist()
         for length in (50, 130, 500):  # the last is longer than what was exported
-            system = opener(config, length)
+            system = opened.run(config, length)
             np.testing.assert_allclose(
                 system.prefill(ids[:length], 10), reference.prefill(ids[:length], 10), atol=2e-4, rtol=1e-3
             )
@@ -341,6 +390,7 @@ class TestOneBundle:
         assert result.subject.kind == "bundle"
         assert result.subject.engines["mesa"].startswith("onnxruntime")
         assert all(math.isfinite(tried.perplexity) for tried in result.tried)
+        assert all(0 < time < 60 for tried in result.tried for time in tried.first_token)
         report = json.loads(result.to_json())
         assert report["recommended"] == result.recommended.to_dict()
         assert report["config"] == result.subject.config.to_dict()

@@ -51,14 +51,14 @@ def make_bundle(
     folder: Path, kind: str = "llama", *, options: dict[str, Any] | None = None, max_tokens: int = MAX_TOKENS
 ) -> Path:
     """An exported bundle, traced: about 10 s. ``folder`` is where the checkpoint lies too."""
-    from mesart.evaluation.suite import chosen_method
+    from mesart.evaluation.methods import parse_method
     from mesart.export import export_model
 
     family, fixed = KINDS[kind]
     options = {**fixed, **(options or {})}
     config: Any = MesaConfig(TRAIN_LENGTH, head_length=8, chunk_length=40, tail_min=16, linear_window=8)
     if method := options.pop("method", None):
-        config = chosen_method(method, TRAIN_LENGTH, max_tokens).static()
+        config = parse_method(method, TRAIN_LENGTH, max_tokens).static()
     model = make_checkpoint(folder / "checkpoint", family)
     return export_model(model, folder / "bundle", config, max_tokens=max_tokens, weights="copy", **options)
 

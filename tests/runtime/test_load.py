@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from mesart.graphs import MesaConfig
 from mesart.graphs.errors import EngineError, InputError
 from mesart.runtime import MesaModel, present_backends
 from mesart.runtime.kv.paged import PagedStore
+from mesart.runtime.load import load_bundle
 from mesart.runtime.runners.grouped import GroupedRunner
 from mesart.runtime.runners.paged import PagedRunner
 from mesart.runtime.runners.runner import require_keys
@@ -130,3 +134,18 @@ def test_sizes_that_are_none(bundle, memory):
 def test_sizes_as_people_write_them(bundle, memory, size):
     with MesaModel.load(bundle(), "torch", verify=False, kv_memory=memory) as model:
         assert model.engine.store.free_bytes == size
+
+
+@needs_onnxruntime
+def test_a_bundle_runs_other_configurations_of_its_trained_length(bundle, mesa_config):
+    _, loaded = load_bundle(bundle(), "onnxruntime", verify=False)
+    changed = loaded.under(replace(mesa_config, chunk_length=24), 500)
+    assert changed.store is loaded.store
+    assert changed.runner is loaded.runner
+    assert changed.manifest.config == replace(mesa_config, chunk_length=24)
+    assert changed.manifest.buckets[-1].max_tokens >= 500 > loaded.manifest.buckets[-1].max_tokens
+    with pytest.raises(InputError, match="tables are for train_length = 64"):
+        loaded.under(MesaConfig(128), 100)
+    _, fixed = load_bundle(bundle(), "onnxruntime", specialised=True, verify=False)
+    with pytest.raises(InputError, match="graphs of fixed shapes"):
+        fixed.under(mesa_config, 100)

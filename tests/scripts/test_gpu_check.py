@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from mesart.evaluation import bench
+from mesart.evaluation.journal import Journal
+from mesart.evaluation.machine import cpu_name
+from mesart.evaluation.provenance import versions
 from mesart.scripts import gpu_check
 from mesart.scripts.gpu_check import Model, main
 
@@ -37,8 +40,9 @@ def work(bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Monkey
     folder = tmp_path / "work"
     folder.mkdir()
     (folder / "tiny-float32").symlink_to(bundle())
-    peaks = {"key": {"machine": bench.cpu_name(), "task": "peaks"}, "status": "ok", "result": PEAKS}
-    (folder / "rows.jsonl").write_text(json.dumps(peaks) + '\n{"a line that was cut')
+    Journal(folder / "rows.jsonl").add((cpu_name(), "peaks"), {"versions": versions(gpu_check.VERSIONS)}, PEAKS)
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write('{"key": ["a line that was cut')
     monkeypatch.setattr(gpu_check, "MODELS", {"tiny": Model((100, 200), shape="none")})
     return folder
 
@@ -83,6 +87,17 @@ def test_measures_for_real(
 
     worker(monkeypatch, "raise SystemExit('nothing is measured twice')")
     assert check() == lines
+
+
+def test_what_other_versions_measured_is_refused(
+    work: Path, check: Check, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    worker(monkeypatch, f"print({json.dumps(FOUND)!r})")
+    check()
+    rows = work / "rows.jsonl"
+    rows.write_text(rows.read_text().replace(f'"torch": "{versions()["torch"]}"', '"torch": "1.0"'))
+    assert main(["--cpu", "--work", str(work), "--backends", "onnxruntime"]) == 2
+    assert "peaks from a run with another versions (torch: 1.0, now" in capsys.readouterr().err
 
 
 def test_shares_are_of_the_peaks(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
