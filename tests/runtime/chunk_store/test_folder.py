@@ -142,13 +142,17 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 """Of regular files."""
 
-OTHERS: dict[str, Callable[[Path], Any]] = {
-    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
-    "a folder": lambda file: (file.unlink(), file.mkdir()),
-    "a link": lambda file: (file.rename(file.with_name("other")), file.symlink_to(file.with_name("other"))),
-    "a link to nothing": lambda file: (file.unlink(), file.symlink_to("nothing")),
-    "a link to itself": lambda file: (file.unlink(), file.symlink_to(file.name)),
-}
+
+def no_file(file: Path, what: str) -> None:
+    """Puts what is no regular file in the place of one."""
+    other = file.with_name("other")
+    file.rename(other)
+    if what == "a pipe":
+        os.mkfifo(file)
+    elif what == "a folder":
+        file.mkdir()
+    else:
+        file.symlink_to({"a link": "other", "a link to nothing": "nothing", "a link to itself": file.name}[what])
 
 
 class TestADamagedFile:
@@ -169,12 +173,12 @@ class TestADamagedFile:
         assert not file_of(path, 1).exists()
         assert store.verify() == (1, [])
 
-    @pytest.mark.parametrize("what", OTHERS)
+    @pytest.mark.parametrize("what", ["a pipe", "a folder", "a link", "a link to nothing", "a link to itself"])
     def test_what_is_no_file_is_a_miss_and_hinders_nobody(self, path, what):
         """Nothing is waited for, and no folder or link is followed."""
         store = ChunkFolder(path, 4 * 1024)
         write(store, 1)
-        OTHERS[what](file_of(path, 1))
+        no_file(file_of(path, 1), what)
         assert read(store, 1) is None
         for index in range(1, 12):  # room is made as often
             write(store, index)
@@ -281,7 +285,7 @@ class TestTheDisk:
         flipped(file_of(path, 2), 0.8)
         with monkeypatch.context() as patch:
             if call == "utime":
-                patch.setattr(folder_module.os, "utime", refuse)
+                patch.setattr(os, "utime", refuse)
             else:
                 patch.setattr(Path, "unlink", refuse)
             assert same(read(store, 1), block)
@@ -340,14 +344,14 @@ class TestWhatIsNoStore:
         def refuse(*arguments: Any) -> int:
             raise OSError(30, "Read-only file system")
 
-        monkeypatch.setattr(folder_module.os, "open", refuse)
+        monkeypatch.setattr(os, "open", refuse)
         with pytest.raises(MesaError, match="cannot be used: Read-only file system"):
             ChunkFolder(path, LIMIT)
 
     def test_one_that_another_process_makes_at_the_same_time(self, path, monkeypatch):
         """Between two looks at the folder it has become a store."""
         path.mkdir()
-        exists, looked = Path.exists, []
+        exists, looked = Path.exists, list[Path]()
 
         def seldom(self: Path, **options: Any) -> bool:
             if self.name == MARKER and not looked:
