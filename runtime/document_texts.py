@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from typing import Any
 
+import numpy as np
+
 from mesart.graphs.errors import InputError
 from mesart.runtime.documents import DocumentPrompt
 from mesart.runtime.prompts import Prompt, checked_prompts
@@ -49,6 +51,10 @@ class DocumentTexts:
             raise InputError("documents are a list of texts, or of lists of token ids")
         found = []
         for index, document in enumerate(documents, 1):
+            if isinstance(document, Mapping) or not isinstance(document, (Tokens, np.ndarray)):
+                raise InputError(
+                    f"document {index} is {type(document).__name__}: give a text, or one list of token ids"
+                )
             ids = self._ids(document) if len(document) else []
             if not ids:
                 raise InputError(f"document {index} is empty; leave it out")
@@ -67,7 +73,7 @@ class DocumentTexts:
         # Letters and digits: what no template escapes, and nobody has in a text.
         marks = [f"document{secrets.token_hex(8)}x{index}end" for index in range(len(ids))]
         listed = [{"doc_id": i, "title": str(i), "text": mark, "content": mark} for i, mark in enumerate(marks, 1)]
-        text = tokenizer.apply_chat_template([dict(message) for message in messages], documents=listed, **options)
+        text = tokenizer.apply_chat_template(messages, documents=listed, **options)
         if not _in_order(text, marks):
             text = tokenizer.apply_chat_template(_in_first_message(messages, "".join(marks)), **options)
         if not _in_order(text, marks):

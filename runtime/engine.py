@@ -203,6 +203,8 @@ class Engine:
             if self._closed:
                 return
             for turn in self._turns():
+                if turn.reading is not None:
+                    turn.reading.release()
                 turn.error, turn.is_finished, turn.reading = InputError("the engine was closed"), True, None
                 turn.text.turn = None
                 self.scheduler.remove(turn)

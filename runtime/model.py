@@ -603,7 +603,7 @@ class MesaModel:
             self._require_first(append=append)
             row = self._document_texts.chat(messages, documents).joined(self.manifest, reuse)
         else:
-            text = self.tokenizer.apply_chat_template([dict(message) for message in messages])
+            text = self.tokenizer.apply_chat_template(messages)
             (row,) = self._prompts([self.tokenizer.encode(text, add_special_tokens=False)])
         return self._streamed(row, max_new_tokens, stop, choice, how, append=append)
 

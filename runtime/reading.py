@@ -141,7 +141,7 @@ class Reading:
         """The first step is done."""
         self._steps.popleft()
         if not self._steps or not isinstance(self._steps[0], (Prefix, Chunk)):
-            self._release()
+            self.release()
         if self.is_done:
             self._text.append(self._ids[len(self._text) : self._kv.length])
             self._text.chunks = self._chunks_kept()
@@ -165,7 +165,7 @@ class Reading:
         for _, chunk in self._chunks:
             self._store.free(chunk)
         self._chunks.clear()
-        self._release()
+        self.release()
         self._steps.clear()
         length, stairs, chunks = self._before
         self._text.truncate(length)
@@ -267,23 +267,29 @@ class Reading:
             return
         while self._chunks:
             chunk, kv = self._chunks[0]
-            if self._stored is not None and (self._head is None or self._head_is_stored):
+            if self._stored is not None and (self.plan.head is not None or self._head_is_stored):
                 self._stored.put(self._key(chunk.span), self._store.read_block(kv, size, kv.length))
             self._store.end_chunk(kv, size, self._kv, self._final(chunk.span))
             self._chunks.pop(0)
             self._end_step()
 
     def _local_head(self) -> Kv:
-        """The text's head at its ordinary positions: chunks see it there, in later turns too."""
+        """The text's head at its ordinary positions: chunks see it there, in later turns too.
+
+        To the last bit it is what a first prompt's is only as that, or from the store: else it was computed with the
+        rest of a short text, or rotated, and what follows from it is this text's alone.
+        """
         size = self._config.head_length
-        local = ORDINARY.positions(0, size)
-        if np.array_equal(self._kv.positions[:size], local):
+        if self.plan.head is not None:
             return self._kv
         if self._head is None:
+            local = ORDINARY.positions(0, size)
             found = None if self._stored is None else self._stored.find(self._stored.head_key(), size)
+            if found is None and np.array_equal(self._kv.positions[:size], local):
+                return self._kv
             head = self._store.copy(self._kv, size) if found is None else self._store.allocate(size)
             try:
-                if found is None:  # its keys are rounded twice: the chunks are this text's alone
+                if found is None:
                     self._store.rotate(head, 0, local)
                 else:
                     self._store.append_block(head, found[0], local, local)
@@ -293,7 +299,7 @@ class Reading:
             self._head, self._head_is_stored = head, found is not None
         return self._head
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Frees what only chunks need."""
         if self._head is not None:
             self._store.free(self._head)

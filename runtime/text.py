@@ -170,7 +170,9 @@ class Tokenizer:
         """
         if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
             raise InputError('a chat is a list of messages such as {"role": "user", "content": "Hello"}')
-        values = {**self.special_tokens, "documents": None, **variables, "tools": tools, "messages": list(messages)}
+        values = {**self.special_tokens, "documents": None, **variables, "tools": tools}
+        given: list[Any] = list(messages)
+        values["messages"] = [dict(message) if isinstance(message, Mapping) else message for message in given]
         values, size = _plain(values)
         if not values["messages"] or not all(isinstance(message, dict) for message in values["messages"]):
             raise InputError('a chat needs at least one message such as {"role": "user", "content": "Hello"}')

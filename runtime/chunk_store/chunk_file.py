@@ -43,45 +43,64 @@ def header_of(block: KvBlock, key: str) -> bytes:
 
 def read_block(file: int, layout: BlockLayout, tokens: int, key: str) -> KvBlock | None:
     """The block that an open file holds; ``None`` unless it is this one, whole and as it was written."""
-    found = _read(file)
-    if found is None or len(found[1]) != tokens * layout.bytes_per_token:
+    header, count = _read_header(file), tokens * layout.bytes_per_token
+    # Before memory is taken for the numbers: a damaged file may seem to have any number of them.
+    if header is None or os.fstat(file).st_size != len(header) + count:
         return None
-    block = KvBlock(layout, tokens, found[1])
-    return block if header_of(block, key) == found[0] else None
+    numbers = _read(file, count)
+    if numbers is None:
+        return None
+    block = KvBlock(layout, tokens, numbers)
+    return block if header_of(block, key) == header else None
 
 
 def is_whole(file: int, key: str) -> bool:
-    """Whether an open file holds the numbers, whatever they are of, that were written under this key."""
-    found = _read(file)
+    """Whether an open file holds a block, of whatever layout, as it was written under this key."""
+    header = _read_header(file)
+    found = None if header is None else _layout_of(header)
     if found is None:
         return False
+    os.lseek(file, 0, os.SEEK_SET)
+    return read_block(file, *found, key) is not None
+
+
+def _layout_of(header: bytes) -> tuple[BlockLayout, int] | None:
+    """The layout and the number of tokens that a header speaks of."""
+    storages = {name: storage for storage, name in _NAMES.items()}
     try:
-        metadata: Any = json.loads(found[0][8:])["__metadata__"]
-        named, expected = metadata["key"], metadata["sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
-    return bool(named == key and expected == hashlib.sha256(found[1].data).hexdigest())
+        fields: Any = json.loads(header[8:])
+        tensors = [tensor for name, tensor in fields.items() if name != "__metadata__"]
+        shapes = [(int(heads), int(tokens), int(size)) for heads, tokens, size in (x["shape"] for x in tensors)]
+        storage = np.dtype(storages[tensors[0]["dtype"]])
+        return BlockLayout(tuple((heads, size) for heads, _, size in shapes), storage), shapes[0][1]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
+        return None
 
 
-def _read(file: int) -> tuple[bytes, NDArray[np.uint8]] | None:
-    """The header, its length before it, and the numbers: read, not mapped, for a file may be cut while it is used."""
+def _read_header(file: int) -> bytes | None:
+    """What stands before the numbers, its length first; the file is at the first number then."""
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
         return None
+    start = _read(file, 8)
+    length = 0 if start is None else int.from_bytes(start, "little")
+    if start is None or length > min(_MOST_HEADER, status.st_size - 8):
+        return None
+    text = _read(file, length)
+    return None if text is None else start.tobytes() + text.tobytes()
+
+
+def _read(file: int, count: int) -> NDArray[np.uint8] | None:
+    """The next bytes, if there are as many: read, not mapped, for a file may be cut while it is used."""
+    content = np.empty(count, np.uint8)
     with os.fdopen(file, "rb", buffering=0, closefd=False) as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(_MOST_HEADER, status.st_size - 8):
-            return None
-        header = start + stream.read(length)
-        numbers = np.empty(status.st_size - 8 - length, np.uint8)
-        view, done = numbers.data, 0
-        while done < len(view):
-            count = stream.readinto(view[done:])
-            if not count:
+        done = 0
+        while done < count:
+            read = stream.readinto(content.data[done:])
+            if not read:
                 return None
-            done += count
-    return (header, numbers) if len(header) == 8 + length else None
+            done += read
+    return content
 
 
 __all__ = ["header_of", "is_whole", "read_block"]

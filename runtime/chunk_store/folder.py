@@ -11,9 +11,10 @@ import json
 import os
 import re
 import secrets
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,8 @@ class ChunkFolder:
                 reason = f"it holds no {MARKER}" if self.path.exists() else "there is nothing of that name"
                 raise InputError(f"{self.path} is no store of chunks: {reason}")
             own = ("lock", f".{MARKER}.")  # of a process that makes the store now
-            if self.path.is_dir() and not all(entry.name.startswith(own) for entry in self.path.iterdir()):
+            is_other = self.path.is_dir() and not all(entry.name.startswith(own) for entry in self.path.iterdir())
+            if is_other and not marker.exists():  # else that process has made it by now
                 raise InputError(
                     f"{self.path} is no store of chunks: it holds other files and no {MARKER}; give a new folder"
                 )
@@ -106,18 +108,18 @@ class ChunkFolder:
             return None
         try:
             block = read_block(file, layout, tokens, key)
-            if block is not None:
-                os.utime(file)
         except OSError:
             block = None
         finally:
             os.close(file)
         if block is None:
-            path.unlink(missing_ok=True)
+            _remove(path)
+        else:
+            _note_use(path)
         return block
 
     def __contains__(self, key: str) -> bool:
-        return self._file(key).is_file()
+        return os.path.isfile(self._file(key))  # false where it cannot be told
 
     def write(self, key: str, block: KvBlock) -> None:
         """Keeps a block, if it is within the limit beside what other processes are writing.
@@ -127,7 +129,7 @@ class ChunkFolder:
         """
         path = self._file(key)
         if path.exists():
-            os.utime(path)
+            _note_use(path)
             return
         header = header_of(block, key)
         size = len(header) + block.bytes
@@ -181,7 +183,7 @@ class ChunkFolder:
                 whole += 1
             else:
                 damaged.append(key)
-                stored.path.unlink(missing_ok=True)
+                _remove(stored.path)
         return whole, damaged
 
     def files(self) -> list[StoredFile]:
@@ -199,7 +201,8 @@ class ChunkFolder:
                         status = entry.stat(follow_symlinks=False)
                     except FileNotFoundError:
                         continue  # another process has removed it
-                    yield StoredFile(Path(entry.path), status.st_size, status.st_mtime)
+                    if stat.S_ISREG(status.st_mode):
+                        yield StoredFile(Path(entry.path), status.st_size, status.st_mtime)
 
     def _make_room(self, size: int) -> bool:
         """Removes what was used longest ago, until ``size`` bytes more are within the limit; whether they are."""
@@ -236,6 +239,17 @@ class ChunkFolder:
             yield
         finally:
             os.close(file)
+
+
+def _note_use(path: Path) -> None:
+    with suppress(OSError):  # of another user, or read-only by now: it is good all the same
+        os.utime(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a damaged file, if it can be: it is a miss in any case."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def _write_all(file: int, content: memoryview) -> None:

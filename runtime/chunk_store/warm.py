@@ -35,14 +35,14 @@ def warm(
     if not config.chunk_length:
         raise InputError(f"the method {config.name} has no chunks: there is nothing to keep for other prompts")
     lead = [*prompt.lead, *manifest.filler[: max(0, head - len(prompt.lead))]]
-    behind = [lead[head:]] if len(lead) > head else []  # of the lead, what makes chunks of its own
-    for index, part in enumerate(prompt.documents, 1):
+    for part in prompt.documents:
         if head + len(part) + 1 > manifest.buckets[-1].max_tokens:
             raise InputError(
-                f"document {index} has {len(part)} tokens, more than the largest bucket holds beside the head, "
+                f"a document has {len(part)} tokens, more than the largest bucket holds beside the head, "
                 f"{manifest.buckets[-1].max_tokens - head - 1}; split it, or export again with a larger --max-tokens"
             )
-    parts = [*behind, *prompt.documents]
+    # Of the lead too, what makes chunks of its own; and there may be nothing between two documents.
+    parts = [part for part in (lead[head:], *prompt.documents) if part]
     done, total = 0, sum(map(len, parts))
     computed = reused = 0
     chunks = stored.behind(np.array(lead[:head], np.int64))

@@ -291,9 +291,11 @@ class DeviceStore:
         host = self._cuda.pinned(block.bytes)
         try:
             yield host, [0, *accumulate(tensor.nbytes for tensor in block.tensors[:-1])]
-            self._cuda.synchronize()
         finally:
-            self._cuda.free_pinned(host)
+            try:
+                self._cuda.synchronize()  # after an error too: copies that were begun go on in this memory
+            finally:
+                self._cuda.free_pinned(host)
 
     def trim(self) -> None:
         self._reclaim()

@@ -6,7 +6,7 @@ import dataclasses
 import gzip
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ import pytest
 
 from mesart.graphs import MesaError, TorchReference
 from mesart.graphs.bundle.manifest import WEIGHTS_FILE, EngineInfo, FileInfo, Manifest, TensorInfo, sha256
-from mesart.runtime import MesaModel, SamplingConfig
+from mesart.graphs.errors import EngineError
+from mesart.runtime import ChunkStore, MesaModel, SamplingConfig
+from mesart.runtime.documents import DocumentPrompt, Reuse
 from mesart.runtime.engine import Turn
+from mesart.runtime.usage import CachedTokens
 from tests.runtime.fake_cuda import FakeBuilder, FakeGpu, Fault, Location, Status
 
 CLOSE = 0.05
@@ -293,6 +296,115 @@ class TestEqualsTheReference:
             assert model.backend == "tensorrt"
             assert difference(model.prefill(tokens(100)), reference.prefill(tokens(100))) < CLOSE
             assert [difference(model.step(token), reference.step(token)) < CLOSE for token in (3, 4, 5)] == [True] * 3
+
+
+class TestStoredChunks:
+    """Blocks that are copied from the device, kept on the host, and copied to other texts' buffers."""
+
+    DOCUMENTS = (tokens(40, seed=11), tokens(7, seed=12), tokens(70, seed=13))
+
+    @staticmethod
+    def ask(model: MesaModel, documents: Sequence[list[int]], reuse: Reuse = "always", question: int = 9) -> Any:
+        """Tokens, and keys and values, of what was generated."""
+        prompt = DocumentPrompt([], documents, tokens(question, seed=9)).joined(model.manifest, reuse)
+        model.clear()
+        how = model._options(reuse, "", None)
+        greedy = SamplingConfig(temperature=0)
+        ids = [token for (token,) in model._generate([prompt], 4, greedy, False, [False], how)]
+        keys, values = model.snapshot(0)
+        return ids, [*keys, *values]
+
+    @pytest.mark.parametrize("kind", KINDS, ids="-".join)
+    def test_equal_computed_ones_to_the_last_bit(self, engine_bundle, gpu, tmp_path, kind):
+        """In any order, from memory, from the disk, and after a restart."""
+        orders = [self.DOCUMENTS, self.DOCUMENTS[::-1], (self.DOCUMENTS[1], *self.DOCUMENTS[1:])]
+        found = []
+        for _ in range(2):
+            with (
+                ChunkStore("64MiB", tmp_path / "store") as store,
+                MesaModel.load(engine_bundle(*kind), "tensorrt-rtx", verify=False, store=store) as model,
+            ):
+                for order in orders:
+                    found.append(self.ask(model, order))
+                assert model.usage is not None
+                assert model.usage.computed_tokens == 9
+                if len(found) > len(orders):
+                    expected = [self.ask(model, order, "off") for order in orders]
+                    assert model.usage.cached_tokens == CachedTokens()
+        for index, (ids, arrays) in enumerate(found):
+            right_ids, right_arrays = expected[index % len(orders)]
+            assert ids == right_ids
+            for ours, theirs in zip(arrays, right_arrays, strict=True):
+                assert ours.dtype == np.float16
+                assert np.array_equal(ours.view(np.uint16), theirs.view(np.uint16))
+
+    def test_equal_the_hosts(self, engine_bundle, gpu, bundle):
+        """Of the same bundle on a CPU, as nearly as float16 lets them; their entries are no one else's."""
+        with ChunkStore("64MiB") as store:
+            results = []
+            for folder, backend in (
+                (engine_bundle("bucket", "shared"), "tensorrt-rtx"),
+                (bundle("llama", "float16"), "torch"),
+            ):
+                with MesaModel.load(folder, backend, verify=False, store=store) as model:
+                    self.ask(model, self.DOCUMENTS[::-1])
+                    assert model.usage is not None
+                    assert model.usage.cached_tokens == CachedTokens()
+                    results.append(self.ask(model, self.DOCUMENTS)[1])
+                    assert model.usage.cached_tokens.memory == 8 + 117
+            for ours, theirs in zip(*results, strict=True):
+                asked = 8 + 117 + 9
+                assert np.abs(ours[:, :asked].astype(np.float32) - theirs[:, :asked]).max() < 0.02
+
+    def test_later_turns_share_them(self, engine_bundle, gpu):
+        with (
+            ChunkStore("64MiB") as store,
+            MesaModel.load(engine_bundle("bucket", "shared"), "tensorrt-rtx", verify=False, store=store) as model,
+        ):
+            first, turn = tokens(150), tokens(150, seed=1)
+            expected = []
+            for _ in range(2):
+                model.prefill(first)
+                expected.append(model.extend(turn))
+            assert model.usage is not None
+            assert model.usage.cached_tokens.memory >= 80
+            assert np.array_equal(expected[0], expected[1])
+
+    def test_a_copy_that_fails_leaves_nothing(self, engine_bundle, gpu):
+        """Neither on the way to the store nor back: no memory, no text, no pin."""
+        with (
+            ChunkStore("64MiB") as store,
+            MesaModel.load(engine_bundle("bucket", "shared"), "tensorrt-rtx", verify=False, store=store) as model,
+        ):
+            expected = self.ask(model, self.DOCUMENTS, "off")
+            host = set(gpu.host)
+            for call in ("download_rows", "upload_rows", "download_rows"):
+                cuda: Any = model.engine.store._cuda  # type: ignore[attr-defined]
+                for nth in (1, 3, 11):
+                    count = 0
+                    inner = getattr(cuda, call)
+
+                    def fail(*arguments: Any, inner: Any = inner, nth: int = nth) -> None:
+                        nonlocal count
+                        count += 1
+                        if count == nth:
+                            raise EngineError("the copy gave up")
+                        inner(*arguments)
+
+                    with pytest.MonkeyPatch.context() as patch:
+                        if call == "download_rows":
+                            store.clear_memory()
+                        else:
+                            self.ask(model, self.DOCUMENTS)
+                        patch.setattr(cuda, call, fail)
+                        with pytest.raises(MesaError, match="the copy gave up"):
+                            self.ask(model, self.DOCUMENTS)
+                    assert model.lengths == [0]
+                    assert not store._cache._pins
+                    assert set(gpu.host) == host
+                    ids, arrays = self.ask(model, self.DOCUMENTS)
+                    assert ids == expected[0]
+                    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(arrays, expected[1], strict=True))
 
 
 class TestWork:

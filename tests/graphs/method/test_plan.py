@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mesart.graphs import Bucket, MesaConfig, MesaError, Plan, Span, Stairs
 from mesart.graphs.method.plan import Chunk, Prefix, Rerotate, TailSlice, bucket_for, buckets_up_to
 from mesart.graphs.method.stairs import ORDINARY
+from mesart.graphs.method.yarn import YarnConfig
 
 PAPER = MesaConfig(256, head_length=24, chunk_length=208, tail_min=40, linear_window=23, stair_width=10)
 
@@ -38,8 +39,8 @@ def configs(draw, fixed_width: bool = False) -> MesaConfig:
     )
 
 
-def check(plan: Plan) -> None:
-    """What every plan keeps to."""
+def check(plan: Plan, *, least_tail: int | None = None) -> None:
+    """What every plan keeps to. ``least_tail``: of its tail, behind chunks; that of the method if left out."""
     config = plan.config
     assert isinstance(config, MesaConfig)
     spans = [*([plan.head] if plan.head else []), *plan.chunks, plan.tail]
@@ -60,7 +61,7 @@ def check(plan: Plan) -> None:
     if plan.chunks or plan.stairs != ORDINARY:
         assert plan.tail.start - plan.stairs.anchor >= config.linear_window
     if len(plan.chunks) > 1:
-        assert len(plan.tail) >= config.tail_min
+        assert len(plan.tail) >= (config.tail_min if least_tail is None else least_tail)
 
 
 @given(configs(), st.data())
@@ -371,3 +372,129 @@ class TestBuckets:
     def test_no_tokens(self, max_tokens):
         with pytest.raises(MesaError, match="it must be at least 1"):
             buckets_up_to(PAPER, max_tokens)
+
+
+@st.composite
+def cut_prompts(draw) -> tuple[MesaConfig, int, list[int]]:
+    """A configuration, a number of tokens, and edges that are not refused."""
+    config = draw(configs())
+    lead = draw(st.sampled_from([0, 0, 1, 7]) | st.integers(0, 3 * config.chunk_length))
+    lengths = draw(st.lists(st.integers(1, 3 * config.chunk_length + 1), min_size=0 if lead else 1, max_size=6))
+    edges = [config.head_length + lead]
+    for length in lengths:
+        edges.append(edges[-1] + length)
+    tail = draw(st.integers(1, 5) | st.integers(1, 3 * config.train_length))
+    return config, edges[-1] + tail, edges
+
+
+class TestBetweenEdges:
+    """First prompts whose chunks begin and end where documents do."""
+
+    @given(cut_prompts())
+    @settings(max_examples=30)
+    def test_every_token_is_computed_once(self, prompt):
+        config, tokens, edges = prompt
+        plan = Plan.of(config, tokens, edges)
+        check(plan, least_tail=1)  # a question may be short
+        assert (plan.start, plan.length) == (0, tokens)
+        assert plan.head == Span(0, config.head_length)
+        starts = {chunk.start for chunk in plan.chunks} | {plan.tail.start}
+        assert set(edges) <= starts, "a chunk lies across an edge"
+        TestSteps()._check(plan)
+
+    @given(cut_prompts())
+    @settings(max_examples=30)
+    def test_pieces_are_equal_and_as_few_as_can_be(self, prompt):
+        config, tokens, edges = prompt
+        plan = Plan.of(config, tokens, edges)
+        first = [config.head_length] * (edges[0] > config.head_length)
+        for start, stop in itertools.pairwise([*first, *edges]):
+            lengths = [len(chunk) for chunk in plan.chunks if start <= chunk.start < stop]
+            assert sum(lengths) == stop - start
+            assert len(lengths) == math.ceil((stop - start) / config.chunk_length)
+            assert max(lengths) - min(lengths) <= 1
+
+    @given(cut_prompts(), cut_prompts(), st.integers(1, 500))
+    @settings(max_examples=30)
+    def test_a_span_has_the_same_pieces_in_every_prompt(self, prompt, other, length):
+        """Whatever stands before and behind it, and how long the prompts are."""
+        config, _, edges = prompt
+        lengths = []
+        for before, tail in ((edges, 1), ([config.head_length], 3 * config.train_length), (other[2], 7)):
+            before = [config.head_length, *(edge for edge in before if edge > config.head_length)]
+            start = before[-1]
+            plan = Plan.of(config, start + length + tail, [*before, start + length])
+            lengths.append([len(chunk) for chunk in plan.chunks if start <= chunk.start < start + length])
+        assert lengths[0] == lengths[1] == lengths[2]
+
+    @given(cut_prompts())
+    @settings(max_examples=30)
+    def test_a_tail_is_no_longer_than_it_has_to_be(self, prompt):
+        """One that is too long hands tokens to chunks behind the last edge, as that of any prompt."""
+        config, tokens, edges = prompt
+        plan = Plan.of(config, tokens, edges)
+        behind = [chunk for chunk in plan.chunks if chunk.start >= edges[-1]]
+        if not behind:
+            assert plan.tail == Span(edges[-1], tokens)
+        else:
+            assert len(plan.tail) >= config.tail_min
+        if config.tail_max is not None:
+            assert len(plan.tail) <= config.tail_max
+
+    @given(cut_prompts(), st.lists(st.integers(1, 700), min_size=1, max_size=6))
+    @settings(max_examples=30)
+    def test_a_text_goes_on_behind_them(self, prompt, turns):
+        config, tokens, edges = prompt
+        plan = Plan.of(config, tokens, edges)
+        for turn in turns:
+            plan = Plan.extend(config, plan.stairs, plan.length, turn)
+            check(plan)
+            for _ in range(3):
+                plan = Plan.extend(config, plan.stairs, plan.length, 1)
+                check(plan)
+
+    @given(cut_prompts(), st.data())
+    @settings(max_examples=30)
+    def test_of_models_with_short_frequencies(self, prompt, data):
+        """Chunks turn by the long ones, however short the prompt is, and so does all behind them."""
+        config, tokens, edges = prompt
+        model = dataclasses.replace(config, short_length=data.draw(st.integers(2, config.train_length - 1)))
+        plan, plain = Plan.of(model, tokens, edges), Plan.of(config, tokens, edges)
+        assert plan == dataclasses.replace(plain, config=model)
+        assert plan.stairs.positions(0, tokens).max() < config.train_length
+        for turn in data.draw(st.lists(st.integers(1, 300), max_size=4)):
+            plain = Plan.extend(config, plain.stairs, plain.length, turn)
+            plan = Plan.extend(model, plan.stairs, plan.length, turn)
+            assert plan == dataclasses.replace(plain, config=model)
+
+    @pytest.mark.parametrize(
+        "edges",
+        [[7, 20], [8], [8, 8, 20], [20, 10], [8, 20, 20], [8, 100], [8, 30, 101], [-1, 20], [0, 20], [8, 20, 15]],
+        ids=str,
+    )
+    def test_edges_that_cut_nothing_are_refused(self, edges):
+        config = MesaConfig(64, head_length=8, chunk_length=40, tail_min=16, linear_window=8)
+        with pytest.raises(
+            MesaError, match=r"a prompt of 100 tokens cannot be cut at \[.*: edges rise, from 8 "
+        ) as error:
+            Plan.of(config, 100, edges)
+        assert "\n" not in str(error.value)
+        assert Plan.of(config, 100, [8, 99]).tail == Span(99, 100)
+
+    def test_an_empty_prompt_is_refused(self):
+        with pytest.raises(MesaError, match="the prompt is empty"):
+            Plan.of(PAPER, 0, [24, 30])
+
+    def test_a_fixed_width_that_leaves_the_trained_range_is_refused(self):
+        config = dataclasses.replace(PAPER, stair_width=2)
+        with pytest.raises(MesaError, match="stair_width = 2 leaves the trained range .* a stair_width of"):
+            Plan.of(config, 1000, [24, 900])
+
+    def test_a_method_without_chunks_says_so(self):
+        with pytest.raises(MesaError, match="the method yarn has no chunks; a prompt of 30 tokens cannot be cut"):
+            Plan.of(YarnConfig(64, factor=2.0), 30, [0, 20])
+
+    def test_the_example_of_the_documentation(self):
+        plan = Plan.of(PAPER, 24 + 500 + 100 + 30, [24, 524, 624])
+        assert [len(chunk) for chunk in plan.chunks] == [166, 167, 167, 100]
+        assert plan.tail == Span(624, 654)

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mesart.graphs import MesaError, Span
 from mesart.graphs.errors import CapacityError
+from mesart.runtime.kv.block import KvBlock
 from mesart.runtime.kv.paged import PagedStore
 from mesart.runtime.kv.slab import SlabStore
 from mesart.runtime.kv.store import Array, Positions
@@ -52,6 +53,8 @@ class Store(RuleBasedStateMachine):
         self.rotation = Rotation()
         self.store = self.make(self.rotation)
         self.texts: list[Text] = []
+        self.blocks: list[tuple[KvBlock, Tokens, np.ndarray]] = []
+        """Read from texts, of which some are gone; what is to be in them."""
         self.rng = np.random.default_rng(0)
         self.all = self.store.free_bytes
 
@@ -210,6 +213,32 @@ class Store(RuleBasedStateMachine):
         self.store.truncate(text.kv, len(text))  # what chunks that were given up had written
 
     @precondition(lambda self: self.texts)
+    @rule(which=PICKS, start=PICKS, count=PICKS)
+    def read_block(self, which: int, start: int, count: int) -> None:
+        """A copy, which no later change of the text reaches."""
+        text = self.pick(which)
+        start %= len(text) + 1
+        stop = start + count % (len(text) - start + 1)
+        block = self.store.read_block(text.kv, start, stop)
+        assert (block.layout, block.tokens) == (self.store.layout, stop - start)
+        assert block.bytes == (stop - start) * BYTES
+        part, positions = text.tokens.part(start, stop), text.positions[start:stop]
+        self.blocks = [*self.blocks[-2:], (block, part, positions)]
+
+    @precondition(lambda self: self.texts and self.blocks)
+    @rule(which=PICKS, block=PICKS, local=st.booleans())
+    def append_block(self, which: int, block: int, local: bool) -> None:
+        """To any text, rotated on the way or not; a block stays as it is, and may be appended again."""
+        text, (read, part, positions) = self.pick(which), self.blocks[block % len(self.blocks)]
+        self.reserve(which, len(text) + read.tokens)
+        if len(text) + read.tokens > text.kv.room:
+            return
+        new = positions if local else self.positions(read.tokens)
+        self.store.append_block(text.kv, read, positions, new)
+        positions = new
+        text.tokens, text.positions = text.tokens + part, np.concatenate([text.positions, positions])
+
+    @precondition(lambda self: self.texts)
     @rule(which=PICKS, start=PICKS, count=PICKS, failing=st.integers(0, 4), interrupted=st.booleans())
     def rotate(self, which: int, start: int, count: int, failing: int, interrupted: bool) -> None:
         text = self.pick(which)
@@ -269,6 +298,12 @@ class Store(RuleBasedStateMachine):
     def all_is_there(self) -> None:
         for text in self.texts:
             text.check(self.store)
+
+    @invariant()
+    def blocks_stay(self) -> None:
+        for block, part, positions in self.blocks:
+            for found, right in zip(block.tensors, [*part.standing(positions), *part.values], strict=True):
+                assert np.array_equal(found, right)
 
     @invariant()
     def memory_adds_up(self) -> None:
