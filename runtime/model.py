@@ -196,7 +196,7 @@ class MesaModel:
         """
         prompts = self._prompts(input_ids)
         with self._alone():
-            turns = self._new_turns(prompts, ReadOptions(self._stored), all_logits=all_logits)
+            turns = self._new_turns(prompts, ReadOptions(self._stored, reuses=False), all_logits=all_logits)
             return self._computed(self._begin(turns), undo_to_nothing=True)
 
     def extend(self, input_ids: ArrayLike | Tokens[Tokens[int]], *, all_logits: bool = False) -> Logits:

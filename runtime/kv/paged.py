@@ -203,7 +203,7 @@ class PagedStore:
 
     def append_block(self, kv: Kv, block: KvBlock, old: Positions, new: Positions) -> None:
         assert isinstance(kv, PagedKv)
-        for layer, keys in enumerate(rotated_keys(block, self.rotation, old, new)):
+        for layer, keys in enumerate(rotated_keys(block, self._layers, self.rotation, old, new)):
             _write(self.keys[layer].array, kv.blocks, kv.length, keys)
             _write(self.values[layer].array, kv.blocks, kv.length, block.values[layer])
         kv.append(new)

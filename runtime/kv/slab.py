@@ -237,7 +237,7 @@ class SlabStore:
 
     def append_block(self, kv: Kv, block: KvBlock, old: Positions, new: Positions) -> None:
         assert isinstance(kv, SlabKv)
-        self.write(kv, list(rotated_keys(block, self.rotation, old, new)), block.values, new)
+        self.write(kv, list(rotated_keys(block, self._layers, self.rotation, old, new)), block.values, new)
 
     def trim(self) -> None:
         """Nothing: slabs without texts are given back at once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -12,6 +12,7 @@ from mesart.graphs.errors import CapacityError
 from mesart.graphs.method.plan import Span
 
 if TYPE_CHECKING:
+    from mesart.graphs.bundle.manifest import LayerInfo
     from mesart.runtime.kv.block import BlockLayout, KvBlock
 
 Array: TypeAlias = NDArray[Any]
@@ -200,11 +201,13 @@ def _size(count: int) -> str:
     return f"{count / (1 << 20):,.1f} MiB"
 
 
-def rotated_keys(block: KvBlock, rotate: Rotate, old: Positions, new: Positions) -> Iterator[Array]:
+def rotated_keys(
+    block: KvBlock, layers: Sequence[LayerInfo], rotate: Rotate, old: Positions, new: Positions
+) -> Iterator[Array]:
     """Keys of a block's layers, one after the other, ``[K, S, D]``, rotated to new positions."""
-    same = np.array_equal(old, new)
-    for layer, keys in enumerate(block.keys):
-        yield keys if same else rotate(layer, keys[None], old[None], new[None])[0]
+    stays = np.array_equal(old, new)
+    for layer, (keys, info) in enumerate(zip(block.keys, layers, strict=True)):
+        yield keys if stays or info.rerotate is None else rotate(layer, keys[None], old[None], new[None])[0]
 
 
 def moved_span(old: Positions, new: Positions) -> tuple[int, int]:

@@ -340,6 +340,7 @@ class TestTexts:
     def test_generate(self, model, store):
         expected = []
         for reuse in ("off", "always", "always", "auto"):
+            model.clear()
             expected.append(
                 model.generate("There?", 8, documents=self.DOCUMENTS, lead="Be brief.", reuse=reuse, temperature=0)
             )
@@ -347,6 +348,23 @@ class TestTexts:
         assert model.usage is not None
         assert model.usage.cached_tokens.memory == model.usage.prompt_tokens - model.usage.computed_tokens > 100
         assert model.usage.computed_tokens == len(model.tokenizer.encode("There?"))
+
+    def test_a_live_text_of_the_same_documents_gets_another_tail(self, model, store):
+        """And answers as a new text would; with others before it, in another order or asked for off it is not used."""
+        options: dict[str, Any] = {"documents": self.DOCUMENTS, "reuse": "always", "temperature": 0}
+        model.clear()
+        expected = {question: model.generate(question, 8, **options) for question in ("There?", "Why?")}
+        for question in ("There?", "There?", "Why?"):
+            assert model.generate(question, 8, **options) == expected[question]
+            assert model.usage is not None
+            live = model.usage.cached_tokens.live
+            assert live == model.usage.prompt_tokens - model.usage.computed_tokens > 100
+        for changed in ({"documents": self.DOCUMENTS[::-1]}, {"lead": "Be brief."}, {"reuse": "off"}):
+            model.generate("Why?", 8, **{**options, **changed})
+            assert model.usage.cached_tokens.live == 0
+        model.extend(tokens(150, seed=5))  # rotates what is there
+        model.generate("Why?", 8, **options)
+        assert model.usage.cached_tokens.live == 0
 
     def test_a_batch_of_texts_shares_them(self, model, store):
         questions = ["There?", "And back again?", "Green?"]
@@ -398,6 +416,7 @@ class TestTexts:
         documents = self.DOCUMENTS[:count]
         with with_store(model, None):
             expected = "".join(model.chat(messages, 6, documents=documents, reuse="always", temperature=0))
+        model.clear()
         report = model.warm(documents, messages=messages)
         assert report.computed_tokens > 50
         assert "".join(model.chat(messages, 6, documents=documents, reuse="always", temperature=0)) == expected
@@ -454,7 +473,8 @@ class TestFailures:
                     ask(nth)
                     error = Interruption if ask == faults.at else MesaError
                     with pytest.raises(error, match="gave up"):
-                        list(model._generate([row], 1, GREEDY, False, [False], model._stored))
+                        model.clear()
+                        list(model._generate([row], 1, GREEDY, False, [False], model._options("always", "", None)))
                     assert pins(store) == {}
                     assert model.lengths == [0]
                     faults.none()

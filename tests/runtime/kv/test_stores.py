@@ -323,9 +323,18 @@ class Blocks(Store):
 
     @invariant()
     def all_are_numbers(self) -> None:
-        """Whoever owns a slot: what is not seen has the weight 0, and 0 times NaN is NaN."""
+        """In the blocks of texts: what is not seen has the weight 0, and 0 times NaN is NaN."""
+        owned = [block for text in self.texts for block in text.kv.blocks]
         for pool in (*self.store.keys, *self.store.values):
-            assert np.isfinite(pool.array).all()
+            assert np.isfinite(pool.array[owned]).all()
+
+    @rule()
+    def trim(self) -> None:
+        """The memory of all other blocks is given back."""
+        self.store.trim()
+        owned = [block for text in self.texts for block in text.kv.blocks]
+        for pool in (*self.store.keys, *self.store.values):
+            assert not np.delete(pool.array, owned, axis=0).any()
 
 
 class Rows(Store):
