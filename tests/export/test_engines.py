@@ -245,7 +245,7 @@ class TestBuildingAgain:
 
 def test_progress_is_reported_phase_by_phase(copy):
     manifest = Manifest.read(copy)
-    shapes = next(s for s in engine_shapes(manifest, "bucket", manifest.buckets) if s.name == "step-0")
+    shapes = next(s for s in engine_shapes(manifest, "bucket", manifest.buckets) if s.name == "decode-0")
     model, _ = engine_graph(copy, shapes, "shared")
     phases: list[tuple[str, int, int]] = []
     builder = TensorRtBuilder("tensorrt-rtx", ["sm89"], copy / "timing")
@@ -294,7 +294,7 @@ def test_a_step_behind_a_long_cache_is_computed_with_a_second_token(copy, monkey
     assert next(tensor.shape for tensor in info.inputs if tensor.name == "input_ids") == [1, 2]
     lines: list[str] = []
     assert build_engines(copy, gpus="sm89", layout=layout, progress=False, report=lines.append) == made
-    assert "step-0: unchanged" in lines or "step: unchanged" in lines
+    assert "decode-0: unchanged" in lines or "decode: unchanged" in lines
 
 
 def test_attention_that_tensorrt_would_take_apart_is_refused(copy, monkeypatch):

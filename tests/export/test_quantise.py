@@ -217,7 +217,7 @@ class TestBundles:
     def test_onnxruntime_multiplies_whole_numbers(self, each, tmp_path):
         """No product is left with a weight that was dequantised."""
         backend = OnnxRuntimeBackend("float32", 1)
-        for file in ("model.onnx", "step-2.onnx"):
+        for file in ("model.onnx", "decode-2.onnx"):
             target = tmp_path / file
             backend._options.optimized_model_filepath = str(target)
             backend._options.add_session_config_entry(

@@ -211,7 +211,7 @@ class TestGraphs:
 
     def test_bfloat16_asks_for_a_gpu(self, wide, tmp_path, config, schema):
         made = export(wide, tmp_path / "out")
-        found = config(made / "mesart_head")
+        found = config(made / "mesart_prefix")
         assert found.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
         assert found.output[1].data_type == schema.TYPE_BF16
 

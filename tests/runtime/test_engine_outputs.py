@@ -68,7 +68,7 @@ class TestEveryOutput:
     def test_has_the_shape_that_was_asked_for(self, model, answer, name, change):
         model.prefill(IDS)
         answer(name, change)
-        assert f"the engine gave {name} of the step as [" in refused(lambda: model.step(5))
+        assert f"the engine gave {name} of the decode as [" in refused(lambda: model.step(5))
         assert model.lengths == [100]
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -184,7 +184,7 @@ def test_rotated_keys_have_their_shape(bundle, monkeypatch, backend):
         monkeypatch.setattr(one, "open", opened)
     with MesaModel.load(bundle(), backend, verify=False) as model:
         model.prefill(IDS[:60])  # within the window, where no key is rotated
-        assert "the engine gave moved of the place as [" in refused(lambda: model.extend(IDS))
+        assert "the engine gave rotated of the rerotate as [" in refused(lambda: model.extend(IDS))
         assert model.lengths == [60]
 
 

@@ -583,7 +583,7 @@ class TestFailures:
         expected = one.step([3, 4])
         one.prefill(prompts)
         gpu.poison = ["decode"] * 4  # together, and each text on its own
-        with pytest.raises(MesaError, match="NaN in the logits of the step"):
+        with pytest.raises(MesaError, match="NaN in the logits of the decode"):
             one.step([3, 4])
         assert one.lengths == [70, 30]
         assert difference(one.step([3, 4]), expected) < CLOSE
