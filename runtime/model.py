@@ -3,52 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Tokens
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from mesart.graphs.bundle.files import BundleFiles
-from mesart.graphs.errors import CapacityError, InputError
-from mesart.graphs.method.plan import Plan, bucket_for
+from mesart.graphs.errors import InputError
+from mesart.graphs.method.plan import bucket_for
 from mesart.runtime.backends import Activations, Array, KvDtype
 from mesart.runtime.chunk_store.store import ChunkStore, require_store
 from mesart.runtime.chunk_store.stored import StoredChunks
 from mesart.runtime.chunk_store.warm import warm
 from mesart.runtime.document_texts import DocumentTexts
 from mesart.runtime.documents import Reuse, check_reuse
-from mesart.runtime.engine import Engine, Turn
+from mesart.runtime.engine import Engine
 from mesart.runtime.kv.device import DeviceMemory, DeviceStore
+from mesart.runtime.live_texts import LiveTexts, Progress, ReadOptions
 from mesart.runtime.load import Loaded, load_bundle, read_texts
 from mesart.runtime.prompts import Prompt, PromptIds, checked_count, checked_prompts, is_batch, token_ids
-from mesart.runtime.reading import plan_of_turn
-from mesart.runtime.sampling import Sampler, SamplingConfig
+from mesart.runtime.runners.runner import Logits
+from mesart.runtime.sampling import SamplingConfig
 from mesart.runtime.scheduler import Scheduler
 from mesart.runtime.sequence import Sequence
 from mesart.runtime.stream import TextStream
 from mesart.runtime.text import Tokenizer, configured_eos_ids, default_sampling
 from mesart.runtime.usage import Usage, WarmReport
-
-Logits: TypeAlias = NDArray[np.float32]
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called while a prompt is read, with the tokens that are there and those that there are to be."""
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How prompts are read."""
-
-    stored: StoredChunks | None
-    """Where chunks are that were computed before."""
-    reuses: bool = True
-    """Whether a live text that differs in its tail only goes on with another."""
-    progress: Progress | None = None
 
 
 class MesaModel:
@@ -66,7 +51,6 @@ class MesaModel:
         manifest: what the bundle holds.
         fingerprint: names what computes keys and values; only models of the same find each other's chunks in a store.
         engine: runs any number of texts side by side; the model's own texts are some of them.
-        usage: what became of the last prompt's tokens, of all rows together; ``None`` before the first.
     """
 
     def __init__(self, files: BundleFiles, loaded: Loaded, store: ChunkStore | None = None) -> None:
@@ -75,12 +59,9 @@ class MesaModel:
         self.backend, self.device, self.choice = loaded.backend, loaded.device, loaded.choice
         self.fingerprint = loaded.fingerprint
         self.engine = Engine(loaded.manifest, loaded.store, loaded.runner, Scheduler())
-        self._process = os.getpid()
-        self._live: list[Sequence] = []
-        self._changes = 0  # counts the calls that changed the texts
+        self._live = LiveTexts(self.engine)
         self._vocabulary = int(self.manifest.model["vocab_size"])
         self._stored = None if store is None else StoredChunks(store, loaded.fingerprint, loaded.store.layout)
-        self.usage: Usage | None = None
 
     @classmethod
     def load(
@@ -157,10 +138,8 @@ class MesaModel:
 
     def close(self) -> None:
         """Frees the engine and all texts, after a call that is still computing; the model cannot be used any more."""
-        if os.getpid() == self._process:  # else the engine is the parent's
-            self.engine.close()
-            if self._stored is not None:
-                self._stored.store.flush()
+        if self._live.close() and self._stored is not None:
+            self._stored.store.flush()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -195,9 +174,7 @@ class MesaModel:
             MesaError: an empty prompt, ids outside the vocabulary, a prompt longer than the largest bucket.
         """
         prompts = self._prompts(input_ids)
-        with self._alone():
-            turns = self._new_turns(prompts, ReadOptions(self._stored, reuses=False), all_logits=all_logits)
-            return self._computed(self._begin(turns), undo_to_nothing=True)
+        return self._live.prefill(prompts, ReadOptions(self._stored, reuses=False), all_logits=all_logits)
 
     def extend(self, input_ids: ArrayLike | Tokens[Tokens[int]], *, all_logits: bool = False) -> Logits:
         """Appends tokens to the live texts, such as a second turn; arguments and result as of :meth:`prefill`.
@@ -205,140 +182,13 @@ class MesaModel:
         A text may outgrow the largest bucket, as it may by :meth:`step`, where the graph leaves lengths free.
         """
         prompts = self._prompts(input_ids)
-        with self._alone():
-            turns = self._later_turns(prompts, ReadOptions(self._stored), all_logits=all_logits)
-            return self._computed(self._begin(turns))
+        return self._live.extend(prompts, ReadOptions(self._stored), all_logits=all_logits)
 
     def step(self, token: int | ArrayLike) -> Logits:
         """Appends one token to each live text; logits of the next, float32 ``[B, 1, V]``."""
         with token_ids(token):
             column = np.asarray(token).reshape(-1, 1)
-        tokens = self._prompts(column)
-        with self._alone():
-            if not any(self.lengths):
-                raise InputError("step needs a prompt in the cache; call prefill first")
-            return self._computed(self._begin(self._later_turns(tokens, ReadOptions(self._stored))))
-
-    def _new_turns(self, prompts: list[PromptIds], how: ReadOptions, *, all_logits: bool = False) -> list[Turn]:
-        """Turns of new texts, which take the place of the live ones; those are forgotten."""
-        plans = [plan_of_turn(self.manifest, None, len(prompt.ids), prompt.edges) for prompt in prompts]
-        wanted = self._wanted(plans, prompts, all_logits)
-        kept = self._kept_texts(plans, prompts) if how.reuses else [None] * len(prompts)
-        for text in self._live:
-            if not any(text is other for other in kept):
-                self.engine.close_text(text)
-        self._live = [text for text in kept if text is not None]
-        self._live = [self.engine.open_text() if text is None else text for text in kept]
-        rest = [
-            PromptIds(prompt.ids[len(text) :], prompt.edges) for text, prompt in zip(self._live, prompts, strict=True)
-        ]
-        return self._turns(rest, wanted, how.stored)
-
-    def _kept_texts(self, plans: list[Plan], prompts: list[PromptIds]) -> list[Sequence | None]:
-        """For each prompt, a live text that differs from it in its tail at most, and has lost that."""
-        left, kept = list(self._live), []
-        for plan, prompt in zip(plans, prompts, strict=True):
-            same = next((text for text in left if text.begins(plan, prompt.ids)), None)
-            if same is not None:
-                self._stop_generating(same)
-                left = [text for text in left if text is not same]
-                self.engine.cut_text(same, plan.tail.start)
-            kept.append(same)
-        return kept
-
-    def _later_turns(self, prompts: list[PromptIds], how: ReadOptions, *, all_logits: bool = False) -> list[Turn]:
-        """Turns of the live texts; whatever is wrong with one of them is said before anything is changed."""
-        self._require_texts(len(prompts))
-        for text in self._live:
-            text.require_kv()
-        pairs = zip(self._live, prompts, strict=True)
-        plans = [plan_of_turn(self.manifest, text, len(prompt.ids)) for text, prompt in pairs]
-        return self._turns(prompts, self._wanted(plans, prompts, all_logits), how.stored)
-
-    def _turns(self, prompts: list[PromptIds], wanted: int, stored: StoredChunks | None) -> list[Turn]:
-        return [
-            Turn(text, np.array(prompt.ids, np.int64), wanted, keep_undo=True, edges=prompt.edges, stored=stored)
-            for text, prompt in zip(self._live, prompts, strict=True)
-        ]
-
-    def _wanted(self, plans: list[Plan], prompts: list[PromptIds], all_logits: bool) -> int:
-        """Of how many of the last tokens of each prompt the logits can be had, as one array."""
-        if not all_logits:
-            return 1
-        if self.engine.runner.last_logits_only:
-            raise InputError("these graphs give the last logits only, no all_logits; load the symbolic graph")
-        sizes = {min(len(plan.tail), len(prompt.ids)) for plan, prompt in zip(plans, prompts, strict=True)}
-        if len(sizes) > 1:
-            raise InputError(
-                f"all_logits of a batch needs tails of one length, these have {', '.join(map(str, sorted(sizes)))}; "
-                "run the prompts one by one"
-            )
-        return sizes.pop()
-
-    def _begin(self, turns: list[Turn]) -> list[Turn]:
-        """Queues turns, all or none."""
-        for turn in turns:
-            self._stop_generating(turn.text)
-        added = []
-        try:
-            for turn in turns:
-                added.append(self.engine.add(turn))
-        except BaseException:
-            for turn in added:
-                self.engine.abort(turn)
-            raise
-        self._changes += 1
-        return turns
-
-    def _computed(self, turns: list[Turn], *, undo_to_nothing: bool = False) -> Logits:
-        """The logits ``[B, S, V]`` of turns, once all are computed; if one fails, all are undone."""
-        try:
-            self._run(turns, lambda turn: turn.is_finished)
-            logits = np.stack([turn.logits for turn in turns if turn.logits is not None])
-        except BaseException:
-            self._undo(turns, to_nothing=undo_to_nothing)
-            raise
-        self._note_usage(turns)
-        self.engine.settle(turns)
-        return logits
-
-    def _note_usage(self, turns: list[Turn]) -> None:
-        self.usage = sum((turn.usage for turn in turns if turn.usage is not None), start=Usage())
-
-    def _run(self, turns: list[Turn], is_done: Callable[[Turn], bool], progress: Progress | None = None) -> None:
-        """Computes until all turns are done; raises the first error."""
-        while not all(turn.is_finished or is_done(turn) for turn in turns):
-            self.engine.step()
-            if progress is not None:
-                progress(*map(sum, zip(*(turn.progress for turn in turns), strict=True)))
-            failed = next((turn for turn in turns if turn.error is not None), None)
-            if failed is not None and failed.error is not None:
-                raise failed.error
-
-    def _undo(self, turns: list[Turn], *, to_nothing: bool) -> None:
-        self.engine.settle(turns, undo=True)
-        if to_nothing:
-            for text in self._live:
-                self.engine.close_text(text)
-            self._live = []
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other thread computes meanwhile."""
-        if os.getpid() != self._process:  # before the lock, which another thread of the parent may have held
-            raise InputError(
-                "the process was forked after the model was loaded, and an engine's threads do not survive that; "
-                "load the model in the new process"
-            )
-        with self.engine.lock:
-            self.engine.require_open()  # first: texts may have been lost before
-            try:
-                yield
-            except MemoryError as error:
-                raise CapacityError(
-                    f"out of memory{f' ({error})' if str(error) else ''}: use fewer rows or shorter prompts, or give "
-                    "the process more memory"
-                ) from error
+        return self._live.step(self._prompts(column), ReadOptions(self._stored))
 
     @property
     def device_memory(self) -> DeviceMemory | None:
@@ -348,27 +198,26 @@ class MesaModel:
 
     def clear(self) -> None:
         """Forgets the live texts, and frees what they hold."""
-        with self._alone():
-            for text in self._live:
-                self.engine.close_text(text)
-            self._live = []
-            self.engine.store.trim()
-            self._changes += 1
+        self._live.clear()
 
     def snapshot(self, row: int) -> tuple[list[Array], list[Array]]:
         """Copies of a live text's keys and values, ``[K, tokens, D]``, a layer each, as the engine keeps them."""
-        with self._alone():
-            return self.engine.store.read(self._live[row].require_kv())
+        return self._live.snapshot(row)
 
     @property
     def texts(self) -> list[Sequence]:
         """The live texts, a row each; none before the first prompt."""
-        return list(self._live)
+        return self._live.rows
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of the live texts, a number for each."""
-        return [len(text) for text in self._live] or [0]
+        return self._live.lengths
+
+    @property
+    def usage(self) -> Usage | None:
+        """What became of the last prompt's tokens, of all rows together; ``None`` before the first."""
+        return self._live.usage
 
     def generate_ids(
         self,
@@ -396,90 +245,22 @@ class MesaModel:
         """
         how = self._options(reuse, cache_salt, progress)
         rows = [self._prompt(row.ids, documents, lead, reuse, append=append) for row in self._prompts(prompts)]
-        yield from self._generate(rows, max_new_tokens, sampling, append, [False] * len(rows), how)
+        yield from self._tokens(rows, max_new_tokens, sampling or self.default_sampling, how, append=append)
 
-    def _generate(
+    def _tokens(
         self,
-        prompts: list[PromptIds],
-        max_new_tokens: int,
-        sampling: SamplingConfig | None,
-        append: bool,
-        ended: list[bool],
-        how: ReadOptions,
-    ) -> Iterator[list[int | None]]:
-        """See :meth:`generate_ids`. ``ended``: of each row; the caller may end more of them between two tokens."""
-        count = checked_count(max_new_tokens)
-        choice, rows = sampling or self.default_sampling, range(len(ended))
-        seeds = [None if choice.seed is None else choice.seed + row for row in rows]
-        turns: list[Turn] = []
-        changes = 0
-        try:
-            for index in range(count):
-                with self._alone():
-                    if index == 0:
-                        turns = self._begin_generating(prompts, count, choice, seeds, how, append=append)
-                    elif self._changes != changes:
-                        raise InputError(
-                            "another call has changed the cache since this generation's last token; finish one "
-                            "generation before the next, give both prompts to one, or load the model twice"
-                        )
-                    chosen = self._next_tokens(
-                        turns, ended, None if index else how.progress, new=index == 0 and not append
-                    )
-                    if index == 0:
-                        self._note_usage(turns)
-                    changes = self._changes
-                yield chosen
-                if all(ended):
-                    return
-        finally:
-            if os.getpid() == self._process:
-                self.engine.settle(turns)
-
-    def _begin_generating(
-        self,
-        prompts: list[PromptIds],
+        rows: list[PromptIds],
         count: int,
         choice: SamplingConfig,
-        seeds: list[int | None],
         how: ReadOptions,
         *,
         append: bool,
-    ) -> list[Turn]:
-        turns = self._later_turns(prompts, how) if append else self._new_turns(prompts, how)
-        for turn, seed in zip(turns, seeds, strict=True):
-            turn.sampler = Sampler(replace(choice, seed=seed))
-            turn.max_new_tokens, turn.ends, turn.goes_on = count, frozenset(self.eos_token_ids), True
-            turn.sampler.note([*turn.text.ids, *turn.text.shown, *turn.ids])
-        return self._begin(turns)
-
-    def _next_tokens(
-        self, turns: list[Turn], ended: list[bool], progress: Progress | None, *, new: bool
-    ) -> list[int | None]:
-        """The next token of each turn that has not ended, computed together."""
-        waiting = [turn for turn, end in zip(turns, ended, strict=True) if not end]
-        for turn, end in zip(turns, ended, strict=True):
-            if end:
-                self.engine.abort(turn)
-        for turn in waiting:
-            turn.allowed = len(turn.tokens) + 1
-        try:
-            self._run(waiting, lambda turn: turn.is_paused, progress)
-        except BaseException:
-            self._undo(turns if new else waiting, to_nothing=new)
-            self._changes += 1
-            raise
-        chosen = [turn.tokens[-1] if turn in waiting else None for turn in turns]
-        for row, turn in enumerate(turns):
-            ended[row] = ended[row] or (turn.tokens[-1] in turn.ends)
-        return chosen
-
-    def _stop_generating(self, text: Sequence) -> None:
-        """A generation that nobody goes on with gives way to the next call."""
-        turn = text.turn
-        if turn is not None:
-            self.engine.abort(turn)
-            self.engine.settle([turn])
+        ended: list[bool] | None = None,
+    ) -> Iterator[list[int | None]]:
+        """See :meth:`~mesart.runtime.live_texts.LiveTexts.generate`."""
+        count, ends = checked_count(count), frozenset(self.eos_token_ids)
+        ended = [False] * len(rows) if ended is None else ended
+        return self._live.generate(rows, count, choice, ends, how, append=append, ended=ended)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -536,7 +317,7 @@ class MesaModel:
         append: bool,
     ) -> Iterator[str]:
         text = TextStream(self.tokenizer, stop, context=prompt.ids)
-        for (token,) in self._generate([prompt], max_new_tokens, choice, append, [False], how):
+        for (token,) in self._tokens([prompt], max_new_tokens, choice, how, append=append):
             if token is None or token in self.eos_token_ids:
                 break
             piece = text.push(token)
@@ -573,7 +354,7 @@ class MesaModel:
         texts = [TextStream(self.tokenizer, stop, context=row.ids) for row in rows]
         written: list[list[str]] = [[] for _ in rows]
         ended = [False] * len(rows)
-        for tokens in self._generate(rows, max_new_tokens, choice, append, ended, how):
+        for tokens in self._tokens(rows, max_new_tokens, choice, how, append=append, ended=ended):
             for row, token in enumerate(tokens):
                 if token is not None and token not in self.eos_token_ids:
                     written[row].append(texts[row].push(token))
@@ -636,7 +417,7 @@ class MesaModel:
             prompt = self._document_texts.plain(lead, documents, [0])
         else:
             prompt = self._document_texts.chat(messages, documents)
-        with self._alone():
+        with self._live.alone():
             report = warm(self.engine, stored, prompt, progress)
         stored.store.flush()
         return report
@@ -681,11 +462,5 @@ class MesaModel:
     def _prompts(self, input_ids: ArrayLike | Tokens[Tokens[int]]) -> list[PromptIds]:
         return checked_prompts(input_ids, self._vocabulary)
 
-    def _require_texts(self, rows: int) -> None:
-        if not self._live and rows == 1:
-            self._live = [self.engine.open_text()]  # to append to nothing is to begin
-        live = len(self._live)
-        if not live:
-            raise InputError("the cache is empty; call prefill first with a batch")
-        if rows != live:
-            raise InputError(f"the cache holds {live} prompts, got tokens for {rows}")
+
+__all__ = ["MesaModel"]

@@ -310,7 +310,7 @@ class TestStoredChunks:
         model.clear()
         how = model._options(reuse, "", None)
         greedy = SamplingConfig(temperature=0)
-        ids = [token for (token,) in model._generate([prompt], 4, greedy, False, [False], how)]
+        ids = [token for (token,) in model._tokens([prompt], 4, greedy, how, append=False)]
         keys, values = model.snapshot(0)
         return ids, [*keys, *values]
 

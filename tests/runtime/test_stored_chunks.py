@@ -61,7 +61,7 @@ def answer(
     """Reads a prompt as ``generate`` does, in a model whose vocabulary has more ids than its tokenizer."""
     model.clear()  # a live text with the same documents would only get another tail
     row, how = prompt.joined(model.manifest, reuse), model._options(reuse, salt, None)
-    ids = [token for (token,) in model._generate([row], count, GREEDY, False, [False], how)]
+    ids = [token for (token,) in model._tokens([row], count, GREEDY, how, append=False)]
     keys, values = model.snapshot(0)
     assert model.usage is not None
     return Answer([token for token in ids if token is not None], keys, values, model.usage)
@@ -474,7 +474,7 @@ class TestFailures:
                     error = Interruption if ask == faults.at else MesaError
                     with pytest.raises(error, match="gave up"):
                         model.clear()
-                        list(model._generate([row], 1, GREEDY, False, [False], model._options("always", "", None)))
+                        list(model._tokens([row], 1, GREEDY, model._options("always", "", None), append=False))
                     assert pins(store) == {}
                     assert model.lengths == [0]
                     faults.none()
