@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import cycle, islice
@@ -46,15 +47,18 @@ class Texts:
     """The tokenizer's files and the generation settings; by plain names."""
 
     def filler(self, count: int) -> list[int]:
-        """Token ids to fill up a head with; the first of the vocabulary where there is no tokenizer."""
+        """Token ids to fill up a head with; the first of the vocabulary where no tokenizer can read the sentence."""
+        return list(islice(cycle(self._sentence() or [0]), count))
+
+    def _sentence(self) -> list[int]:
         if "tokenizer.json" not in self.files:
-            return [0] * count
-        with user_data("the tokenizer cannot be used"):
+            return []
+        with suppress(MesaError), user_data("the tokenizer cannot read the filler"):
             tokenizer = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            sentence = tokenizer.encode(_FILLER, add_special_tokens=False).ids
-        return list(islice(cycle(sentence or [0]), count))
+            return list(tokenizer.encode(_FILLER, add_special_tokens=False).ids)
+        return []
 
     def write(self, folder: Path, network: Any) -> None:
         """Writes them and the network's config; a file that is there already is never written to.

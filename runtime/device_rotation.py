@@ -18,7 +18,7 @@ from mesart.runtime.slots import SlotBlock, SlotTensor
 class DeviceRotation:
     """Takes keys of all layers that rotate, as many at a time as the engine takes; the result lies apart from them.
 
-    What it needs is allocated with the first rotation and kept: to undo one must not fail for want of memory.
+    What it needs is allocated before the first rotation and kept: to undo one must not fail for want of memory.
     """
 
     def __init__(self, manifest: Manifest, engines: Engines) -> None:
@@ -31,6 +31,16 @@ class DeviceRotation:
     def at_a_time(self) -> int:
         """Keys of a layer that one call rotates; 0 where no layer rotates its keys."""
         return self._engines.profile("rerotate").new if self._sizes else 0
+
+    def prepare(self) -> None:
+        """Takes what rotations need, before others take the memory.
+
+        Raises:
+            MesaError: there is not so much memory.
+        """
+        if self._sizes and self._staging is None:
+            self._allocate()
+            self._engines.prepare("rerotate")
 
     def __call__(
         self, keys: Sequence[SlotTensor], slot: int, old: Positions, new: Positions

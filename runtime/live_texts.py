@@ -10,11 +10,12 @@ from typing import TypeAlias
 
 import numpy as np
 
-from mesart.graphs.errors import CapacityError, InputError
+from mesart.graphs.errors import InputError
 from mesart.graphs.method.plan import Plan
 from mesart.runtime.backends import Array
 from mesart.runtime.chunk_store.stored import StoredChunks
 from mesart.runtime.engine import Engine, Turn
+from mesart.runtime.memory import enough_memory
 from mesart.runtime.prompts import PromptIds
 from mesart.runtime.reading import plan_of_turn
 from mesart.runtime.runners.runner import Logits
@@ -71,13 +72,8 @@ class LiveTexts:
             )
         with self.engine.lock:
             self.engine.require_open()  # first: texts may have been lost before
-            try:
+            with enough_memory():
                 yield
-            except MemoryError as error:
-                raise CapacityError(
-                    f"out of memory{f' ({error})' if str(error) else ''}: use fewer rows or shorter prompts, or give "
-                    "the process more memory"
-                ) from error
 
     @property
     def rows(self) -> list[Sequence]:

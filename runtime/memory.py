@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from mesart.graphs.errors import CapacityError
 
 try:
     import resource
@@ -13,6 +17,18 @@ except ImportError:  # not on Windows
 _GROUP = Path("/sys/fs/cgroup")
 _FALLBACK = 4 << 30
 """Where the system does not tell."""
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Where Python runs out of memory, the error is a :class:`CapacityError` of one line."""
+    try:
+        yield
+    except MemoryError as error:
+        raise CapacityError(
+            f"out of memory{f' ({error})' if str(error) else ''}: use fewer rows or shorter prompts, or give "
+            "the process more memory"
+        ) from error
 
 
 def free_memory() -> int:

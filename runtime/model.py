@@ -26,6 +26,7 @@ from mesart.runtime.engine import Engine
 from mesart.runtime.kv.device import DeviceMemory, DeviceStore
 from mesart.runtime.live_texts import LiveTexts, Progress, ReadOptions
 from mesart.runtime.load import Loaded, load_bundle, read_texts
+from mesart.runtime.memory import enough_memory
 from mesart.runtime.prompts import Prompt, PromptIds, checked_count, checked_prompts, is_batch, token_ids
 from mesart.runtime.runners.runner import Logits
 from mesart.runtime.sampling import SamplingConfig
@@ -460,7 +461,8 @@ class MesaModel:
         return rows[0].ids
 
     def _prompts(self, input_ids: ArrayLike | Tokens[Tokens[int]]) -> list[PromptIds]:
-        return checked_prompts(input_ids, self._vocabulary)
+        with enough_memory():
+            return checked_prompts(input_ids, self._vocabulary)
 
 
 __all__ = ["MesaModel"]

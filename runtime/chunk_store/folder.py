@@ -151,7 +151,8 @@ class ChunkFolder:
                 _write_all(stream.fileno(), memoryview(header))
                 _write_all(stream.fileno(), block.buffer.data)
                 os.fsync(stream.fileno())
-                partial.replace(path)
+                with self.lock():  # who counts files meanwhile would find it under both names, or none
+                    partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

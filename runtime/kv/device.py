@@ -167,6 +167,7 @@ class DeviceStore:
 
     def begin_chunk(self, head: Kv, size: int, text: Kv, span: Span) -> DeviceKv:
         del text, span
+        self._rotation.prepare()  # its keys will be rotated while it and others are there
         return self._new_chunk(head, size, self._buckets.chunk_slots)
 
     def _new_chunk(self, head: Kv, size: int, room: int) -> DeviceKv:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ class RingStore(SlabStore):
 
         return bring_back
 
-    def write(self, kv: SlabKv, keys: Sequence[Array], values: Sequence[Array], positions: Positions) -> None:
+    def write(self, kv: SlabKv, keys: Iterable[Array], values: Iterable[Array], positions: Positions) -> None:
         slots = self._slots(np.arange(kv.length, kv.length + len(positions)))
         kv.torn = True
         for layer, (key, value) in enumerate(zip(keys, values, strict=True)):

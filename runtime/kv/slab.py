@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -201,8 +201,11 @@ class SlabStore:
             raise
         kv.place(start + first, positions[first:last])
 
-    def write(self, kv: SlabKv, keys: Sequence[Array], values: Sequence[Array], positions: Positions) -> None:
-        """Stores new keys and values ``[K, S, D]``, a layer each, behind those that are there."""
+    def write(self, kv: SlabKv, keys: Iterable[Array], values: Iterable[Array], positions: Positions) -> None:
+        """Stores new keys and values ``[K, S, D]``, a layer each, behind those that are there.
+
+        Each layer's are taken when those before are stored: an engine may give all of them in one place.
+        """
         start, stop = kv.length, kv.length + len(positions)
         for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
             kv.slab.keys[layer][kv.row, :, start:stop] = key
@@ -237,7 +240,7 @@ class SlabStore:
 
     def append_block(self, kv: Kv, block: KvBlock, old: Positions, new: Positions) -> None:
         assert isinstance(kv, SlabKv)
-        self.write(kv, list(rotated_keys(block, self._layers, self.rotation, old, new)), block.values, new)
+        self.write(kv, rotated_keys(block, self._layers, self.rotation, old, new), block.values, new)
 
     def trim(self) -> None:
         """Nothing: slabs without texts are given back at once."""

@@ -287,9 +287,9 @@ class TestFormsOfAttention:
         for name in ("open", "open_in_place" if backend == "onnxruntime" else "open_paged"):
             inner = getattr(kind, name)
 
-            def noted(self: Any, path: Path, info: Any = None, *, inner: Any = inner) -> Any:
+            def noted(self: Any, path: Path, *others: Any, inner: Any = inner) -> Any:
                 opened.append(path.name)
-                return inner(self, path, info)
+                return inner(self, path, *others)
 
             monkeypatch.setattr(kind, name, noted)
         MesaModel.load(bundle(), backend, verify=False).close()

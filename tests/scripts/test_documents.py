@@ -216,7 +216,7 @@ def test_errors_of_the_user(model: str, files: tuple[Path, Path], tmp_path: Path
     error = fails(capsys, *add, *files, tmp_path / "other" / "sky.txt")
     assert f"{files[1]} and {tmp_path / 'other' / 'sky.txt'} are both called sky.txt" in error
     assert not store.exists(), "all is looked at before anything is made"
-    assert f"{tmp_path / 'long.txt'}: document 1 has" in fails(capsys, *add, tmp_path / "long.txt", *BACKEND)
+    assert f"{tmp_path / 'long.txt'}: a document has" in fails(capsys, *add, tmp_path / "long.txt", *BACKEND)
     assert "'2GB2' is no size of memory" in fails(capsys, *add, files[0], "--store-disk", "2GB2")
     assert "is no store of chunks" in fails(capsys, "documents", "add", tmp_path, model, files[0])
     assert "is no store of chunks" in fails(capsys, *ask, "--store", tmp_path)

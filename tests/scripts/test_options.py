@@ -68,7 +68,7 @@ WRONG = [
     "tune b --seconds nan",
     "tune b --seconds -1",
     "tune b --finalists 0",
-    "tune b --final-places 0",
+    "tune b --final-places -1",
 ]
 
 
