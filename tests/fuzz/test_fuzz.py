@@ -33,7 +33,7 @@ def run(*arguments: Any) -> None:
 
 
 def test_bundles(bundle):
-    run("bundles", "--bundle", bundle(), "--cases", 100, "--seed", 1)
+    run("bundles", "--bundle", bundle(), "--cases", 60, "--seed", 1)
 
 
 def test_bundles_on_openvino(bundle):

@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 from tests.runtime.chunk_store.blocks import LAYOUT, block_of, bytes_on_disk, file_of, key_of, same
 
 LIMIT = 1 << 20
-LOAD_SECONDS = float(os.environ.get("MESART_STORE_SECONDS", "10"))
+LOAD_SECONDS = float(os.environ.get("MESART_STORE_SECONDS", "5"))
 """How long two processes share a folder."""
 
 
